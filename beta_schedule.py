@@ -1,0 +1,107 @@
+"""Variance schedules: beta_1..beta_T of the forward process and what follows from them.
+
+A schedule is a sequence of T variances, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (README, equation 1).
+Everything here is float64; index i of a tensor holds the value at t = i + 1.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class BetaSchedule:
+    """beta_1..beta_T, given as a float64 tensor [T] with every value in (0, 1).
+
+    beta       variance of step t
+    alpha      1 - beta_t
+    alpha_bar  alpha_1 * ... * alpha_t: the signal's share of the variance of x_t (README, equation 2)
+    snr        alpha_bar_t / (1 - alpha_bar_t): the signal-to-noise ratio
+    """
+
+    def __init__(self, beta: Tensor):
+        outside = ~((beta > 0) & (beta < 1))
+        if outside.any():
+            t = int(outside.nonzero()[0]) + 1
+            raise ValueError(
+                f"beta_{t} = {beta[t - 1].item():g}: every beta must lie between 0 and 1, both excluded; "
+                "change the schedule's arguments"
+            )
+        self.beta = beta
+        self.alpha = 1 - beta
+        self.alpha_bar = self.alpha.cumprod(0)
+        self.snr = self.alpha_bar / (1 - self.alpha_bar)
+
+    def __len__(self) -> int:
+        return len(self.beta)
+
+
+def _time(timesteps: int) -> Tensor:
+    """1..T as float64."""
+    if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+        raise ValueError(f"timesteps = {timesteps!r}: must be a whole number of at least 1")
+    return torch.arange(1, timesteps + 1, dtype=torch.float64)
+
+
+def _power(timesteps: int, start: float, end: float, power: float) -> Tensor:
+    """From start at t = 1 to end at t = T, evenly spaced in beta^(1 / power)."""
+    if not (0 < start < 1 and 0 < end < 1):
+        raise ValueError(f"start = {start:g}, end = {end:g}: both must lie between 0 and 1, both excluded")
+    steps = len(_time(timesteps))
+    return torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power
+
+
+class ConstantSchedule(BetaSchedule):
+    """beta_t = constant."""
+
+    def __init__(self, timesteps: int = 1000, constant: float = 0.01):
+        super().__init__(torch.full_like(_time(timesteps), constant))
+
+
+class LinearSchedule(BetaSchedule):
+    """beta_t rises linearly in t from start to end (Ho et al. 2020, section 4)."""
+
+    def __init__(self, timesteps: int = 1000, start: float = 1e-4, end: float = 0.02):
+        super().__init__(_power(timesteps, start, end, 1))
+
+
+class SqrtSchedule(BetaSchedule):
+    """beta_t^2 rises linearly in t: fast at first, then slowly, from start to end."""
+
+    def __init__(self, timesteps: int = 1000, start: float = 1e-4, end: float = 0.02):
+        super().__init__(_power(timesteps, start, end, 0.5))
+
+
+class QuadraticSchedule(BetaSchedule):
+    """sqrt(beta_t) rises linearly in t: slowly at first, then fast, from start to end."""
+
+    def __init__(self, timesteps: int = 1000, start: float = 1e-4, end: float = 0.02):
+        super().__init__(_power(timesteps, start, end, 2))
+
+
+class SineSchedule(BetaSchedule):
+    """beta_t = scale * sin(pi / 2 * t / T): a quarter wave that ends at beta_T = scale."""
+
+    def __init__(self, timesteps: int = 1000, scale: float = 0.02):
+        super().__init__(scale * (math.pi / 2 * _time(timesteps) / timesteps).sin())
+
+
+class SigmoidSchedule(BetaSchedule):
+    """beta_t = scale * sigmoid(u), u rising linearly in t from -6 to 6."""
+
+    def __init__(self, timesteps: int = 1000, scale: float = 0.02):
+        super().__init__(scale * torch.linspace(-6, 6, len(_time(timesteps)), dtype=torch.float64).sigmoid())
+
+
+class CosineSchedule(BetaSchedule):
+    """alpha_bar_t = f(t) / f(0), f(t) = cos^2(pi / 2 * (t / T + s) / (1 + s)), beta_t at most 0.999.
+
+    Nichol & Dhariwal 2021, equation 17.
+    """
+
+    def __init__(self, timesteps: int = 1000, s: float = 0.008):
+        if s < 0:
+            raise ValueError(f"s = {s:g}: must be at least 0")
+        t = torch.cat([torch.zeros(1, dtype=torch.float64), _time(timesteps)])
+        f = (math.pi / 2 * (t / timesteps + s) / (1 + s)).cos() ** 2
+        super().__init__((1 - f[1:] / f[:-1]).clamp(max=0.999))

@@ -1,0 +1,601 @@
+"""Gaussian diffusion: the forward process, the reverse process, the losses, the variational bound and the samplers.
+
+Nothing here knows of images: x is any float tensor [B, ...], the network any net(xt, t) -> tensor of xt's shape. Equation
+numbers are those of the README, section "The mathematics".
+
+    python gaussian_diffusion.py                  # time and memory of every setting: on CUDA if there is one, else on the CPU
+    python gaussian_diffusion.py --device cpu --timesteps 100 --batch-size 8 --image-size 16
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise, product
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+ReverseVariance = Literal["beta", "sigma_bar_square", "learnable"]
+PredictionName = Literal["direct", "reconstruction", "denoising", "velocity"]
+LossMode = Literal["simple", "full", "min_snr"]
+SamplerName = Literal["ddpm", "ddim", "dpm"]
+
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
+CHUNK_ROWS = 128  # rows of one network call in the sums over t, unless the caller gives a chunk size
+
+
+class Prediction(NamedTuple):
+    """Three readings of one network call, each of xt's shape."""
+
+    mu: Tensor
+    x0: Tensor
+    eps: Tensor
+
+
+class Bound(NamedTuple):
+    """The parts of -ELBO and their sum, nats per dimension, each [B]."""
+
+    prior: Tensor
+    kl: Tensor
+    reconstruction: Tensor
+    total: Tensor
+
+
+def _choice(name: str, value: str, allowed: object) -> None:
+    if value not in get_args(allowed):
+        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(get_args(allowed))}")
+
+
+class GaussianDiffusion(nn.Module):
+    """The diffusion process of a schedule and a network.
+
+    schedule          beta_1..beta_T: anything with a float64 tensor `alpha_bar` [T]
+    time_aware_net    net(xt, t) -> tensor of xt's shape, t long [B] in 1..T
+    reverse_variance  sigma_t^2 of p(x_{t-1} | x_t): "beta", "sigma_bar_square" (the posterior's) or "learnable"
+    prediction        what the network's output is: "direct" (mu), "reconstruction" (x0), "denoising" (eps) or "velocity"
+    loss_mode         "simple", "full" or "min_snr" (README, equations 12 to 14)
+
+    A time t is a long tensor [B] in 1..T on x's device, or an int for the whole batch. Coefficients are derived in float64 and
+    kept as float32 buffers. T is the number of steps.
+    """
+
+    def __init__(
+        self,
+        schedule,
+        time_aware_net: nn.Module,
+        reverse_variance: ReverseVariance = "beta",
+        prediction: PredictionName = "denoising",
+        loss_mode: LossMode = "simple",
+    ):
+        super().__init__()
+        _choice("reverse_variance", reverse_variance, ReverseVariance)
+        _choice("prediction", prediction, PredictionName)
+        _choice("loss_mode", loss_mode, LossMode)
+        self.time_aware_net = time_aware_net
+        self.reverse_variance = reverse_variance
+        self.prediction = prediction
+        self.loss_mode = loss_mode
+        self._alpha_bar = schedule.alpha_bar.double().cpu()
+        self.T = len(self._alpha_bar)
+        for name, table in self._tables().items():
+            if not table.float().isfinite().all():
+                raise ValueError(
+                    f"alpha_bar_T = {self._alpha_bar[-1].item():g}: too small for prediction = {prediction!r} in float32; "
+                    "use a schedule that ends with more signal"
+                )
+            self.register_buffer(name, table.float(), persistent=False)
+        self._register_variance()
+
+    def _tables(self) -> dict[str, Tensor]:
+        """Every coefficient that is looked up by t, float64 [T]."""
+        alpha_bar = self._alpha_bar
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])  # alpha_bar_0 = 1
+        alpha = alpha_bar / previous
+        beta = 1 - alpha
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # x_t = signal x_0 + noise eps
+        # equation 4: mu_bar_t of q(x_{t-1} | x_0, x_t)
+        mu_bar_from_x0 = previous.sqrt() * beta / (1 - alpha_bar)
+        mu_bar_from_xt = alpha.sqrt() * (1 - previous) / (1 - alpha_bar)
+        # equation 8: the network's target is u x_0 + w eps
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        u, w = {
+            "direct": (previous.sqrt(), mu_bar_from_xt * noise),
+            "reconstruction": (one, zero),
+            "denoising": (zero, one),
+            "velocity": (-noise, signal),
+        }[self.prediction]
+        # equation 9: x_t and the target, solved for x_0 and eps
+        det = u * noise - w * signal
+        x0_from_xt, x0_from_out = -w / det, noise / det
+        return {
+            "step_signal": alpha.sqrt(),
+            "step_noise": beta.sqrt(),
+            "signal": signal,
+            "noise": noise,
+            "mu_bar_from_x0": mu_bar_from_x0,
+            "mu_bar_from_xt": mu_bar_from_xt,
+            "posterior_variance": beta * (1 - previous) / (1 - alpha_bar),  # 0 at t = 1
+            "target_from_x0": u,
+            "target_from_eps": w,
+            "mu_from_xt": mu_bar_from_xt + mu_bar_from_x0 * x0_from_xt,
+            "mu_from_out": mu_bar_from_x0 * x0_from_out,
+            "x0_from_xt": x0_from_xt,
+            "x0_from_out": x0_from_out,
+            "eps_from_xt": u / det,
+            "eps_from_out": -signal / det,
+            "min_snr_weight": (alpha_bar / (1 - alpha_bar)).clamp(max=MIN_SNR_GAMMA) * x0_from_out**2,
+        }
+
+    def _register_variance(self) -> None:
+        """Keep sigma_t^2 as what it assumes of the network, x0_error_t = E||x0_hat - x_0||^2 / n (equation 7), or as a parameter.
+
+        beta_t claims that the network knows nothing but x_t (of unit variance), sigma_bar_t^2 that it is never wrong.
+        sigma_bar_1^2 is taken as beta_1, so that the last step has a density.
+        """
+        x0_error = 1 - self._alpha_bar
+        if self.reverse_variance == "sigma_bar_square":
+            x0_error[1:] = 0
+        if self.reverse_variance == "learnable":
+            self.log_sigma_square = nn.Parameter(self._variance(x0_error).log().float())
+        else:
+            self.register_buffer("x0_error", x0_error.float())
+
+    def _variance(self, x0_error: Tensor) -> Tensor:
+        """Equation 7: sigma_t^2 = sigma_bar_t^2 + mu_bar_from_x0_t^2 x0_error_t, [T]."""
+        return self.posterior_variance + self.mu_bar_from_x0**2 * x0_error
+
+    @property
+    def sigma_square(self) -> Tensor:
+        """Variance of p(x_{t-1} | x_t), t = 1..T: float32 [T], positive; a function of a parameter when learnable."""
+        if self.reverse_variance == "learnable":
+            return self.log_sigma_square.exp()
+        return self._variance(self.x0_error)
+
+    # Look-up of times
+
+    def _times(self, t: int | Tensor, x: Tensor) -> Tensor:
+        """t as a long tensor [B] on x's device; ValueError if it is not one, or leaves 1..T."""
+        if isinstance(t, int):
+            t = torch.full((len(x),), t, device=x.device)
+        if t.shape != x.shape[:1] or t.dtype != torch.long:
+            raise ValueError(f"t: {t.dtype} of shape {list(t.shape)}: must be an int or a long tensor [{len(x)}], one a sample")
+        # on another device the look-up itself checks the range, without waiting for the result
+        if t.device.type == "cpu" and len(t) and (t.min() < 1 or t.max() > self.T):
+            raise ValueError(f"t = {t.tolist()}: every t must lie in 1..{self.T}")
+        return t
+
+    @staticmethod
+    def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+        """table [T] at the times t [B], shaped [B, 1, ..., 1] to multiply `like`."""
+        return table.index_select(0, t - 1).view(-1, *[1] * (like.ndim - 1))
+
+    def _mix(self, a: str, x: Tensor, b: str, y: Tensor, t: Tensor) -> Tensor:
+        """a_t x + b_t y, with a and b the names of tables."""
+        return self._at(getattr(self, a), t, x) * x + self._at(getattr(self, b), t, y) * y
+
+    # Forward process
+
+    def q_step(self, x_prev: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draw x_t of q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I) (equation 1)."""
+        noise = torch.randn_like(x_prev) if noise is None else noise
+        return self._mix("step_signal", x_prev, "step_noise", noise, self._times(t, x_prev))
+
+    def q_sample(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draw x_t of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (equation 2)."""
+        noise = torch.randn_like(x0) if noise is None else noise
+        return self._mix("signal", x0, "noise", noise, self._times(t, x0))
+
+    def q_posterior(self, x0: Tensor, xt: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """mu_bar_t (x's shape) and sigma_bar_t^2 [B, 1, ..., 1] of q(x_{t-1} | x_0, x_t) (equations 3 and 4).
+
+        At t = 1 the mean is x_0 itself, and sigma_bar_1^2, 0 by the formula, is taken as beta_1.
+        """
+        t = self._times(t, xt)
+        variance = self._at(self.posterior_variance, t, xt)
+        first = self._at(self.step_noise**2, t, xt)
+        mean = self._mix("mu_bar_from_x0", x0, "mu_bar_from_xt", xt, t)
+        return mean, torch.where(t.view(variance.shape) == 1, first, variance)
+
+    # Reverse process
+
+    def _net(self, xt: Tensor, t: Tensor) -> Tensor:
+        """The network's output in x's precision, whatever precision autocast let it run in."""
+        return self.time_aware_net(xt, t).to(xt.dtype)
+
+    def predict(self, xt: Tensor, t: int | Tensor) -> Prediction:
+        """mu, x_0 and eps as one call of the network at (x_t, t) implies them (equation 9)."""
+        t = self._times(t, xt)
+        out = self._net(xt, t)
+        return Prediction(*(self._mix(f"{name}_from_xt", xt, f"{name}_from_out", out, t) for name in Prediction._fields))
+
+    def p_mean_variance(self, xt: Tensor, t: int | Tensor, clip_x0: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean (x's shape) and variance [B, 1, ..., 1] of p(x_{t-1} | x_t); clip_x0 keeps the predicted x_0 in [-1, 1]."""
+        t = self._times(t, xt)
+        mean, x0, _ = self.predict(xt, t)
+        if clip_x0:
+            mean = self._mix("mu_bar_from_x0", x0.clamp(-1, 1), "mu_bar_from_xt", xt, t)
+        return mean, self._at(self.sigma_square, t, xt)
+
+    def p_sample(self, xt: Tensor, t: int | Tensor, noise: Tensor | None = None, clip_x0: bool = False) -> Tensor:
+        """Draw x_{t-1} of p(x_{t-1} | x_t); at t = 1 the mean itself, so that no noise is left in x_0."""
+        t = self._times(t, xt)
+        mean, variance = self.p_mean_variance(xt, t, clip_x0)
+        noise = torch.randn_like(xt) if noise is None else noise
+        return mean + variance.sqrt() * noise * (t > 1).view(variance.shape)
+
+    # Losses
+
+    def _residual(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The network's output at q_sample(x_0, t, noise) less its target (equation 8)."""
+        out = self._net(self.q_sample(x0, t, noise), t)
+        return out - self._mix("target_from_x0", x0, "target_from_eps", noise, t)
+
+    def _bound_term(self, t: Tensor, error: Tensor) -> Tensor:
+        """[B]: the term of equation 12 at t, of the network's mean squared error [B]."""
+        sigma_square = self._at(self.sigma_square, t, error)
+        term = self._at(self.mu_from_out**2, t, error) * error / sigma_square
+        if self.reverse_variance == "learnable":
+            term = term + sigma_square.log() + self._at(self.posterior_variance, t, error) / sigma_square
+        return term
+
+    def _loss(self, mode: LossMode, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        error = self._residual(x0, t, noise).square().flatten(1).mean(1)
+        if mode == "full":
+            return self._bound_term(t, error)
+        loss = self._at(self.min_snr_weight, t, error) * error if mode == "min_snr" else error
+        if self.reverse_variance == "learnable":  # the bound trains the variance, and only that
+            loss = loss + self._bound_term(t, error.detach())
+        return loss
+
+    def loss(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
+        """[B], per dimension: the term at t of the configured objective.
+
+        "simple"   ||out - target||^2 / n (equation 13)
+        "min_snr"  the same times min(snr_t, 5) in units of x_0's error (equation 14)
+        "full"     L_2 of equation 12, and L_1 where the variance is learnable; loss_full is its sum over t
+
+        With a learnable variance, "simple" and "min_snr" add the full term with the network's gradient stopped (Nichol &
+        Dhariwal 2021, section 3.1): the network learns from the one, the variance from the other.
+        """
+        noise = torch.randn_like(x0) if noise is None else noise
+        return self._loss(self.loss_mode, x0, self._times(t, x0), noise)
+
+    def _random_times(self, x0: Tensor) -> Tensor:
+        """[B] times, each uniform on 1..T, spread evenly over the batch (Kingma et al. 2021, appendix I.1)."""
+        u = torch.rand((), device=x0.device) + torch.arange(len(x0), device=x0.device) / len(x0)
+        return (u % 1 * self.T).long().clamp(max=self.T - 1) + 1
+
+    def loss_simple(self, x0: Tensor) -> Tensor:
+        """[B]: the simple loss (equation 13) at random times."""
+        return self._loss("simple", x0, self._random_times(x0), torch.randn_like(x0))
+
+    def loss_full(self, x0: Tensor, chunk_size: int | None = None) -> Tensor:
+        """[B]: the full loss (equation 12), summed over every t = 1..T, each with its own noise.
+
+        chunk_size timesteps go through the network in one call (None: as many as make 128 rows). What a call keeps for the
+        backward pass is computed again there, so memory grows with chunk_size and not with T.
+        """
+
+        def chunk(x0: Tensor, t: Tensor) -> Tensor:
+            rows, times = _every_pair(x0, t)
+            return self._loss("full", rows, times, torch.randn_like(rows)).view(len(t), -1).sum(0)
+
+        chunks = self._chunks(x0, torch.arange(1, self.T + 1, device=x0.device), chunk_size)
+        return sum(checkpoint(chunk, x0, t, use_reentrant=False) for t in chunks)
+
+    def forward(self, x0: Tensor, chunk_size: int | None = None) -> Tensor:
+        """Scalar: the configured loss, batch mean. chunk_size is loss_full's."""
+        if self.loss_mode == "full":
+            return self.loss_full(x0, chunk_size).mean()
+        return self._loss(self.loss_mode, x0, self._random_times(x0), torch.randn_like(x0)).mean()
+
+    def _chunks(self, x0: Tensor, times: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
+        """times in pieces of chunk_size."""
+        if chunk_size is None:
+            chunk_size = max(1, CHUNK_ROWS // len(x0))
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size = {chunk_size}: must be at least 1")
+        return times.split(chunk_size)
+
+    # Variational bound
+
+    @contextmanager
+    def _evaluating(self):
+        """Dropout off inside, and as it was afterwards."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    def _residuals(self, x0: Tensor, times: Tensor, chunk_size: int | None, generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of times, t [k] and the network's residuals there [k, B, ...]: first t = 1 alone, then the rest in chunks."""
+        first = torch.ones(1, dtype=torch.long, device=x0.device)
+        for t in (first, *self._chunks(x0, times, chunk_size)):
+            if len(t):
+                rows, row_times = _every_pair(x0, t)
+                noise = torch.randn(rows.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+                yield t, self._residual(rows, row_times, noise).unflatten(0, (len(t), len(x0)))
+
+    @torch.no_grad()
+    def variational_bound(
+        self,
+        x0: Tensor,
+        discretized: bool = False,
+        timesteps: int | None = None,
+        chunk_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Bound:
+        """-ELBO of x_0 (equation 6) in its parts, nats per dimension, each [B], with every constant kept.
+
+        discretized  False: for the density of x_0. True: for the probability of 8-bit data, whose 256 levels lie 2/255 apart in
+                     [-1, 1], the outer two reaching to infinity (Ho et al. 2020, equation 13); total / ln 2 is then bits per
+                     dimension. ValueError where x_0 leaves [-1, 1]
+        timesteps    None: every KL term. An int: that many, one drawn from each of as many equal parts of 2..T and weighted by
+                     the part's length; unbiased, and as much faster
+        chunk_size   timesteps in one network call, None for as many as make 128 rows
+        generator    of all draws, on x_0's device; the same one draws the same noise in fit_reverse_variance
+        """
+        if discretized and x0.abs().max() > 1:
+            raise ValueError(f"x0 from {x0.min():g} to {x0.max():g}: the discretized likelihood is of data in [-1, 1]")
+        times, length = self._strata(timesteps, x0.device, generator)
+        alpha_bar_T = self._alpha_bar[-1].item()
+        prior = 0.5 * (alpha_bar_T * x0.square().flatten(1).mean(1) - alpha_bar_T - math.log1p(-alpha_bar_T))
+        kl = torch.zeros_like(prior)
+        sigma_square = self.sigma_square
+        with self._evaluating():
+            residuals = self._residuals(x0, times, chunk_size, generator)
+            mu = x0 + self.mu_from_out[0] * next(residuals)[1][0]  # mu_bar_1 is x_0
+            reconstruction = _gaussian_nll(x0, mu, sigma_square[0], discretized)
+            for t, residual in residuals:
+                mu_error = self.mu_from_out[t - 1, None] ** 2 * residual.square().flatten(2).mean(2)  # [k, B]
+                ratio = (self.posterior_variance / sigma_square)[t - 1, None]
+                term = 0.5 * (ratio - 1 - ratio.log() + mu_error / sigma_square[t - 1, None])
+                kl += length[t - 1] @ term
+        return Bound(prior, kl, reconstruction, prior + kl + reconstruction)
+
+    def _strata(self, timesteps: int | None, device: torch.device, generator) -> tuple[Tensor, Tensor]:
+        """Times of 2..T [k], and how many times each stands for, as a table [T]."""
+        if timesteps is not None and not 1 <= timesteps <= self.T - 1:
+            raise ValueError(f"timesteps = {timesteps}: must be None or lie in 1..{self.T - 1}, the number of KL terms")
+        k = self.T - 1 if timesteps is None else timesteps
+        edges = torch.linspace(2, self.T + 1, k + 1, device=device).round().long()
+        width = edges.diff()
+        times = edges[:-1] + (torch.rand(k, generator=generator, device=device) * width).long()
+        return times, torch.zeros(self.T, device=device).index_copy(0, times - 1, width.float())
+
+    @torch.no_grad()
+    def fit_reverse_variance(
+        self, batches: Iterable[Tensor], chunk_size: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Set sigma_t^2, t = 1..T, to the values that minimise the bound for this network, in place (equation 7).
+
+        batches is iterated once; each x_0 [B, ...] is evaluated at all T times. A progress bar counts them. Works for every
+        reverse_variance, and is saved with the module's state. chunk_size and generator as in variational_bound.
+        """
+        error, count = torch.zeros(self.T, dtype=torch.float64), 0
+        total = len(batches) * self.T if hasattr(batches, "__len__") else None
+        with self._evaluating(), tqdm(total=total, desc="fitting the reverse variance", unit="t") as bar:
+            for x0 in batches:
+                times = torch.arange(2, self.T + 1, device=x0.device)
+                for t, residual in self._residuals(x0, times, chunk_size, generator):
+                    error[t.cpu() - 1] += residual.square().flatten(2).mean(2).sum(1).double().cpu()
+                    bar.update(len(t))
+                count += len(x0)
+        if not count or not error.isfinite().all():
+            raise ValueError("batches: " + ("the network's error on them is not finite" if count else "there is none"))
+        x0_error = (self.x0_from_out.cpu().double() ** 2 * error / count).to(self.signal)  # equation 9
+        if self.reverse_variance == "learnable":
+            self.log_sigma_square.copy_(self._variance(x0_error).log())
+        else:
+            self.x0_error.copy_(x0_error)
+
+    # Samplers
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        sampler: SamplerName = "ddpm",
+        timesteps: int | Sequence[int] | None = None,
+        eta: float = 0.0,
+        clip_x0: bool = False,
+        x_T: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """x_0 of the given shape: the last state of trajectory, which see for the arguments."""
+        states = self.trajectory(shape, sampler, timesteps, eta, clip_x0, x_T, generator)
+        return deque(states, maxlen=1)[0][1]  # keeps one state at a time
+
+    def trajectory(
+        self,
+        shape: Sequence[int],
+        sampler: SamplerName = "ddpm",
+        timesteps: int | Sequence[int] | None = None,
+        eta: float = 0.0,
+        clip_x0: bool = False,
+        x_T: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Generate (t, x_t) from (T, x_T) down to (0, x_0), one network call a step, without gradients.
+
+        sampler    "ddpm": ancestral (equation 15), with the variances of the shortened chain on a subset of the steps
+                   "ddim": Song et al. 2021, equation 12; eta = 0 is deterministic, eta = 1 has the ancestral variance
+                   "dpm": DPM-Solver++ 2M, Lu et al. 2022, algorithm 2, its first and its last step of first order
+        timesteps  None: all. An int: that many, evenly spread, T and 1 included. Or the times themselves, descending
+        eta        of "ddim" only, 0 to 1
+        clip_x0    keep every predicted x_0 in [-1, 1]
+        x_T        the state to start from, of the given shape; drawn if None
+        generator  of all draws, on the module's device
+        """
+        _choice("sampler", sampler, SamplerName)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta = {eta:g}: must lie between 0 and 1")
+        if eta and sampler != "ddim":
+            raise ValueError(f"eta = {eta:g}: only the sampler 'ddim' has it, not {sampler!r}")
+        steps = self._steps(timesteps)
+        if x_T is None:
+            x_T = torch.randn(*shape, generator=generator, device=self.signal.device)
+        elif x_T.shape != torch.Size(shape):
+            raise ValueError(f"x_T of shape {list(x_T.shape)}: must have the shape asked for, {list(shape)}")
+        return self._states(x_T, steps, self._update_rule(sampler, steps, eta), clip_x0, generator)
+
+    @torch.no_grad()
+    def _states(self, x: Tensor, steps: list[int], rule: list, clip_x0: bool, generator) -> Iterator[tuple[int, Tensor]]:
+        """x_s = a x_t + b x0_hat + c (x0_hat of the step before) + d noise, for each (a, b, c, d) of the rule."""
+        times = torch.empty(len(x), dtype=torch.long, device=x.device)
+        noise, x0_before = torch.empty_like(x), None
+        yield steps[0], x
+        with self._evaluating():
+            for t, following, (a, b, c, d) in zip(steps, [*steps[1:], 0], rule, strict=True):
+                out = self._net(x, times.fill_(t))
+                x0 = (self.x0_from_xt[t - 1] * x).addcmul_(self.x0_from_out[t - 1], out)
+                if clip_x0:
+                    x0.clamp_(-1, 1)
+                x = (a * x).add_(x0, alpha=b)
+                if c:
+                    x.add_(x0_before, alpha=c)
+                if d:
+                    x.add_(noise.normal_(generator=generator), alpha=d)
+                x0_before = x0
+                yield following, x
+
+    def _steps(self, timesteps: int | Sequence[int] | None) -> list[int]:
+        """The times that a sampler visits, descending."""
+        if timesteps is None:
+            timesteps = self.T
+        if isinstance(timesteps, int):
+            if not 1 <= timesteps <= self.T:
+                raise ValueError(f"timesteps = {timesteps}: must lie in 1..{self.T}")
+            return torch.linspace(self.T, 1, timesteps, dtype=torch.float64).round().int().tolist()
+        steps = [int(t) for t in timesteps]
+        if not steps or steps[0] > self.T or steps[-1] < 1 or any(s >= t for t, s in pairwise(steps)):
+            raise ValueError(f"timesteps = {steps}: must descend, without a repeat, within {self.T}..1")
+        return steps
+
+    def _update_rule(self, sampler: SamplerName, steps: list[int], eta: float) -> list[tuple[float, ...]]:
+        """(a, b, c, d) of every step from t = steps[i] to s = steps[i + 1], 0 after the last; derived in float64."""
+        bar_t = self._alpha_bar[torch.tensor(steps) - 1]
+        bar_s = torch.cat([bar_t[1:], torch.ones(1, dtype=torch.float64)])
+        alpha = bar_t / bar_s
+        posterior_variance = (1 - alpha) * (1 - bar_s) / (1 - bar_t)
+        c = d = torch.zeros_like(bar_t)
+        if sampler == "ddpm":  # equations 4 and 7, with alpha and beta of the shortened chain
+            a = alpha.sqrt() * (1 - bar_s) / (1 - bar_t)
+            b = bar_s.sqrt() * (1 - alpha) / (1 - bar_t)
+            variance = posterior_variance + b**2 * self._assumed_x0_error()[torch.tensor(steps) - 1]
+            d = variance.clamp(min=0).sqrt()
+            d[-1] = 0
+        elif sampler == "ddim":
+            d = eta * posterior_variance.sqrt()
+            a = ((1 - bar_s - d**2).clamp(min=0) / (1 - bar_t)).sqrt()
+            b = bar_s.sqrt() - a * bar_t.sqrt()
+        else:
+            h = 0.5 * (torch.logit(bar_s) - torch.logit(bar_t))  # step in log(signal / noise), infinite at the last
+            x0_share = -bar_s.sqrt() * torch.expm1(-h)
+            extrapolation = torch.zeros_like(h)
+            extrapolation[1:-1] = 0.5 * h[1:-1] / h[:-2]
+            a = ((1 - bar_s) / (1 - bar_t)).sqrt()
+            b, c = x0_share * (1 + extrapolation), -x0_share * extrapolation
+        return list(zip(*(x.tolist() for x in (a, b, c, d)), strict=True))
+
+    def _assumed_x0_error(self) -> Tensor:
+        """Equation 7 solved for x0_error, [T] in float64: what sigma_t^2 assumes of the network, in any chain."""
+        if self.reverse_variance != "learnable":
+            return self.x0_error.double().cpu()
+        excess = self.log_sigma_square.double().exp() - self.posterior_variance.double()
+        return (excess / self.mu_bar_from_x0.double() ** 2).detach().cpu()
+
+
+def _every_pair(x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [k * B, ...] and times [k * B]: all of x0 [B, ...] at the first of the times t [k], then at the second, ..."""
+    return x0.repeat(len(t), *[1] * (x0.ndim - 1)), t.repeat_interleave(len(x0))
+
+
+def _gaussian_nll(x: Tensor, mean: Tensor, variance: Tensor, discretized: bool) -> Tensor:
+    """-log N(x; mean, variance) per dimension in nats, [B]; discretized: of the interval of x's level instead."""
+    z = (x - mean) / variance.sqrt()
+    if not discretized:
+        return 0.5 * ((2 * math.pi * variance).log() + z.square().flatten(1).mean(1))
+    half = 1 / 255 / variance.sqrt()
+    lower = torch.where(x < -1 + 1 / 255, -math.inf, z - half)
+    upper = torch.where(x > 1 - 1 / 255, math.inf, z + half)
+    right = lower > 0  # there the two probabilities are close to 1: take their complements
+    lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
+    log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
+    return -(log_upper + torch.log(-torch.expm1(log_lower - log_upper))).flatten(1).mean(1)
+
+
+def _measure(diffusion: GaussianDiffusion, x0: Tensor, chunk_size: int | None, iterations: int) -> tuple[float, float, float]:
+    """Loss, median seconds of a forward and backward pass, and peak memory in MiB (nan where it cannot be known)."""
+    cuda = x0.device.type == "cuda"
+    seconds = []
+    for i in range(iterations + 1):  # the first one warms up
+        diffusion.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        loss = diffusion(x0, chunk_size)
+        loss.backward()
+        if cuda:
+            torch.cuda.synchronize()
+        if i:
+            seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else math.nan
+    return loss.item(), statistics.median(seconds), peak
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the time and memory table."""
+    from beta_schedule import LinearSchedule
+    from time_aware_module import TimeAwareUNet
+
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description="Time and memory of a forward and backward pass in every setting.")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--timesteps", type=int, default=1000 if cuda else 20, help="T")
+    parser.add_argument("--batch-size", type=int, default=16 if cuda else 4)
+    parser.add_argument("--image-size", type=int, default=32 if cuda else 16)
+    parser.add_argument("--base-channels", type=int, default=128 if cuda else 32, help="of the U-Net")
+    parser.add_argument("--chunk-size", type=int, help="timesteps in one network call of the full loss")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="in the U-Net")
+    parser.add_argument("--iterations", type=int, default=3, help="timed ones, after one to warm up; the median is shown")
+    args = parser.parse_args(argv)
+    if args.device.startswith("cuda") and not cuda:
+        parser.error(f"--device {args.device}: CUDA is not available here; try --device cpu")
+
+    device = torch.device(args.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{where}, torch {torch.__version__}: T = {args.timesteps}, batch {args.batch_size} of 3 x {args.image_size} x",
+        end=" ",
+    )
+    print(f"{args.image_size}, base_channels = {args.base_channels}" + ("" if cuda else " (small, for want of CUDA)"))
+    print(f"{'variance':>16}  {'prediction':>14}  {'loss':>7}  {'loss value':>12}  {'ms / iteration':>14}  {'peak MiB':>8}")
+    for variance, prediction, loss_mode in product(*map(get_args, (ReverseVariance, PredictionName, LossMode))):
+        print(f"{variance:>16}  {prediction:>14}  {loss_mode:>7}", end="  ", flush=True)
+        torch.manual_seed(0)
+        net = TimeAwareUNet(3, args.base_channels)
+        net.activation_checkpointing = args.activation_checkpointing
+        diffusion = GaussianDiffusion(LinearSchedule(args.timesteps), net, variance, prediction, loss_mode).to(device)
+        x0 = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device) * 2 - 1
+        try:
+            loss, seconds, peak = _measure(diffusion, x0, args.chunk_size, args.iterations)
+        except RuntimeError as error:  # CUDA's own class is one of these
+            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                raise
+            print("out of memory")
+            continue
+        print(f"{loss:12.5g}  {1000 * seconds:14.1f}  {'n/a' if math.isnan(peak) else f'{peak:.0f}':>8}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

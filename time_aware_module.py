@@ -1,0 +1,266 @@
+"""Time-aware networks: net(xt, t) -> tensor of xt's shape, with t a long tensor [B] of times in 1..T.
+
+`TimeAwareUNet` is for images [B, C, H, W], `TimeAwareMLP` for vectors [B, n_features]. Neither knows of beta, and neither mixes
+the samples of a batch: what a sample gets does not depend on its batch mates (no BatchNorm).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1")
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding of t through a two-layer MLP: [B] -> [B, t_channels].
+
+    sin and cos of (t - 1) w_i, w_i = 10000^(-i / (n/2 - 1)), i = 0..n/2-1 (Vaswani et al. 2017, section 3.5, spaced and
+    counted from time 0 as by Ho et al. 2020, so that weights trained elsewhere mean the same here).
+    """
+
+    def __init__(self, n_sinusoids: int, t_channels: int):
+        super().__init__()
+        half = n_sinusoids // 2
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / max(half - 1, 1))
+        self.register_buffer("frequency", frequency.float(), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * half, t_channels), nn.SiLU(), nn.Linear(t_channels, t_channels))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = (t - 1)[:, None] * self.frequency
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
+
+
+def _norm(channels: int, num_groups: int | None) -> nn.GroupNorm:
+    """GroupNorm; by default of 32 groups as in the paper, or fewer so that a group has at least 4 channels.
+
+    With a channel a group the normalisation would erase each channel's mean, and with it the brightness of the image.
+    """
+    if num_groups is None:
+        num_groups = math.gcd(32, channels, channels // 4)
+    if channels % num_groups:
+        raise ValueError(f"num_groups = {num_groups}: must divide the channels of every layer, of which one has {channels}")
+    return nn.GroupNorm(num_groups, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(dropout(SiLU(norm(conv(SiLU(norm(x))) + linear(time))))), the second convolution starting at zero."""
+
+    def __init__(self, c_in: int, c_out: int, t_channels: int, dropout: float, num_groups: int | None):
+        super().__init__()
+        self.norm1 = _norm(c_in, num_groups)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(t_channels, c_out)
+        self.norm2 = _norm(c_out, num_groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time)[:, :, None, None]
+        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+
+
+class SelfAttention(nn.Module):
+    """x + proj(attention(norm(x))) over the pixels, the projection starting at zero."""
+
+    def __init__(self, channels: int, num_heads: int, num_groups: int | None):
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"num_heads = {num_heads}: must divide the {channels} channels of the level with attention")
+        self.num_heads = num_heads
+        self.norm = _norm(channels, num_groups)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
+        q, k, v = self.qkv(pixels).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H*W, C / heads]
+        h = self.proj(h.transpose(1, 2).flatten(2))
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """Strided 3x3 convolution, padded at the bottom and right only: [B, C, H, W] -> [B, C, H/2, W/2]."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling, then a 3x3 convolution: [B, C, H, W] -> [B, C, 2H, 2W]."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Sequential):
+    """Modules called one after the other as module(x, time)."""
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        for module in self:
+            x = module(x, time)
+        return x
+
+
+class TimeAwareUNet(nn.Module):
+    """The U-Net of Ho et al. 2020, appendix B: [B, n_channels, H, W], t [B] -> [B, n_channels, H, W].
+
+    n_channels      channels of the images
+    base_channels   channels of the first level (even); level i has base_channels * ch_mult[i]
+    t_channels      width of the time embedding, None for 4 * base_channels
+    ch_mult         one factor a level; each level but the last halves height and width
+    num_res_blocks  residual blocks a level on the way down (one more on the way up)
+    attention       for each level: self-attention after each of its residual blocks? (the lowest point always has one)
+    num_heads       heads of the attention
+    dropout         probability of zeroing a feature in a residual block
+    num_groups      groups of every GroupNorm, None for the paper's 32, or fewer where a layer has less than 128 channels
+
+    H and W must be multiples of 2^(levels - 1), else ValueError. `activation_checkpointing = True` computes the inside of each
+    block again in the backward pass instead of keeping it.
+    """
+
+    def __init__(
+        self,
+        n_channels: int,
+        base_channels: int = 128,
+        t_channels: int | None = None,
+        ch_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        attention: Sequence[bool] = (False, True, False, False),
+        num_heads: int = 1,
+        dropout: float = 0.0,
+        num_groups: int | None = None,
+    ):
+        super().__init__()
+        t_channels = 4 * base_channels if t_channels is None else t_channels
+        _positive(n_channels=n_channels, base_channels=base_channels, t_channels=t_channels, num_heads=num_heads)
+        _positive(num_res_blocks=num_res_blocks, levels=len(ch_mult), **{"every ch_mult": min(ch_mult, default=1)})
+        _positive(num_groups=1 if num_groups is None else num_groups)
+        if len(attention) != len(ch_mult):
+            raise ValueError(f"attention = {list(attention)}: must have one entry a level, as ch_mult = {list(ch_mult)} has")
+        if base_channels % 2:
+            raise ValueError(f"base_channels = {base_channels}: must be even, half sines and half cosines of t")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout = {dropout}: must be at least 0 and below 1")
+        self.n_channels = n_channels
+        self.size_multiple = 2 ** (len(ch_mult) - 1)
+        self.activation_checkpointing = False
+
+        def block(c_in: int, level: int) -> Stage:
+            c_out = base_channels * ch_mult[level]
+            stage = Stage(ResidualBlock(c_in, c_out, t_channels, dropout, num_groups))
+            if attention[level]:
+                stage.append(SelfAttention(c_out, num_heads, num_groups))
+            return stage
+
+        self.time_embedding = TimeEmbedding(base_channels, t_channels)
+        self.conv_in = nn.Conv2d(n_channels, base_channels, 3, padding=1)
+
+        self.down = nn.ModuleList()
+        channels = [base_channels]  # of every state that the way up takes over from the way down
+        for level in range(len(ch_mult)):
+            for _ in range(num_res_blocks):
+                self.down.append(block(channels[-1], level))
+                channels.append(base_channels * ch_mult[level])
+            if level < len(ch_mult) - 1:
+                self.down.append(Stage(Downsample(channels[-1])))
+                channels.append(channels[-1])
+
+        c = channels[-1]
+        self.middle = Stage(
+            ResidualBlock(c, c, t_channels, dropout, num_groups),
+            SelfAttention(c, num_heads, num_groups),
+            ResidualBlock(c, c, t_channels, dropout, num_groups),
+        )
+
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(ch_mult))):
+            for _ in range(num_res_blocks + 1):
+                self.up.append(block(c + channels.pop(), level))
+                c = base_channels * ch_mult[level]
+            if level > 0:
+                self.up[-1].append(Upsample(c))
+
+        self.norm_out = _norm(c, num_groups)
+        self.conv_out = nn.Conv2d(c, n_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+        if xt.ndim != 4 or xt.shape[1] != self.n_channels:
+            raise ValueError(
+                f"images of shape {list(xt.shape)}: this network takes [B, {self.n_channels}, H, W] (n_channels = {self.n_channels})"
+            )
+        if any(size % self.size_multiple for size in xt.shape[2:]):
+            raise ValueError(
+                f"images of {xt.shape[2]} x {xt.shape[3]} pixels: height and width must be multiples of {self.size_multiple}, "
+                "2^(levels - 1)"
+            )
+        time = F.silu(self.time_embedding(t))
+        h = self.conv_in(xt)
+        skips = [h]
+        for stage in self.down:
+            h = self._run(stage, h, time)
+            skips.append(h)
+        h = self._run(self.middle, h, time)
+        for stage in self.up:
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), time)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def _run(self, stage: Stage, h: Tensor, time: Tensor) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, h, time, use_reentrant=False)
+        return stage(h, time)
+
+
+class TimeAwareMLP(nn.Module):
+    """A residual MLP for vectors: [B, n_features], t [B] -> [B, n_features].
+
+    hidden      width of each layer
+    depth       number of residual layers h + linear(SiLU(linear(h) + linear(time)))
+    t_channels  width of the time embedding (even)
+    """
+
+    def __init__(self, n_features: int, hidden: int = 128, depth: int = 3, t_channels: int = 64):
+        super().__init__()
+        _positive(n_features=n_features, hidden=hidden, depth=depth, t_channels=t_channels)
+        if t_channels % 2:
+            raise ValueError(f"t_channels = {t_channels}: must be even, half sines and half cosines of t")
+        self.n_features = n_features
+        self.time_embedding = TimeEmbedding(t_channels, t_channels)
+        self.linear_in = nn.Linear(n_features, hidden)
+        self.inner = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
+        self.time = nn.ModuleList(nn.Linear(t_channels, hidden) for _ in range(depth))
+        self.outer = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
+        self.linear_out = nn.Linear(hidden, n_features)
+
+    def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+        if xt.ndim != 2 or xt.shape[1] != self.n_features:
+            raise ValueError(f"vectors of shape {list(xt.shape)}: this network takes [B, {self.n_features}]")
+        time = F.silu(self.time_embedding(t))
+        h = self.linear_in(xt)
+        for inner, add_time, outer in zip(self.inner, self.time, self.outer, strict=True):
+            h = h + outer(F.silu(inner(h) + add_time(time)))
+        return self.linear_out(F.silu(h))
