@@ -134,7 +134,7 @@ class GaussianDiffusion(nn.Module):
         }
 
     def _register_variance(self) -> None:
-        """Keep sigma_t^2 as what it assumes of the network, x0_error_t = E||x0_hat - x_0||^2 / n (equation 7), or as a parameter.
+        """Keep sigma_t^2 as what it assumes of the network, E||x0_hat - x_0||^2 / n, or as a parameter.
 
         beta_t claims that the network knows nothing but x_t (of unit variance), sigma_bar_t^2 that it is never wrong.
         sigma_bar_1^2 is taken as beta_1, so that the last step has a density.
@@ -366,10 +366,11 @@ class GaussianDiffusion(nn.Module):
         """Times of 2..T [k], and how many times each stands for, as a table [T]."""
         if timesteps is not None and not 1 <= timesteps <= self.T - 1:
             raise ValueError(f"timesteps = {timesteps}: must be None or lie in 1..{self.T - 1}, the number of KL terms")
-        k = self.T - 1 if timesteps is None else timesteps
-        edges = torch.linspace(2, self.T + 1, k + 1, device=device).round().long()
+        if timesteps is None:  # draws nothing, so that the noise is that of fit_reverse_variance
+            return torch.arange(2, self.T + 1, device=device), torch.ones(self.T, device=device)
+        edges = torch.linspace(2, self.T + 1, timesteps + 1, device=device).round().long()
         width = edges.diff()
-        times = edges[:-1] + (torch.rand(k, generator=generator, device=device) * width).long()
+        times = edges[:-1] + (torch.rand(timesteps, generator=generator, device=device) * width).long()
         return times, torch.zeros(self.T, device=device).index_copy(0, times - 1, width.float())
 
     @torch.no_grad()

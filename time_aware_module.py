@@ -210,9 +210,7 @@ class TimeAwareUNet(nn.Module):
 
     def forward(self, xt: Tensor, t: Tensor) -> Tensor:
         if xt.ndim != 4 or xt.shape[1] != self.n_channels:
-            raise ValueError(
-                f"images of shape {list(xt.shape)}: this network takes [B, {self.n_channels}, H, W] (n_channels = {self.n_channels})"
-            )
+            raise ValueError(f"images of shape {list(xt.shape)}: this network takes [B, n_channels = {self.n_channels}, H, W]")
         if any(size % self.size_multiple for size in xt.shape[2:]):
             raise ValueError(
                 f"images of {xt.shape[2]} x {xt.shape[3]} pixels: height and width must be multiples of {self.size_multiple}, "
