@@ -1,0 +1,234 @@
+"""Image data sets by name. An item is one float32 image [C, H, W] in [-1, 1]; labels are kept aside.
+
+Every data set takes a `pipeline` of torchvision transforms, applied to the PIL image in order. Flips that end the pipeline are
+left to `to_float`, which does them for a whole batch at once, on any device.
+"""
+
+import gzip
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets as torchvision_datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+FLIPS = {v2.RandomHorizontalFlip: -1, v2.RandomVerticalFlip: -2}  # the dimension that is turned round
+RANDOM_TRANSFORMS = (*FLIPS, v2.RandomCrop, v2.RandomResizedCrop, v2.RandomRotation, v2.RandomAffine, v2.ColorJitter)
+TRANSFORMS = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Grayscale, *RANDOM_TRANSFORMS)
+
+
+class ImageError(ValueError):
+    """An image that cannot be read or does not fit the others."""
+
+
+class ImageDataset(Dataset):
+    """Base of the data sets: a subclass gives image(i), the PIL image, and __len__.
+
+    labels      long tensor [N], or None where there are none
+    shape       [C, H, W] of every image, after the pipeline
+    flips       (dimension, probability) of each flip that to_float does
+    is_random   does pixels(i) change from call to call? (not so for the flips above)
+    """
+
+    labels: Tensor | None = None
+
+    def __init__(self, pipeline: Sequence[Callable] = ()):
+        pipeline = list(pipeline)
+        self.flips: list[tuple[int, float]] = []
+        while pipeline and type(pipeline[-1]) in FLIPS:
+            flip = pipeline.pop()
+            self.flips.append((FLIPS[type(flip)], flip.p))
+        self.pipeline = pipeline
+        self.is_random = any(isinstance(transform, RANDOM_TRANSFORMS) for transform in pipeline)
+        self.shape: torch.Size | None = None
+        self.shape = self.pixels(0).shape
+
+    def image(self, i: int) -> Image.Image:
+        raise NotImplementedError
+
+    def name_of(self, i: int) -> str:
+        """What to call image i in a message."""
+        return f"image {i} of {type(self).__name__}"
+
+    def pixels(self, i: int) -> Tensor:
+        """Image i after the pipeline, but for the flips: uint8 [C, H, W]."""
+        image = self.image(i)
+        for transform in self.pipeline:
+            image = transform(image)
+        pixels = v2.functional.pil_to_tensor(image)
+        if self.shape not in (None, pixels.shape):
+            raise ImageError(
+                f"{self.name_of(i)}: {list(pixels.shape)} where the first image has {list(self.shape)}: every image must have "
+                "one size; add Resize (to [height, width]) or CenterCrop to the pipeline"
+            )
+        return pixels
+
+    def to_float(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] to float32 in [-1, 1], each image flipped by its own coin."""
+        x = pixels.float() / 127.5 - 1
+        for dim, p in self.flips:
+            coin = torch.rand(len(x), 1, 1, 1, device=x.device) < p
+            x = torch.where(coin, x.flip(dim), x)
+        return x
+
+    def __getitem__(self, i: int) -> Tensor:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"index {i}: {type(self).__name__} has {len(self)} images")
+        return self.to_float(self.pixels(i)[None])[0]
+
+
+class ArrayDataset(ImageDataset):
+    """Images held as one uint8 array [N, H, W] or [N, H, W, 3], with labels [N]."""
+
+    def __init__(self, images: np.ndarray, labels: Sequence[int], pipeline: Sequence[Callable] = ()):
+        self.images = images
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
+        super().__init__(pipeline)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, i: int) -> Image.Image:
+        return Image.fromarray(self.images[i])
+
+
+class Digits(ArrayDataset):
+    """scikit-learn's handwritten digits: grey, 8 x 8, 17 levels spread over 0..255; every tenth is for validation."""
+
+    def __init__(self, train: bool = True, pipeline: Sequence[Callable] = ()):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        chosen = (np.arange(len(digits.images)) % 10 != 0) == train
+        images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+        super().__init__(images, digits.target[chosen], pipeline)
+
+
+def _torchvision(cls: type, root: str, train: bool, download: bool):
+    """A data set of torchvision's; ValueError where its files are neither there nor to be had."""
+    try:
+        return cls(root, train=train, download=download)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"root = {root!r}: {cls.__name__} is not there and could not be fetched ({error})") from None
+
+
+class FashionMNIST(ArrayDataset):
+    """Zalando's clothes: grey, 28 x 28, 60,000 to train and 10,000 to validate.
+
+    Read from Debian's package dataset-fashion-mnist where that is installed, else from root, where torchvision downloads it.
+    """
+
+    def __init__(self, root: str = "data", train: bool = True, download: bool = True, pipeline: Sequence[Callable] = ()):
+        prefix = DEBIAN_FASHION_MNIST / ("train" if train else "t10k")
+        images, labels = Path(f"{prefix}-images-idx3-ubyte.gz"), Path(f"{prefix}-labels-idx1-ubyte.gz")
+        if images.exists() and labels.exists():
+            pixels = np.frombuffer(gzip.decompress(images.read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
+            super().__init__(pixels, np.frombuffer(gzip.decompress(labels.read_bytes()), np.uint8, offset=8).copy(), pipeline)
+        else:
+            files = _torchvision(torchvision_datasets.FashionMNIST, root, train, download)
+            super().__init__(files.data.numpy(), files.targets, pipeline)
+
+
+class CIFAR10(ArrayDataset):
+    """32 x 32 colour photographs of ten classes, 50,000 to train and 10,000 to validate; torchvision downloads them to root."""
+
+    def __init__(self, root: str = "data", train: bool = True, download: bool = True, pipeline: Sequence[Callable] = ()):
+        files = _torchvision(torchvision_datasets.CIFAR10, root, train, download)
+        super().__init__(files.data, files.targets, pipeline)
+
+
+class ImageFolder(ImageDataset):
+    """The images of a folder and of all folders below it, sorted by path.
+
+    root             the folder; links to folders are followed, each real folder once; names with a leading dot are skipped
+    mode             "RGB" or "L" (grey): what every image is converted to, whatever its file holds. Alpha is dropped, 16 bits
+                     become 8, an animation gives its first frame, EXIF orientation is applied
+    train            None: every image. False: every tenth, for validation. True: the others
+    skip_unreadable  read every file once at the start, and leave out with a warning those that cannot be read
+    """
+
+    def __init__(
+        self,
+        root: str,
+        mode: Literal["RGB", "L"] = "RGB",
+        train: bool | None = None,
+        skip_unreadable: bool = False,
+        pipeline: Sequence[Callable] = (),
+    ):
+        self.mode = mode
+        self.paths = _image_paths(root)
+        if train is not None:
+            self.paths = [path for i, path in enumerate(self.paths) if (i % 10 != 0) == train]
+        if skip_unreadable:
+            self.paths = [path for path in tqdm(self.paths, desc=f"reading {root}", unit="img") if _is_readable(path)]
+        if not self.paths:
+            raise ValueError(f"root = {root!r}: holds no image" + (" that can be read" if skip_unreadable else ""))
+        super().__init__(pipeline)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name_of(self, i: int) -> str:
+        return self.paths[i]
+
+    def image(self, i: int) -> Image.Image:
+        return _read_image(self.paths[i]).convert(self.mode)
+
+
+class CelebA_HQ_256(ImageFolder):  # noqa: N801
+    """CelebA-HQ at 256 x 256: root is the folder of its 30,000 images, of which every tenth is for validation."""
+
+    def __init__(self, root: str = "data/celeba_hq_256", train: bool = True, pipeline: Sequence[Callable] = ()):
+        super().__init__(root, "RGB", train, pipeline=[v2.Resize((256, 256)), *pipeline])
+
+
+def _image_paths(root: str) -> list[str]:
+    """Every image file below root with an extension that torchvision knows, in either case, sorted."""
+    if not Path(root).is_dir():
+        raise ValueError(f"root = {root!r}: no such folder")
+    paths, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        names = (name for name in files if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."))
+        paths += [os.path.join(folder, name) for name in names]
+    return sorted(paths)
+
+
+def _read_image(path: str) -> Image.Image:
+    """The first frame of a file, upright, with 8 bits a channel; ImageError names a file that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(Image.open(path))
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{path}: cannot be read as an image ({error})") from None
+    if image.mode == "F":
+        raise ImageError(f"{path}: cannot be read as an image (floating-point pixels have no known range)")
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    return image
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        _read_image(path)
+    except ImageError as error:
+        warnings.warn(f"left out: {error}", stacklevel=2)
+        return False
+    return True

@@ -1,0 +1,119 @@
+"""The oracle of the tests: what the textbook formulas and Bayes' rule say, in float64 and apart from the library.
+
+`Textbook` holds the formulas of Ho et al. 2020, `Mixture` is data whose every expectation is known, `OptimalNet` is the network
+that no training can beat on it.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+PREDICTIONS = ("direct", "reconstruction", "denoising", "velocity")
+VARIANCES = ("beta", "sigma_bar_square", "learnable")
+
+
+class Textbook:
+    """Ho et al. 2020, section 2, from beta_1..beta_T [T]. Every table is float64 and indexed by t itself, 0..T."""
+
+    def __init__(self, beta: Tensor):
+        self.T = len(beta)
+        self.beta = torch.cat([torch.zeros(1, dtype=torch.float64), beta])
+        self.alpha = 1 - self.beta
+        self.alpha_bar = self.alpha.cumprod(0)
+        self.previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])  # alpha_bar_{t-1}
+        noise = 1 - self.alpha_bar
+        # equation 7 of the paper, the posterior q(x_{t-1} | x_t, x_0)
+        self.mu_from_x0 = self.previous.sqrt() * self.beta / noise
+        self.mu_from_xt = self.alpha.sqrt() * (1 - self.previous) / noise
+        self.posterior_variance = self.beta * (1 - self.previous) / noise
+        # how an error in x_0 shows in each prediction, x_t being known
+        self.error_from_x0 = {
+            "direct": self.mu_from_x0,
+            "reconstruction": torch.ones_like(noise),
+            "denoising": (self.alpha_bar / noise).sqrt(),  # eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar)
+            "velocity": noise.rsqrt(),  # v = (sqrt(alpha_bar) x_t - x_0) / sqrt(1 - alpha_bar)
+        }
+
+    def sigma_square(self, reverse_variance: str) -> Tensor:
+        """The fixed variances [T + 1]; sigma_bar_1^2 is taken as beta_1."""
+        if reverse_variance == "beta":
+            return self.beta
+        return torch.where(torch.arange(self.T + 1) == 1, self.beta, self.posterior_variance)
+
+    def xt(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t of x_0, eps [B, D] and t [B]."""
+        alpha_bar = self.alpha_bar[t, None]
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+
+    def target(self, prediction: str, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should say, for x_0, eps [B, D] and t [B]."""
+        alpha_bar = self.alpha_bar[t, None]
+        return {
+            "direct": self.mu_from_x0[t, None] * x0 + self.mu_from_xt[t, None] * self.xt(x0, eps, t),
+            "reconstruction": x0,
+            "denoising": eps,
+            "velocity": alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0,  # Salimans & Ho 2022, appendix D
+        }[prediction]
+
+
+class Mixture:
+    """sum_k weight_k N(mean_k, variance_k I) in D dimensions: weights [K], means [K, D], variances [K]."""
+
+    def __init__(self, weights: list, means: list, variances: list):
+        self.weights, self.means, self.variances = (torch.tensor(x, dtype=torch.float64) for x in (weights, means, variances))
+        self.n = self.means.shape[1]
+
+    def sample(self, size: int) -> Tensor:
+        """Float32 [size, D]."""
+        k = torch.multinomial(self.weights, size, replacement=True)
+        return (self.means[k] + self.variances[k, None].sqrt() * torch.randn(size, self.n)).float()
+
+    def log_prob(self, x: Tensor, alpha_bar: Tensor | float = 1.0) -> Tensor:
+        """log density [B] of x [B, D], the data noised to alpha_bar (1: the data itself)."""
+        return self._joint(x.double(), torch.as_tensor(alpha_bar, dtype=torch.float64).expand(len(x))).logsumexp(1)
+
+    def _joint(self, xt: Tensor, alpha_bar: Tensor) -> Tensor:
+        """log (weight_k density_k(x_t)) [B, K], given alpha_bar [B]."""
+        distance = (xt[:, None] - alpha_bar.sqrt()[:, None, None] * self.means).square().sum(2)
+        variance = alpha_bar[:, None] * self.variances + 1 - alpha_bar[:, None]
+        return self.weights.log() - 0.5 * (distance / variance + self.n * (2 * math.pi * variance).log())
+
+    def entropy(self, size: int = 200_000) -> float:
+        """Nats per dimension: exact for one Gaussian, else by Monte Carlo in float64."""
+        if len(self.weights) == 1:
+            return 0.5 * math.log(2 * math.pi * math.e * self.variances.item())
+        return -self.log_prob(self.sample(size)).mean().item() / self.n
+
+    def x0_error(self, alpha_bar: Tensor) -> Tensor:
+        """E||x_0 - E[x_0 | x_t]||^2 / n of one Gaussian, at each alpha_bar."""
+        return self.variances * (1 - alpha_bar) / (alpha_bar * self.variances + 1 - alpha_bar)
+
+
+class OptimalNet(nn.Module):
+    """E[target | x_t] for a mixture: given the component, target and x_t are jointly Gaussian, so a linear regression each."""
+
+    def __init__(self, mixture: Mixture, beta: Tensor, prediction: str):
+        super().__init__()
+        self.mixture, self.prediction, self.book = mixture, prediction, Textbook(beta)
+
+    def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+        xt, means, variances = xt.double(), self.mixture.means, self.mixture.variances
+        alpha_bar, alpha, previous = (x[t, None] for x in (self.book.alpha_bar, self.book.alpha, self.book.previous))
+        noise = 1 - alpha_bar
+        # mean of the target as a multiple of mean_k [B, 1], and its covariance with x_t [B, K]
+        mean_factor, covariance = {
+            "direct": (previous.sqrt(), alpha.sqrt() * (previous * variances + 1 - previous)),  # of x_{t-1}: E is mu_bar's
+            "reconstruction": (torch.ones_like(noise), alpha_bar.sqrt() * variances),
+            "denoising": (torch.zeros_like(noise), noise.sqrt().expand(-1, len(variances))),
+            "velocity": (-noise.sqrt(), (alpha_bar * noise).sqrt() * (1 - variances)),
+        }[self.prediction]
+        gain = covariance / (alpha_bar * variances + noise)
+        centred = xt[:, None] - alpha_bar[..., None].sqrt() * means  # [B, K, D]
+        given_k = mean_factor[..., None] * means + gain[..., None] * centred
+        share = self.mixture._joint(xt, alpha_bar[:, 0]).softmax(1)
+        return (share[..., None] * given_k).sum(1)
+
+
+GAUSSIAN = Mixture([1.0], [[0.4, -0.6]], [0.3])
+MIXTURE = Mixture([0.3, 0.7], [[-1.0, 0.5], [0.8, -0.4]], [0.02, 0.06])

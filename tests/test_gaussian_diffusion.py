@@ -1,0 +1,446 @@
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from closed_form import GAUSSIAN, MIXTURE, PREDICTIONS, VARIANCES, OptimalNet, Textbook
+from torch import nn
+
+from beta_schedule import ConstantSchedule, CosineSchedule, LinearSchedule
+from gaussian_diffusion import GaussianDiffusion
+from time_aware_module import TimeAwareMLP
+
+LOSSES = ("simple", "full", "min_snr")
+SCHEDULE = LinearSchedule(12, 0.01, 0.4)
+BOOK = Textbook(SCHEDULE.beta)
+ALL_TIMES = torch.arange(1, 13)
+
+
+class Says(nn.Module):
+    """A network that says the same whatever it is asked."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.out = out
+
+    def forward(self, xt, t):
+        return self.out
+
+
+def close(actual, expected, rtol=1e-5, atol=1e-6):
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+def arbitrary(reverse_variance, prediction, loss_mode="simple", net=None):
+    """An untrained process; a learnable variance is moved to where no formula has it."""
+    diffusion = GaussianDiffusion(SCHEDULE, net or TimeAwareMLP(3, 32), reverse_variance, prediction, loss_mode)
+    if reverse_variance == "learnable":
+        diffusion.log_sigma_square.data = torch.linspace(-3, 1, 12)
+    return diffusion
+
+
+def book_sigma_square(reverse_variance):
+    """sigma_t^2 of `arbitrary`, t = 0..T."""
+    if reverse_variance == "learnable":
+        return torch.cat([torch.ones(1), torch.linspace(-3, 1, 12).exp()]).double()
+    return BOOK.sigma_square(reverse_variance)
+
+
+def full_weight(prediction, sigma_square):
+    """The design's weights of the full loss, t = 0..T."""
+    before_sigma = {
+        "direct": torch.ones(13, dtype=torch.float64),
+        "reconstruction": BOOK.previous * BOOK.beta**2 / (1 - BOOK.alpha_bar) ** 2,
+        "denoising": BOOK.beta**2 / (BOOK.alpha * (1 - BOOK.alpha_bar)),
+        "velocity": BOOK.previous * BOOK.beta**2 / (1 - BOOK.alpha_bar),  # x_0's, times 1 - alpha_bar
+    }
+    return before_sigma[prediction] / sigma_square
+
+
+# Construction
+
+
+@pytest.mark.parametrize("setting", [{"reverse_variance": "gamma"}, {"prediction": "mean"}, {"loss_mode": "l2"}])
+def test_an_unknown_setting_is_refused_with_the_choices(setting):
+    (name, value), choices = *setting.items(), {"reverse_variance": VARIANCES, "prediction": PREDICTIONS, "loss_mode": LOSSES}
+    with pytest.raises(ValueError, match=f"{name} = '{value}'.*{', '.join(choices[name])}"):
+        GaussianDiffusion(SCHEDULE, TimeAwareMLP(2), **setting)
+
+
+@pytest.mark.parametrize("reverse_variance", VARIANCES[:2])
+@pytest.mark.parametrize("schedule", [SCHEDULE, LinearSchedule(), CosineSchedule()], ids=["short", "linear", "cosine"])
+def test_sigma_square_is_the_papers(schedule, reverse_variance):
+    diffusion = GaussianDiffusion(schedule, TimeAwareMLP(2), reverse_variance)
+    assert len(schedule) == diffusion.T
+    close(diffusion.sigma_square, Textbook(schedule.beta).sigma_square(reverse_variance)[1:], rtol=1e-5, atol=0)
+
+
+def test_a_learnable_variance_is_the_exponential_of_its_parameter():
+    close(arbitrary("learnable", "direct").sigma_square, torch.linspace(-3, 1, 12).exp())
+    assert GaussianDiffusion(SCHEDULE, TimeAwareMLP(2), "learnable").log_sigma_square.isfinite().all()
+
+
+def test_one_minus_alpha_bar_1_keeps_its_digits_in_float32():
+    diffusion = GaussianDiffusion(ConstantSchedule(3, 1e-7), TimeAwareMLP(2))
+    zero, one = torch.zeros(1, 2), torch.ones(1, 2)
+    close(diffusion.q_sample(zero, 1, one), one * math.sqrt(1e-7), rtol=1e-6, atol=0)
+    assert {buffer.dtype for buffer in diffusion.buffers()} == {torch.float32}
+
+
+# Forward process
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, CosineSchedule(200)], ids=["linear", "cosine"])
+def test_steps_composed_give_the_moments_of_q_sample(schedule):
+    diffusion = GaussianDiffusion(schedule, nn.Identity())
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    signal, variance = one, zero
+    for t in range(1, len(schedule) + 1):
+        signal = diffusion.q_step(signal, t, zero)
+        variance = diffusion.q_step(variance.sqrt(), t, zero) ** 2 + diffusion.q_step(zero, t, one) ** 2
+        product = math.prod(1 - beta for beta in schedule.beta[:t].tolist())
+        close(signal, torch.full((1, 1), math.sqrt(product)), rtol=1e-4, atol=1e-9)
+        close(variance, torch.full((1, 1), 1 - product), rtol=1e-4)
+        close(diffusion.q_sample(one, t, zero), signal, rtol=1e-4, atol=1e-9)
+        close(diffusion.q_sample(zero, t, one) ** 2, variance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, LinearSchedule()], ids=["short", "1000"])
+def test_q_posterior_is_bayes_rule(schedule):
+    # q(x_{t-1} | x_t, x_0) of one dimension, as the product of the densities q(x_{t-1} | x_0) and q(x_t | x_{t-1})
+    diffusion, T = GaussianDiffusion(schedule, nn.Identity()), len(schedule)
+    x0, xt = torch.randn(T, 1, dtype=torch.float64), torch.randn(T, 1, dtype=torch.float64)
+    mean, variance = diffusion.q_posterior(x0, xt, torch.arange(1, T + 1))
+    product = 1.0
+    for i, beta in enumerate(schedule.beta.tolist()):
+        if i == 0:
+            expected_mean, expected_variance = x0[0].item(), beta
+        else:
+            precision = 1 / (1 - product) + (1 - beta) / beta
+            expected_variance = 1 / precision
+            slope = math.sqrt(product) * x0[i].item() / (1 - product) + math.sqrt(1 - beta) * xt[i].item() / beta
+            expected_mean = slope / precision
+        assert mean[i].item() == pytest.approx(expected_mean, rel=1e-5, abs=1e-6)
+        assert variance[i].item() == pytest.approx(expected_variance, rel=1e-5)
+        product *= 1 - beta
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 2, 4, 5)])
+def test_an_int_and_a_tensor_of_times_agree(shape):
+    diffusion = GaussianDiffusion(SCHEDULE, nn.Tanh())
+    x0, xt, noise = torch.randn(3, *shape)
+    t = torch.full((3,), 7)
+    for a, b in zip(
+        [diffusion.q_sample(x0, 7, noise), *diffusion.q_posterior(x0, xt, 7), *diffusion.predict(xt, 7)],
+        [diffusion.q_sample(x0, t, noise), *diffusion.q_posterior(x0, xt, t), *diffusion.predict(xt, t)],
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_each_sample_of_a_batch_gets_its_own_time():
+    diffusion = GaussianDiffusion(SCHEDULE, nn.Identity())
+    t = torch.tensor([12, 1, 5])
+    out = diffusion.q_sample(torch.ones(3, 1, 2, 2), t, torch.zeros(3, 1, 2, 2))
+    close(out, BOOK.alpha_bar[t].sqrt().view(3, 1, 1, 1).expand(3, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "t",
+    [
+        0,
+        13,
+        -1,
+        torch.tensor([1, 0, 1]),
+        torch.tensor([1, 13, 1]),
+        torch.tensor([1.0, 2.0, 3.0]),
+        torch.tensor([1, 2, 3], dtype=torch.int32),
+        torch.tensor([1, 2]),
+        torch.tensor([[1], [2], [3]]),
+        torch.tensor(1),
+    ],
+    ids=str,
+)
+def test_a_bad_time_is_refused(t):
+    diffusion, x = GaussianDiffusion(SCHEDULE, nn.Identity()), torch.zeros(3, 2)
+    calls = (
+        diffusion.q_step,
+        diffusion.q_sample,
+        diffusion.predict,
+        diffusion.p_mean_variance,
+        diffusion.p_sample,
+        diffusion.loss,
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^t"):
+            call(x, t)
+    with pytest.raises(ValueError, match=r"^t"):
+        diffusion.q_posterior(x, x, t)
+
+
+# Reverse process
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_predict_reads_any_output_as_the_papers_do(prediction):
+    xt, out = torch.randn(2, 12, 3).double()
+    alpha_bar = BOOK.alpha_bar[1:, None]
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    mu_from_x0, mu_from_xt = BOOK.mu_from_x0[1:, None], BOOK.mu_from_xt[1:, None]
+    x0 = {
+        "direct": (out - mu_from_xt * xt) / mu_from_x0,
+        "reconstruction": out,
+        "denoising": (xt - noise * out) / signal,
+        "velocity": signal * xt - noise * out,
+    }[prediction]
+    said = arbitrary("beta", prediction, net=Says(out)).predict(xt, ALL_TIMES)
+    close(said.x0, x0)
+    close(said.eps, (xt - signal * x0) / noise, rtol=1e-4, atol=1e-5)
+    close(said.mu, mu_from_x0 * x0 + mu_from_xt * xt)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("reverse_variance", VARIANCES)
+def test_p_mean_variance_and_p_sample_are_the_reverse_step(prediction, reverse_variance):
+    xt, out, noise = torch.randn(3, 12, 3).double()
+    diffusion = arbitrary(reverse_variance, prediction, net=Says(out))
+    mean, variance = diffusion.p_mean_variance(xt, ALL_TIMES)
+    close(mean, diffusion.predict(xt, ALL_TIMES).mu)
+    close(variance[:, 0], book_sigma_square(reverse_variance)[1:])
+    spread = book_sigma_square(reverse_variance)[1:, None].sqrt() * noise
+    spread[0] = 0  # at t = 1 the mean itself
+    close(diffusion.p_sample(xt, ALL_TIMES, noise), mean + spread)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_clip_x0_clips_x0_before_the_mean_is_taken(prediction):
+    x0, eps = 3 * torch.randn(12, 3).double(), torch.randn(12, 3).double()
+    xt = BOOK.xt(x0, eps, ALL_TIMES)
+    diffusion = arbitrary("beta", prediction, net=Says(BOOK.target(prediction, x0, eps, ALL_TIMES)))
+    mean, _ = diffusion.p_mean_variance(xt, ALL_TIMES, clip_x0=True)
+    clipped = BOOK.mu_from_x0[1:, None] * x0.clamp(-1, 1) + BOOK.mu_from_xt[1:, None] * xt
+    close(mean, clipped, rtol=1e-4, atol=1e-4)
+    close(diffusion.p_sample(xt, ALL_TIMES, torch.zeros(12, 3), clip_x0=True), clipped, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_optimal_networks_mean_is_bayes_rule_of_the_mixture(prediction):
+    # by Tweedie's formula, from the score of the noised density itself
+    diffusion = GaussianDiffusion(SCHEDULE, OptimalNet(MIXTURE, SCHEDULE.beta, prediction), prediction=prediction)
+    xt = (2 * torch.randn(12, 2).double()).requires_grad_()
+    (score,) = torch.autograd.grad(MIXTURE.log_prob(xt, BOOK.alpha_bar[1:]).sum(), xt)
+    said = diffusion.predict(xt.detach(), ALL_TIMES)
+    close(said.eps, -(1 - BOOK.alpha_bar[1:, None]).sqrt() * score, rtol=1e-4, atol=1e-5)
+    close(said.mu, (xt.detach() + BOOK.beta[1:, None] * score) / BOOK.alpha[1:, None].sqrt(), rtol=1e-4, atol=1e-5)
+
+
+# Losses
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("reverse_variance", VARIANCES)
+@pytest.mark.parametrize("loss_mode", LOSSES)
+def test_every_loss_is_its_weight_times_the_mean_squared_error(loss_mode, reverse_variance, prediction):
+    x0, eps, out = torch.randn(3, 12, 3).double()
+    sigma_square = book_sigma_square(reverse_variance)
+    error = (out - BOOK.target(prediction, x0, eps, ALL_TIMES)).square().mean(1)
+    full = full_weight(prediction, sigma_square)[1:] * error
+    if reverse_variance == "learnable":
+        full += (sigma_square.log() + BOOK.posterior_variance / sigma_square)[1:]
+    snr = (BOOK.alpha_bar / (1 - BOOK.alpha_bar))[1:]
+    min_snr = {  # Hang et al. 2023, section 3.4, and x_0's weight over the square of what an error in mu makes of x_0
+        "direct": snr.clamp(max=5) / BOOK.mu_from_x0[1:] ** 2,
+        "reconstruction": snr.clamp(max=5),
+        "denoising": snr.clamp(max=5) / snr,
+        "velocity": snr.clamp(max=5) / (snr + 1),
+    }[prediction]
+    assert snr.min() < 5 < snr.max()
+    expected = {"full": full, "simple": error, "min_snr": min_snr * error}[loss_mode]
+    if reverse_variance == "learnable" and loss_mode != "full":
+        expected = expected + full
+    close(arbitrary(reverse_variance, prediction, loss_mode, Says(out)).loss(x0, ALL_TIMES, eps), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_simple_loss_of_the_optimum_is_the_exact_remaining_error(prediction):
+    diffusion = arbitrary("beta", prediction, net=OptimalNet(GAUSSIAN, SCHEDULE.beta, prediction))
+    x0_error = GAUSSIAN.x0_error(BOOK.alpha_bar)
+    for t in (1, 2, 6, 12):
+        loss = diffusion.loss(GAUSSIAN.sample(20_000), t)
+        exact = (BOOK.error_from_x0[prediction] ** 2 * x0_error)[t].item()
+        assert loss.mean().item() == pytest.approx(exact, abs=5 * loss.std().item() / math.sqrt(20_000))
+        assert loss.std().item() / math.sqrt(20_000) < 0.01 * exact
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("reverse_variance", VARIANCES)
+def test_the_full_loss_of_the_optimum_is_exact(reverse_variance, prediction):
+    net = OptimalNet(GAUSSIAN, SCHEDULE.beta, prediction)
+    loss = arbitrary(reverse_variance, prediction, "full", net).loss_full(GAUSSIAN.sample(4000)).detach()
+    sigma_square = book_sigma_square(reverse_variance)
+    exact = (BOOK.mu_from_x0**2 * GAUSSIAN.x0_error(BOOK.alpha_bar) / sigma_square)[1:].sum().item()
+    if reverse_variance == "learnable":
+        exact += (sigma_square.log() + BOOK.posterior_variance / sigma_square)[1:].sum().item()
+    standard_error = loss.std().item() / math.sqrt(4000)
+    assert loss.mean().item() == pytest.approx(exact, abs=5 * standard_error)
+    assert standard_error < 0.02 * abs(exact)
+
+
+@pytest.mark.parametrize("reverse_variance", VARIANCES)
+@pytest.mark.parametrize("chunk_size", [1, 5, 12, None])
+def test_loss_full_and_its_gradient_are_the_naive_sums(chunk_size, reverse_variance):
+    diffusion, x0 = arbitrary(reverse_variance, "denoising", "full"), torch.randn(4, 3)
+    torch.manual_seed(1)
+    loss = diffusion.loss_full(x0, chunk_size)
+    gradient = torch.autograd.grad(loss.mean(), list(diffusion.parameters()))
+
+    torch.manual_seed(1)
+    noise = torch.cat([torch.randn(len(t) * 4, 3) for t in ALL_TIMES.split(chunk_size or 12)]).view(12, 4, 3)
+    naive = torch.zeros(4, dtype=torch.float64)
+    for t in range(1, 13):
+        times = torch.full((4,), t)
+        out = diffusion.time_aware_net(BOOK.xt(x0, noise[t - 1], times).float(), times)
+        sigma_square = (
+            diffusion.sigma_square[t - 1] if reverse_variance == "learnable" else book_sigma_square(reverse_variance)[t]
+        )
+        weight = BOOK.beta[t] ** 2 / (sigma_square * BOOK.alpha[t] * (1 - BOOK.alpha_bar[t]))
+        naive = naive + weight * (out - noise[t - 1]).double().square().mean(1)
+        if reverse_variance == "learnable":
+            naive = naive + sigma_square.log() + BOOK.posterior_variance[t] / sigma_square
+    close(loss, naive, rtol=1e-4)
+    naive_gradient = torch.autograd.grad(naive.mean(), list(diffusion.parameters()))
+    for a, b in zip(gradient, naive_gradient, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("chunk_size", [0, -3])
+def test_a_chunk_of_nothing_is_refused(chunk_size):
+    with pytest.raises(ValueError, match=f"chunk_size = {chunk_size}"):
+        arbitrary("beta", "denoising", "full").loss_full(torch.zeros(2, 3), chunk_size)
+
+
+def test_loss_full_evaluates_many_times_in_one_network_call():
+    rows, net = [], TimeAwareMLP(3)
+    net.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    with torch.no_grad():
+        GaussianDiffusion(ConstantSchedule(100, 0.05), net, loss_mode="full")(torch.randn(4, 3), chunk_size=25)
+    assert rows == [100, 100, 100, 100]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("reverse_variance", VARIANCES)
+@pytest.mark.parametrize("loss_mode", LOSSES)
+def test_every_setting_is_a_scalar_that_trains_every_parameter(loss_mode, reverse_variance, prediction):
+    diffusion = arbitrary(reverse_variance, prediction, loss_mode)
+    loss = diffusion(torch.randn(48, 3))
+    assert loss.shape == ()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in diffusion.named_parameters()}
+    assert [name for name, g in gradients.items() if g is None or not g.any() or not g.isfinite().all()] == []
+    if reverse_variance == "learnable":
+        assert gradients["log_sigma_square"].all()  # at every time: 48 samples are spread over 12
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("loss_mode", ["simple", "min_snr"])
+def test_the_simple_loss_trains_the_network_and_the_bound_the_variance(loss_mode, prediction):
+    learnable, fixed = arbitrary("learnable", prediction, loss_mode), arbitrary("beta", prediction, loss_mode)
+    fixed.time_aware_net = learnable.time_aware_net
+    x0, eps = torch.randn(2, 12, 3)
+    parameters = list(learnable.time_aware_net.parameters())
+    alone = torch.autograd.grad(fixed.loss(x0, ALL_TIMES, eps).sum(), parameters)
+    *together, of_variance = torch.autograd.grad(
+        learnable.loss(x0, ALL_TIMES, eps).sum(), [*parameters, learnable.log_sigma_square]
+    )
+    for a, b in zip(together, alone, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+    with torch.no_grad():
+        out = learnable.time_aware_net(BOOK.xt(x0, eps, ALL_TIMES).float(), ALL_TIMES)
+    error = (out - BOOK.target(prediction, x0, eps, ALL_TIMES)).square().mean(1)
+    sigma_square = book_sigma_square("learnable")
+    # of w / sigma^2 + log sigma^2 + sigma_bar^2 / sigma^2 by log sigma^2
+    analytic = 1 - full_weight(prediction, sigma_square)[1:] * error - (BOOK.posterior_variance / sigma_square)[1:]
+    close(of_variance, analytic, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_simple_is_the_simple_loss_whatever_the_setting():
+    # a network that is wrong by 2 everywhere costs 4 at any time
+    net = OptimalNet(GAUSSIAN, SCHEDULE.beta, "reconstruction")
+    net.forward = lambda xt, t: torch.full_like(xt, 2.0)
+    for loss_mode in LOSSES:
+        close(arbitrary("beta", "reconstruction", loss_mode, net).loss_simple(torch.zeros(6, 3)), torch.full((6,), 4.0))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_random_times_are_uniform_on_1_to_T(batch):
+    seen = []
+
+    class Watch(nn.Module):
+        def forward(self, xt, t):
+            seen.append(t)
+            return xt
+
+    diffusion, draws = GaussianDiffusion(ConstantSchedule(4, 0.3), Watch()), 3000
+    for _ in range(draws):
+        diffusion(torch.zeros(batch, 1))
+    times = torch.stack(seen)
+    for i in range(batch):  # each sample of the batch has its own uniform time
+        share = times[:, i].bincount(minlength=5).double() / draws
+        assert share[0] == 0
+        assert len(share) == 5
+        torch.testing.assert_close(share[1:], torch.full((4,), 0.25).double(), rtol=0, atol=5 * math.sqrt(0.1875 / draws))
+
+
+@pytest.mark.parametrize("loss_mode", LOSSES)
+@pytest.mark.parametrize("reverse_variance", VARIANCES)
+def test_under_autocast_only_the_network_runs_low(loss_mode, reverse_variance):
+    class Lossy(nn.Module):  # what autocast makes of a network
+        def forward(self, xt, t):
+            return (0.7 * xt).bfloat16()
+
+    x0, eps = torch.randn(2, 12, 3)
+    diffusion = arbitrary(reverse_variance, "denoising", loss_mode, Lossy())
+    expected = diffusion.loss(x0, ALL_TIMES, eps)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = diffusion.loss(x0, ALL_TIMES, eps)
+        assert arbitrary(reverse_variance, "denoising", loss_mode)(x0).dtype == torch.float32
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def test_a_batch_of_images_is_averaged_over_pixels_and_samples():
+    x0, noise = torch.zeros(2, 3, 4, 5), torch.ones(2, 3, 4, 5)
+    noise[1] = 3
+    loss = arbitrary("beta", "denoising", net=Says(torch.zeros(2, 3, 4, 5))).loss(x0, 3, noise)
+    assert loss.tolist() == [1.0, 9.0]
+
+
+# Memory
+
+PEAK = """
+import resource, sys, torch
+from beta_schedule import LinearSchedule
+from gaussian_diffusion import GaussianDiffusion
+from time_aware_module import TimeAwareUNet
+
+torch.set_num_threads(1)
+net = TimeAwareUNet(1, 32, ch_mult=(1, 2), attention=(False, True))
+
+def peak(T):
+    loss = GaussianDiffusion(LinearSchedule(T, 1e-4, 0.02), net, loss_mode="full")(torch.zeros(4, 1, 8, 8))
+    loss.backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+warm = peak(1)
+print(peak(int(sys.argv[1])) - warm)
+"""
+
+
+def test_the_memory_of_loss_full_does_not_grow_with_T():
+    command = [sys.executable, "-c", PEAK]
+    runs = [subprocess.Popen([*command, T], stdout=subprocess.PIPE, text=True) for T in ("50", "1000")]
+    at_50, at_1000 = (int(run.communicate()[0]) for run in runs)
+    assert at_50 > 5_000  # KiB: something was measured
+    assert at_1000 < 1.2 * at_50

@@ -1,0 +1,153 @@
+import pytest
+import torch
+from closed_form import MIXTURE
+from torch import nn
+
+from beta_schedule import LinearSchedule
+from gaussian_diffusion import GaussianDiffusion
+from time_aware_module import TimeAwareMLP, TimeAwareUNet
+
+
+def small_unet(**kwargs):
+    """A U-Net of two levels whose zero-initialised layers have been moved, so that everything in it matters."""
+    net = TimeAwareUNet(**{"n_channels": 3, "base_channels": 16, "ch_mult": (1, 2), "attention": (False, True)} | kwargs)
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def test_the_cifar10_unet_has_the_35_7_million_parameters_of_ho_et_al():
+    with torch.device("meta"):
+        net = TimeAwareUNet(3)
+    assert sum(parameter.numel() for parameter in net.parameters()) == 35_746_307
+
+
+def test_the_parameters_match_those_of_diffusers_network():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        peer = diffusers.UNet2DModel(
+            sample_size=32,
+            block_out_channels=(128, 256, 256, 256),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=None,
+            downsample_padding=0,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+        )
+    assert sum(parameter.numel() for parameter in peer.parameters()) == 35_746_307
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 8, 8), (3, 4, 12), (5, 16, 2)])
+def test_any_channels_and_any_size_of_the_multiple(channels, height, width):
+    x = torch.randn(2, channels, height, width)
+    assert small_unet(n_channels=channels)(x, torch.tensor([1, 9])).shape == x.shape
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 8), (8, 6), (2, 2)])
+def test_another_size_is_refused_with_the_multiple(height, width):
+    net = TimeAwareUNet(1, 4, ch_mult=(1, 1, 1), attention=(False,) * 3)
+    with pytest.raises(ValueError, match=f"{height} x {width}.*multiples of 4"):
+        net(torch.zeros(1, 1, height, width), torch.ones(1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 4, 8, 8), (3, 8, 8)])
+def test_wrong_channels_are_refused(shape):
+    with pytest.raises(ValueError, match="n_channels = 3"):
+        small_unet()(torch.zeros(shape), torch.ones(shape[0], dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"n_channels": 0}, "n_channels = 0"),
+        ({"num_res_blocks": 0}, "num_res_blocks = 0"),
+        ({"ch_mult": (1, 0)}, "ch_mult = 0"),
+        ({"ch_mult": (), "attention": ()}, "levels = 0"),
+        ({"attention": (True,)}, "attention = .*one entry a level"),
+        ({"base_channels": 15}, "base_channels = 15.*even"),
+        ({"dropout": 1.0}, "dropout = 1"),
+        ({"num_heads": 5}, "num_heads = 5.*divide"),
+        ({"num_groups": 7}, "num_groups = 7.*divide"),
+    ],
+)
+def test_bad_unet_arguments_are_refused_by_name(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        small_unet(**kwargs)
+
+
+def test_a_new_unet_says_zero():
+    out = TimeAwareUNet(3, 16)(torch.randn(2, 3, 8, 8), torch.tensor([1, 5]))
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("net", ["unet", "mlp"])
+def test_a_sample_does_not_depend_on_its_batch_mates(net):
+    net, x = (small_unet(), torch.randn(6, 3, 8, 8)) if net == "unet" else (TimeAwareMLP(4), torch.randn(6, 4))
+    t = torch.tensor([1, 2, 30, 400, 1000, 7])
+    together = net(x, t)
+    for i in range(6):
+        torch.testing.assert_close(net(x[i : i + 1], t[i : i + 1])[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("net", ["unet", "mlp"])
+def test_time_matters(net):
+    net, x = (small_unet(), torch.randn(1, 3, 8, 8)) if net == "unet" else (TimeAwareMLP(4), torch.randn(1, 4))
+    out = net(x.expand(4, *x.shape[1:]), torch.tensor([1, 2, 500, 1000]))
+    differences = torch.pdist(out.flatten(1))
+    assert differences.min() > 1e-3
+
+
+@pytest.mark.parametrize("net", ["unet", "mlp"])
+def test_every_parameter_gets_a_gradient(net):
+    net, x = (small_unet(), torch.randn(4, 3, 8, 8)) if net == "unet" else (TimeAwareMLP(4), torch.randn(4, 4))
+    net(x, torch.tensor([1, 20, 300, 1000])).square().sum().backward()
+    assert [name for name, parameter in net.named_parameters() if parameter.grad is None or not parameter.grad.any()] == []
+
+
+def test_activation_checkpointing_gives_the_same_gradient_from_less_kept():
+    net, x, t = small_unet(), torch.randn(4, 3, 8, 8), torch.tensor([1, 20, 300, 1000])
+    gradients, kept = [], []
+    for net.activation_checkpointing in (False, True):
+        net.zero_grad()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            out = net(x, t)
+        kept.append(sum(sizes))
+        out.square().sum().backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_attention_sits_at_the_levels_named():
+    def attentions(attention):
+        net = TimeAwareUNet(1, 8, ch_mult=(1, 1), attention=attention)
+        return sum(type(module).__name__ == "SelfAttention" for module in net.modules())
+
+    # one in the middle; at a level with attention two on the way down and three on the way up
+    assert [attentions(a) for a in ((False, False), (True, False), (False, True), (True, True))] == [1, 6, 6, 11]
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 4, 1), (4,)])
+def test_the_mlp_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match=r"\[B, 4\]"):
+        TimeAwareMLP(4)(torch.zeros(shape), torch.ones(shape[0], dtype=torch.long))
+
+
+def test_the_mlp_learns_the_weights_and_means_of_a_mixture():
+    diffusion = GaussianDiffusion(LinearSchedule(100, 1e-3, 0.12), TimeAwareMLP(2, hidden=64))
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        diffusion(MIXTURE.sample(512)).backward()
+        optimizer.step()
+        schedule.step()
+    x = diffusion.sample((5000, 2)).double()
+    nearest = torch.cdist(x, MIXTURE.means).argmin(1)
+    for k in range(2):
+        assert (nearest == k).double().mean().item() == pytest.approx(MIXTURE.weights[k].item(), abs=0.05)
+        torch.testing.assert_close(x[nearest == k].mean(0), MIXTURE.means[k], rtol=0, atol=0.1)
+        assert x[nearest == k].var(0).mean().item() == pytest.approx(MIXTURE.variances[k].item(), rel=0.5)

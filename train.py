@@ -1,0 +1,635 @@
+"""Train a diffusion model.
+
+    python train.py configs/Digits_den.json                                    # on CUDA if there is one, else on the CPU
+    python train.py configs/Digits_den.json --resume                           # go on where the run stopped
+    python train.py configs/Digits_den.json --set train_cfg.lr=1e-4 train_cfg.model_save_dirpath=models/try
+    torchrun --nproc_per_node=4 train.py configs/CIFAR10_den.json              # one process a GPU
+
+A run's state is a function of (seed, rank, step): each step draws its data order, flips, t, eps and dropout from a generator
+seeded by these three alone. So a run that was stopped and resumed does what the run that never stopped does.
+
+In the folder of the run: last.pth, best.pth, epoch_N.pth, train.log, metrics.jsonl, epoch_N.png (samples of the averaged weights).
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import checkpoint
+from config import MAY_CHANGE, TrainConfig, build_dataset, build_diffusion, build_train_config, load_config
+from dataset import ImageDataset, ImageError
+from gaussian_diffusion import GaussianDiffusion
+from pictures import grid, save_png
+
+log = logging.getLogger("train")
+SAMPLES = 64  # in a picture
+VALIDATION, PICTURE = 1, 2  # what a seed that is not a step's is for
+
+
+def mixed_seed(*parts: int) -> int:
+    """One seed of several numbers; any difference in them gives an unrelated seed."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+
+class BadNumbers(Exception):
+    """Loss or gradient was not finite for too many steps."""
+
+
+class Stopper:
+    """Turns the first SIGINT or SIGTERM into a number that the run looks at between steps; the second acts at once."""
+
+    def __enter__(self) -> "Stopper":
+        self.signal = 0
+        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.signal = number
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Ranks:
+    """This process among those that torchrun started; one process without it."""
+
+    def __init__(self, device: str | None):
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.device = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.cpu_group = None
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.cpu_group = dist.new_group(backend="gloo")  # for words that must not wait for the GPU
+
+    def largest(self, value: float) -> float:
+        """The largest of the ranks' values, known to all."""
+        if self.world == 1:
+            return value
+        values = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.cpu_group)
+        return values.item()
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def _device(name: str | None, local_rank: int) -> torch.device:
+    """The device of --device, by default CUDA where there is one; ValueError if it is not to be had."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such kind of device; try cuda or cpu") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: CUDA is not available here; try --device cpu")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)
+    return device
+
+
+class Batches:
+    """The images of a data set in an order that depends on (seed, epoch) alone, this rank's part of each batch.
+
+    A set of up to cache_gb is decoded once and kept as uint8, on the device if it is a GPU with room; a larger one, or one with
+    random transforms other than flips, is decoded by worker processes as it is needed.
+    """
+
+    def __init__(self, images: ImageDataset, cfg: TrainConfig, ranks: Ranks, shuffle: bool):
+        self.images, self.cfg, self.ranks, self.shuffle = images, cfg, ranks, shuffle
+        if len(images) < ranks.world:
+            raise ValueError(f"a data set of {len(images)} images: {ranks.world} ranks need at least one each")
+        whole, rest = divmod(len(images), cfg.batch_size)
+        self.steps = whole + (rest >= ranks.world)  # a pass
+        self.cache = None
+        if not images.is_random and len(images) * math.prod(images.shape) <= cfg.cache_gb * 1e9:
+            self.cache = self._decode_all()
+
+    def _decode_all(self) -> Tensor:
+        workers = self.cfg.num_workers if self.images.pipeline or not hasattr(self.images, "images") else 0
+        loader = DataLoader(_Pixels(self.images), 256, num_workers=workers)
+        cache = torch.empty(len(self.images), *self.images.shape, dtype=torch.uint8)
+        for i, pixels in enumerate(
+            tqdm(loader, desc="decoding images", unit="batch", leave=False, disable=self.ranks.rank > 0)
+        ):
+            cache[256 * i : 256 * i + len(pixels)] = pixels
+        device = self.ranks.device
+        if device.type == "cuda" and cache.numel() < torch.cuda.mem_get_info(device)[0] / 4:
+            cache = cache.to(device)
+        return cache
+
+    def _indices(self, epoch: int, first: int) -> Iterator[Tensor]:
+        """This rank's image numbers in each batch of an epoch, from batch `first` on."""
+        n, size, world = len(self.images), self.cfg.batch_size, self.ranks.world
+        generator = torch.Generator().manual_seed(mixed_seed(self.cfg.seed, epoch))
+        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        for batch in order.split(size)[first : self.steps]:
+            yield batch[: len(batch) // world * world][self.ranks.rank :: world]  # ranks have equal shares
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
+        """The uint8 batches of an epoch on the device, from batch `first` on."""
+        device = self.ranks.device
+        if self.cache is not None:
+            for indices in self._indices(epoch, first):
+                yield self.cache[indices.to(self.cache.device)].to(device)
+            return
+        loader = DataLoader(
+            _Pixels(self.images, mixed_seed(self.cfg.seed, epoch)),
+            batch_sampler=[indices.tolist() for indices in self._indices(epoch, first)],
+            num_workers=self.cfg.num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        for pixels in loader:
+            yield pixels.to(device, non_blocking=True)
+
+
+class _Pixels(torch.utils.data.Dataset):
+    """A data set's uint8 images; an image's random transforms depend on (seed, its number) alone."""
+
+    def __init__(self, images: ImageDataset, seed: int = 0):
+        self.images, self.seed = images, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        if self.images.is_random:
+            torch.manual_seed(mixed_seed(self.seed, i))
+        return self.images.pixels(i)
+
+
+class Trainer:
+    """One run: the objects it works on, its counters, and its steps."""
+
+    def __init__(self, config: dict, ranks: Ranks, stopper: Stopper):
+        self.config, self.ranks, self.stopper = config, ranks, stopper
+        self.cfg = cfg = build_train_config(config)
+        self.device = device = ranks.device
+        self._check_batch()
+        images = {split: build_dataset(config, split) for split in ("train", "valid")}
+        torch.manual_seed(mixed_seed(cfg.seed))
+        self.model = build_diffusion(config)
+        _check_fit(self.model, images)
+        self.folder = Path(cfg.model_save_dirpath)
+
+        self.shape = images["train"].shape
+        self.train_data = Batches(images["train"], cfg, ranks, shuffle=True)
+        self.valid_data = Batches(images["valid"], cfg, ranks, shuffle=False)
+        self.total_steps = cfg.epochs * self.train_data.steps
+        self.model.to(device)
+        if len(self.shape) == 3:
+            self.model.to(memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.net_parameters = list(self.model.time_aware_net.parameters())
+        self._set_up_optimizer()
+        self._set_up_speed()
+
+        # The run's state besides the weights and the optimizer
+        self.step = 0
+        self.epochs_closed = 0  # validated, recorded, saved
+        self.records = 0  # lines in metrics.jsonl
+        self.best_loss = math.inf
+        zero = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        self.loss_sum, self.loss_count = zero.clone(), zero.clone()  # since the last record
+        self.bad_steps, self.bad_in_row = zero.clone(), zero.clone()
+        self._restart_clock()
+        self.last_save = time.monotonic()
+
+    def _check_batch(self) -> None:
+        parts = self.ranks.world * self.cfg.grad_accum
+        if self.cfg.batch_size % parts:
+            raise ValueError(
+                f"train_cfg.batch_size = {self.cfg.batch_size}: must be a multiple of {parts}, {self.ranks.world} ranks times "
+                f"grad_accum = {self.cfg.grad_accum}"
+            )
+        if self.cfg.precision == "fp16" and self.device.type != "cuda":
+            raise ValueError("train_cfg.precision = 'fp16': needs CUDA; bf16 and fp32 run on a CPU")
+
+    def _set_up_optimizer(self) -> None:
+        cfg = self.cfg
+        groups = [{"params": self.net_parameters, "lr": cfg.lr}]
+        if self.config["diffusion"]["reverse_variance"] == "learnable":
+            groups.append({"params": [self.model.log_sigma_square], "lr": cfg.variance_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
+
+    def _lr_factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at a step, counted from 0."""
+        warm = min(1, (step + 1) / (self.cfg.warmup_steps + 1))
+        done = max(0, step - self.cfg.warmup_steps) / max(1, self.total_steps - self.cfg.warmup_steps)
+        return warm * {"constant": 1, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[self.cfg.lr_schedule]
+
+    def _set_up_speed(self) -> None:
+        cfg, device = self.cfg, self.device
+        torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision)
+        self.autocast = lambda: torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+        self.model.time_aware_net.activation_checkpointing = cfg.activation_checkpointing
+        if cfg.compile:
+            self.model.time_aware_net.compile()
+        self.parallel = self.model
+        if self.ranks.world > 1:
+            self.parallel = DistributedDataParallel(
+                self.model, [device] if device.type == "cuda" else None, broadcast_buffers=False
+            )
+
+    # Training
+
+    def train_step(self, pixels: Tensor) -> None:
+        """One update of the weights from this rank's share of a batch. Waits for nothing on the device."""
+        torch.manual_seed(mixed_seed(self.cfg.seed, self.ranks.rank, self.step, 0))
+        x0 = self.train_data.images.to_float(pixels)
+        parts = x0.chunk(self.cfg.grad_accum)
+        loss = torch.zeros((), device=self.device)
+        for i, part in enumerate(parts):
+            with self._no_sync(unless=i == len(parts) - 1), self.autocast():
+                part_loss = self.parallel(part, self.cfg.chunk_size) * (len(part) / len(x0))
+            self.scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        self.norm = nn.utils.clip_grad_norm_(self.net_parameters, self.cfg.grad_clip or math.inf)
+        self._update(loss)
+
+    def _no_sync(self, unless: bool) -> contextlib.AbstractContextManager:
+        """Leave the exchange of gradients between ranks to the last part of a batch."""
+        return contextlib.nullcontext() if unless or self.ranks.world == 1 else self.parallel.no_sync()
+
+    def _update(self, loss: Tensor) -> None:
+        """Step the optimizer and the average; where a gradient is not finite, the fused step leaves everything as it is."""
+        gradients = [group["params"][-1].grad.sum() for group in self.optimizer.param_groups[1:]]  # of the variance
+        bad = (~(sum(gradients, self.norm)).isfinite()).float()
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.step += 1
+        decay = min(self.cfg.ema_decay, self.step / (self.step + 9))  # short at first
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        self.loss_sum += torch.where(bad > 0, 0, loss)
+        self.loss_count += 1 - bad
+        self.bad_steps += bad
+        self.bad_in_row.add_(1).mul_(bad)
+
+    def run(self) -> int:
+        """Train to the last epoch, or until a signal: the exit code."""
+        steps = self.train_data.steps
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
+        with bar, logging_redirect_tqdm([log]):
+            try:
+                if self.step and self.step == (self.epochs_closed + 1) * steps:  # stopped just there
+                    self.close_epoch(bar)
+                while self.step < self.total_steps:
+                    self._restart_clock()
+                    for pixels in self._timed(self.train_data.epoch(*divmod(self.step, steps))):
+                        self.train_step(pixels)
+                        self.images_done += len(pixels) * self.ranks.world
+                        bar.update()
+                        self._after_step(bar)
+                    self.close_epoch(bar)
+            except Stopped:
+                self.save("last.pth")
+                number = int(self.ranks.largest(self.stopper.signal))
+                log.info(f"stopped at step {self.step} by {signal.Signals(number).name}; to go on, add --resume")
+                return 128 + number
+        log.info(f"finished: {self.cfg.epochs} epochs, {self.step} steps; the checkpoints are in {self.folder}")
+        return 0
+
+    def _after_step(self, bar: tqdm) -> None:
+        due = self.step % self.cfg.record_period == 0
+        if due or self.device.type == "cpu":  # elsewhere this would wait for the device
+            self._check_numbers()
+        if due and self.step % self.train_data.steps:  # the last step of an epoch is recorded with its validation
+            self.record(bar)
+        minutes = (time.monotonic() - self.last_save) / 60
+        if self._heed_signals(save=0 < self.cfg.save_minutes < minutes):
+            self.save("last.pth")
+
+    def _heed_signals(self, save: bool = False) -> bool:
+        """Raise Stopped if any rank got a signal; else, does any rank want to save?"""
+        word = self.ranks.largest(self.stopper.signal or 0.5 * save)
+        if word >= 1:
+            raise Stopped
+        return word > 0
+
+    def _check_numbers(self) -> None:
+        in_row = int(self.bad_in_row)
+        if in_row >= self.cfg.max_bad_steps:
+            raise BadNumbers(
+                f"loss or gradient was not finite in the last {in_row} steps, up to step {self.step} (gradient norm "
+                f"{self.norm.item():g}, loss scale {self.scaler.get_scale():g}); the weights are those of step "
+                f"{self.step - in_row}, the last good checkpoint is {self._last_good()}"
+            )
+
+    def _last_good(self) -> str:
+        last = self.folder / "last.pth"
+        return str(last) if last.exists() else "none yet"
+
+    def _timed(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The batches, with the time spent waiting for them counted."""
+        while True:
+            start = time.perf_counter()
+            pixels = next(batches, None)
+            self.seconds_waited += time.perf_counter() - start
+            if pixels is None:
+                return
+            yield pixels
+
+    # At the end of an epoch
+
+    def close_epoch(self, bar: tqdm) -> None:
+        epoch = self.epochs_closed + 1
+        last = epoch == self.cfg.epochs
+        seconds = time.perf_counter() - self.clock  # of training alone
+        valid_loss = self.validate()
+        if self.cfg.sample_period and (epoch % self.cfg.sample_period == 0 or last):
+            self.save_picture(self.folder / f"epoch_{epoch}.png")
+        self.record(bar, valid_loss, seconds)
+        self.epochs_closed = epoch
+        if valid_loss < self.best_loss:
+            self.best_loss = valid_loss
+            if self.cfg.save_best:
+                self.save("best.pth")
+        if self.cfg.save_period and epoch % self.cfg.save_period == 0:
+            self.save(f"epoch_{epoch}.pth")
+        self.save("last.pth")
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss of the averaged weights on the validation set, with the same t and eps every time."""
+        sums = torch.zeros(2, device=self.device)
+        for i, pixels in enumerate(self.valid_data.epoch(0)):
+            self._heed_signals()
+            torch.manual_seed(mixed_seed(self.cfg.seed, self.ranks.rank, i, VALIDATION))
+            with self.autocast():
+                loss = self.ema(self.valid_data.images.to_float(pixels), self.cfg.chunk_size)
+            sums += torch.stack([loss * len(pixels), torch.tensor(float(len(pixels)), device=self.device)])
+        total, count = self.ranks.sum(sums).tolist()
+        return total / count
+
+    def save_picture(self, path: Path) -> None:
+        """Samples of the averaged weights, from the same noise every time; each rank draws its share."""
+        share = math.ceil(SAMPLES / self.ranks.world)
+        generator = torch.Generator(self.device).manual_seed(mixed_seed(self.cfg.seed, self.ranks.rank, 0, PICTURE))
+        steps = min(self.cfg.sample_timesteps, self.ema.T)
+        with self.autocast():
+            for _, x in self.ema.trajectory((share, *self.shape), "dpm", steps, clip_x0=True, generator=generator):
+                self._heed_signals()
+        if self.ranks.world > 1:
+            shares = [torch.empty_like(x) for _ in range(self.ranks.world)]
+            dist.all_gather(shares, x.contiguous())
+            x = torch.cat(shares)[:SAMPLES]
+        if self.ranks.rank == 0:
+            save_png(path, grid(x))
+
+    # Records and checkpoints
+
+    def _restart_clock(self) -> None:
+        self.clock, self.images_done, self.seconds_waited = time.perf_counter(), 0, 0.0
+
+    def record(self, bar: tqdm, valid_loss: float | None = None, seconds: float | None = None) -> None:
+        """Add a line to metrics.jsonl and to the log, of what happened since the last one."""
+        loss_sum, loss_count = self.ranks.sum(torch.stack([self.loss_sum, self.loss_count])).tolist()
+        seconds = time.perf_counter() - self.clock if seconds is None else seconds
+        line = {
+            "step": self.step,
+            "epoch": math.ceil(self.step / self.train_data.steps),
+            "train_loss": float(f"{loss_sum / loss_count:.8g}") if loss_count else None,
+            "valid_loss": None if valid_loss is None else float(f"{valid_loss:.8g}"),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "bad_steps": int(self.bad_steps),
+            "img_per_s": round(self.images_done / seconds, 1),
+            "data_wait_share": round(self.seconds_waited / seconds, 4),
+        }
+        self.loss_sum.zero_()
+        self.loss_count.zero_()
+        self.records += 1
+        self._restart_clock()
+        if self.ranks.rank:
+            return
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        losses = f"loss {line['train_loss'] or math.nan:.5g}" + ("" if valid_loss is None else f", valid {valid_loss:.5g}")
+        bar.set_postfix_str(f"epoch {line['epoch']}/{self.cfg.epochs}, {losses}, {line['img_per_s']:.0f} img/s")
+        log.info(f"step {self.step}, epoch {line['epoch']}: {losses}, {line['img_per_s']:.0f} img/s")
+
+    def save(self, name: str) -> None:
+        """Write everything that resuming and sampling need. Every rank calls this; rank 0 writes."""
+        sums = self.ranks.sum(torch.stack([self.loss_sum, self.loss_count])).tolist()
+        self.last_save = time.monotonic()
+        if self.ranks.rank:
+            return
+        state = {
+            "config": self.config,
+            "shape": list(self.shape),
+            "step": self.step,
+            "epoch": self.epochs_closed,
+            "world": self.ranks.world,
+            "records": self.records,
+            "best_loss": self.best_loss,
+            "loss_sums": sums,
+            "bad_steps": [int(self.bad_steps), int(self.bad_in_row)],
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "scaler": self.scaler.state_dict(),
+        }
+        checkpoint.save(self.folder / name, state)
+
+    def restore(self, state: dict) -> None:
+        """Become the run that save wrote, in the same folder."""
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.epochs_closed, self.records = state["step"], state["epoch"], state["records"]
+        self.best_loss = state["best_loss"]
+        if self.ranks.rank == 0:  # the others' shares are in these sums
+            self.loss_sum.fill_(state["loss_sums"][0])
+            self.loss_count.fill_(state["loss_sums"][1])
+        self.bad_steps.fill_(state["bad_steps"][0])
+        self.bad_in_row.fill_(state["bad_steps"][1])
+        if self.ranks.world != state["world"]:
+            log.warning(f"the run had {state['world']} ranks and has {self.ranks.world} now: its draws will differ")
+
+
+def _check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None:
+    """Try the network on one image of each data set; warn of a prior that is not pure noise."""
+    for split, data in images.items():
+        x = torch.zeros(1, *data.shape)
+        try:
+            with torch.no_grad():
+                model.eval().predict(x, 1)
+        except ValueError as error:
+            raise ValueError(f"time_aware_net: does not take the images of dataset.{split}: {error}") from None
+    model.train()
+    alpha_bar = model.signal[-1].item() ** 2
+    if alpha_bar > 0.01:
+        log.warning(
+            f"alpha_bar_T = {alpha_bar:.3g} is above 0.01: x_T keeps some of the image, and samples that start from N(0, I) "
+            "start wrong; use more timesteps or larger betas"
+        )
+
+
+# The folder of a run
+
+RUN_FILES = ("last.pth", "best.pth", "epoch_*.pth", "epoch_*.png", "metrics.jsonl", "train.log", ".*.part")
+
+
+def run_files(folder: Path) -> list[Path]:
+    return [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+
+
+def _flat(value: object, path: str = "") -> dict[str, object]:
+    """A nested config as {path: value}."""
+    if isinstance(value, dict) and value:
+        return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{path}.{name}".lstrip(".")).items()}
+    return {path: value}
+
+
+def read_state(path: Path, config: dict) -> dict:
+    """The state to resume from, if its config differs from this one only where a run may change."""
+    try:
+        state = checkpoint.load(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_newest_good(path)}") from None
+    old, new = _flat(state["config"]), _flat(config)
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    refused = [key for key in changed if key.removeprefix("train_cfg.") not in MAY_CHANGE]
+    if refused:
+        differences = ", ".join(f"{key} ({json.dumps(old.get(key))} then, {json.dumps(new.get(key))} now)" for key in refused)
+        raise ValueError(
+            f"--resume: the config is not the run's: {differences}; only these may change: {', '.join(sorted(MAY_CHANGE))}"
+        )
+    return state
+
+
+def _newest_good(broken: Path) -> str:
+    """What to resume from instead of a broken checkpoint."""
+    for path in sorted(broken.parent.glob("*.pth"), key=lambda path: -path.stat().st_mtime):
+        with contextlib.suppress(ValueError):
+            checkpoint.load(path)
+            return f"the newest good one is {path}: to go on from there, --resume {path}"
+    return "there is no good one beside it"
+
+
+def open_folder(trainer: Trainer, args: argparse.Namespace, state: dict | None) -> None:
+    """Make the folder ready: empty for a new run, cut back to the state's last record for a resumed one."""
+    folder = trainer.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if state is None:
+        for path in run_files(folder):
+            path.unlink()
+    elif (metrics := folder / "metrics.jsonl").exists():
+        lines = metrics.read_bytes().splitlines(keepends=True)[: state["records"]]
+        with checkpoint.whole_file(metrics) as file:
+            file.writelines(lines)
+    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+
+
+def set_up(args: argparse.Namespace, stopper: Stopper) -> Trainer:
+    """Check everything that can be checked before the first file is written; ValueError says what is wrong."""
+    config = load_config(args.config, args.set)
+    ranks = Ranks(args.device)
+    folder = Path(config["train_cfg"]["model_save_dirpath"])
+    if run_files(folder) and args.resume is None and not args.overwrite:
+        raise ValueError(
+            f"{folder} holds a run already: add --resume to go on with it, --overwrite to delete it and start anew, or "
+            "--set train_cfg.model_save_dirpath=FOLDER for another folder"
+        )
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    state = None
+    if args.resume is not None:
+        path = Path(args.resume or folder / "last.pth")
+        if path.exists() or args.resume or (folder / "best.pth").exists():
+            state = read_state(path, config)
+        else:
+            log.warning(f"{path} is not there: starting at step 0")
+    trainer = Trainer(config, ranks, stopper)
+    if state:
+        trainer.restore(state)
+    if ranks.rank == 0:
+        open_folder(trainer, args, state)
+    return trainer
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Train a diffusion model.", epilog="See the head of train.py for examples.")
+    parser.add_argument("config", help="JSON file")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the config")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="go on from last.pth, or from CHECKPOINT")
+    way.add_argument("--overwrite", action="store_true", help="delete the run in the folder and start anew")
+    parser.add_argument("--deterministic", action="store_true", help="use deterministic kernels only, where that costs time")
+    args = parser.parse_args(argv)
+
+    console = logging.StreamHandler()
+    log.setLevel(logging.INFO)
+    log.handlers = [console]
+    try:
+        with Stopper() as stopper:
+            trainer = set_up(args, stopper)
+            where = f"{trainer.device}, {trainer.ranks.world} ranks" if trainer.ranks.world > 1 else trainer.device
+            size = sum(p.numel() for p in trainer.net_parameters)
+            images = f"{len(trainer.train_data.images)} images {list(trainer.shape)}"
+            log.info(f"{args.config}: {size:,} parameters, {images}, {trainer.total_steps} steps on {where}")
+            return trainer.run()
+    except (ValueError, BadNumbers) as error:
+        print("train.py:", _last_line(error), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print("train.py:", error, file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _last_line(error: Exception) -> str:
+    """The message; of an error in a worker process, which arrives as a traceback, the last line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].removeprefix("dataset.ImageError: ") if isinstance(error, ImageError) else lines[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
