@@ -11,7 +11,6 @@ An extractor is a module with `name`, what it is in words, and `features(images)
 import os
 import urllib.parse
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -194,8 +193,12 @@ class SmallClassifier(nn.Module):
         self.channels = channels
         self.n_classes = n_classes
         self.name = name
-        widths = [channels, 32, 64, N_FEATURES]
-        self.blocks = nn.Sequential(*(_block(*pair) for pair in pairwise(widths)))
+        self.blocks = nn.Sequential(
+            _block(channels, 32, stride=2),
+            _block(32, 64, stride=2),
+            _block(64, N_FEATURES, stride=2),
+            _block(N_FEATURES, N_FEATURES, stride=1),
+        )
         self.head = nn.Linear(N_FEATURES, n_classes)
 
     def features(self, images: Tensor) -> Tensor:
@@ -211,9 +214,8 @@ class SmallClassifier(nn.Module):
         return self.head(self.features(images))
 
 
-def _block(n_in: int, n_out: int) -> nn.Sequential:
-    """Half the resolution: a convolution of stride 2, normalised."""
-    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
+def _block(n_in: int, n_out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
 
 
 def train_classifier(

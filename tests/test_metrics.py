@@ -1,0 +1,527 @@
+"""metrics.py against numpy, scipy and closed forms; the classifier on scikit-learn's digits."""
+
+import math
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+import metrics
+from metrics import (
+    FeatureStatistics,
+    cached_classifier,
+    classifier_accuracy,
+    frechet_distance,
+    from_uint8,
+    image_statistics,
+    inception_features,
+    to_uint8,
+    train_classifier,
+)
+
+
+def statistics_of(features: torch.Tensor, sizes: list[int] | None = None) -> FeatureStatistics:
+    statistics = FeatureStatistics()
+    for batch in features.split(sizes or len(features)):
+        statistics.update(batch)
+    return statistics
+
+
+def gaussian(mean: torch.Tensor, covariance: torch.Tensor, count: int = 1000) -> FeatureStatistics:
+    """Statistics with exactly these moments."""
+    return FeatureStatistics.from_state_dict(
+        {"count": torch.tensor(count), "mean": mean.double(), "scatter": covariance.double() * (count - 1)}
+    )
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_covariance(dimensions: int, seed: int, rank: int | None = None) -> torch.Tensor:
+    factor = normal(dimensions, rank or dimensions, seed=seed)
+    return factor @ factor.T
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    bunch = load_digits()
+    images = torch.from_numpy(np.round(bunch.images * 255 / 16).astype(np.uint8))[:, None]
+    return images, torch.from_numpy(bunch.target)
+
+
+@pytest.fixture(scope="module")
+def classifier(digits):
+    return train_classifier(*digits, epochs=2)
+
+
+# Statistics
+
+
+def test_streaming_equals_numpy_with_a_large_offset_and_uneven_batches():
+    spread = normal(1003, 7) @ normal(7, 7, seed=1)
+    features = spread + 1e6
+    statistics = statistics_of(features, [1, 500, 2, 0, 1, 499])
+    assert statistics.count == 1003
+    assert statistics.mean.dtype == statistics.covariance.dtype == torch.float64
+    np.testing.assert_allclose(statistics.mean, features.numpy().mean(0), rtol=1e-14)
+    expected = np.cov((features - 1e6).numpy(), rowvar=False)
+    np.testing.assert_allclose(statistics.covariance, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+
+
+def test_an_offset_costs_less_than_the_sum_of_squares_does():
+    """At 1e8 the sum of squares has lost every digit of a variance of 1; streaming has not."""
+    features = normal(4000, 3) + 1e8
+    exact = np.cov((features - 1e8).numpy(), rowvar=False)
+    np.testing.assert_allclose(statistics_of(features, [1] * 4000).covariance, exact, atol=1e-6)
+
+
+def test_float32_features_are_summed_in_float64():
+    features = (normal(20000, 2) + 3000).float()
+    expected = np.cov(features.double().numpy(), rowvar=False)
+    np.testing.assert_allclose(statistics_of(features, [7] * 2857 + [1]).covariance, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_float_type_is_accepted(dtype):
+    features = normal(50, 3).to(dtype)
+    np.testing.assert_allclose(statistics_of(features).mean, features.double().mean(0), atol=1e-15)
+
+
+def test_memory_does_not_grow_with_the_number_of_samples():
+    statistics = statistics_of(normal(5000, 4), [50] * 100)
+    assert {name: list(value.shape) for name, value in statistics.state_dict().items()} == {
+        "count": [],
+        "mean": [4],
+        "scatter": [4, 4],
+    }
+
+
+def test_merged_parts_equal_the_whole():
+    features = normal(300, 5) * 3 + 50
+    whole, first = statistics_of(features), statistics_of(features[:120])
+    first.merge(statistics_of(features[120:121]))
+    first.merge(statistics_of(features[121:]))
+    first.merge(FeatureStatistics())
+    empty = FeatureStatistics()
+    empty.merge(first)
+    for merged in (first, empty):
+        assert merged.count == 300
+        torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=0)
+        torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-11, atol=1e-11)
+
+
+def test_merge_leaves_the_other_alone_and_shares_no_memory():
+    features = normal(40, 3)
+    other = statistics_of(features)
+    merged = FeatureStatistics()
+    merged.merge(other)
+    merged.update(normal(10, 3, seed=1) + 9)
+    assert other.count == 40
+    torch.testing.assert_close(other.mean, features.mean(0))
+    other.mean.zero_()  # a copy
+    torch.testing.assert_close(other.covariance, torch.cov(features.T))
+    torch.testing.assert_close(other.mean, features.mean(0))
+
+
+def test_state_survives_a_file_of_plain_tensors(tmp_path):
+    statistics = statistics_of(normal(60, 4))
+    torch.save(statistics.state_dict(), tmp_path / "statistics.pth")
+    loaded = FeatureStatistics.from_state_dict(torch.load(tmp_path / "statistics.pth", weights_only=True))
+    assert loaded.count == 60
+    assert torch.equal(loaded.mean, statistics.mean)
+    assert torch.equal(loaded.covariance, statistics.covariance)
+    loaded.update(normal(5, 4, seed=1))
+    assert statistics.count == 60
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (torch.zeros(3), r"shape \[3\]; must be floats of shape \[B, D\]"),
+        (torch.zeros(3, 2, dtype=torch.long), "torch.int64"),
+        (torch.tensor([[1.0, math.nan], [math.inf, 0.0]]), "2 of 4 values are not finite"),
+        (torch.zeros(3, 5), "5 dimensions, where the samples before had 2"),
+    ],
+)
+def test_bad_features_are_refused_and_change_nothing(features, message):
+    statistics = statistics_of(normal(4, 2))
+    before = statistics.covariance
+    with pytest.raises(ValueError, match=message):
+        statistics.update(features)
+    assert statistics.count == 4
+    assert torch.equal(statistics.covariance, before)
+
+
+def test_bad_states_and_moments_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="count = 0.*at least 1"):
+        _ = FeatureStatistics().mean
+    with pytest.raises(ValueError, match="count = 1.*at least 2"):
+        _ = statistics_of(normal(1, 2)).covariance
+    with pytest.raises(ValueError, match="must hold count"):
+        FeatureStatistics.from_state_dict({"count": torch.tensor(3), "mean": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"scatter \[3, 3\].*must hold"):
+        FeatureStatistics.from_state_dict({"count": torch.tensor(3), "mean": torch.zeros(2), "scatter": torch.zeros(3, 3)})
+    with pytest.raises(ValueError, match="3 dimensions"):
+        statistics_of(normal(4, 2)).merge(statistics_of(normal(4, 3)))
+
+
+# The distance
+
+
+def test_one_dimension():
+    """(m_a - m_b)^2 + (s_a - s_b)^2 of standard deviations s."""
+    a, b = gaussian(torch.tensor([1.0]), torch.tensor([[4.0]])), gaussian(torch.tensor([-2.0]), torch.tensor([[0.25]]))
+    assert frechet_distance(a, b) == pytest.approx(3**2 + 1.5**2, rel=1e-13)
+
+
+def test_covariances_that_commute():
+    """In their common basis it is the one-dimensional distance, summed."""
+    basis = torch.linalg.qr(normal(6, 6))[0]
+    s_a, s_b = torch.arange(1.0, 7).double(), torch.tensor([3.0, 0.5, 0.0, 2, 9, 1]).double()
+    mean = normal(6, seed=3)
+    a = gaussian(mean, basis * s_a**2 @ basis.T)
+    b = gaussian(torch.zeros(6), basis * s_b**2 @ basis.T)
+    expected = (mean.square().sum() + (s_a - s_b).square().sum()).item()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+
+
+def test_two_dimensions_that_do_not_commute():
+    """Of 2 x 2 matrices, Tr (A B)^{1/2} = sqrt(Tr(A B) + 2 sqrt(det A det B))."""
+    a, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double(), torch.tensor([[5.0, -2.0], [-2.0, 1.0]]).double()
+    root = math.sqrt((a @ b).trace() + 2 * math.sqrt(5 * 1))  # det a = 5, det b = 1
+    expected = 4 + (2 + 3 + 5 + 1) - 2 * root
+    assert frechet_distance(gaussian(torch.tensor([0.0, 2.0]), a), gaussian(torch.zeros(2), b)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dimensions", [3, 40])
+def test_scipy_agrees_where_the_covariances_do_not_commute(dimensions):
+    linalg = pytest.importorskip("scipy.linalg")
+    c_a, c_b = random_covariance(dimensions, 1), random_covariance(dimensions, 2)
+    m_a, m_b = normal(dimensions, seed=3), normal(dimensions, seed=4)
+    root = linalg.sqrtm((c_a @ c_b).numpy()).real
+    expected = ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * root.trace()).item()
+    assert frechet_distance(gaussian(m_a, c_a), gaussian(m_b, c_b)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_it_is_symmetric_and_zero_between_identical_sets():
+    a, b = statistics_of(normal(200, 12)), statistics_of(normal(300, 12, seed=1) @ normal(12, 12, seed=2) + 1)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)
+    for statistics in (a, b):
+        assert 0 <= frechet_distance(statistics, statistics) < 1e-11 * statistics.covariance.trace()
+
+
+@pytest.mark.parametrize("rank", [1, 5, 19])
+def test_a_singular_covariance_gives_no_nan_and_keeps_its_digits(rank):
+    covariance = random_covariance(20, rank, rank)
+    a, b = gaussian(torch.zeros(20), covariance), gaussian(torch.zeros(20), 4 * covariance)
+    assert 0 <= frechet_distance(a, a) <= 1e-11 * covariance.trace()
+    assert frechet_distance(a, b) == pytest.approx(covariance.trace().item(), rel=1e-11)  # (2 - 1)^2 Tr C
+    nearly = gaussian(torch.zeros(20), covariance + 1e-14 * torch.eye(20))
+    assert 0 <= frechet_distance(a, nearly) < 1e-10 * covariance.trace()
+
+
+def test_constant_features_are_a_distance_of_means():
+    zero = torch.zeros(3, 3)
+    a, b = gaussian(torch.zeros(3), zero), gaussian(torch.tensor([1.0, 2.0, 2.0]), zero)
+    assert frechet_distance(a, b) == 9
+
+
+def test_scaling_the_features_scales_the_distance_by_the_square():
+    features, others = normal(100, 4), normal(100, 4, seed=1) * 2
+    distance = frechet_distance(statistics_of(features), statistics_of(others))
+    scaled = frechet_distance(statistics_of(features * 1e5), statistics_of(others * 1e5))
+    assert scaled == pytest.approx(1e10 * distance, rel=1e-10)
+
+
+@pytest.mark.parametrize("count", [0, 3, 8])
+def test_too_few_samples_are_refused_with_the_figures(count):
+    enough = statistics_of(normal(9, 8))
+    few = FeatureStatistics.from_state_dict({**enough.state_dict(), "count": torch.tensor(count)})
+    assert math.isfinite(frechet_distance(enough, enough))
+    for pair, name in (((few, enough), "a"), ((enough, few), "b")):
+        with pytest.raises(ValueError, match=f"{name} has {count} samples of 8 feature dimensions.*at least 9 samples"):
+            frechet_distance(*pair)
+
+
+def test_different_dimensions_are_refused():
+    with pytest.raises(ValueError, match="a has 2 feature dimensions and b has 3"):
+        frechet_distance(statistics_of(normal(9, 2)), statistics_of(normal(9, 3)))
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        frechet_distance(FeatureStatistics(), FeatureStatistics())
+
+
+# From images to features
+
+
+def test_images_are_rounded_to_the_levels_of_a_saved_image():
+    levels = torch.arange(256, dtype=torch.uint8)
+    exact = from_uint8(levels)
+    assert (exact[0], exact[-1]) == (-1, 1)
+    assert torch.equal(to_uint8(exact), levels)
+    assert torch.equal(to_uint8(exact + 0.49 * 2 / 255), levels)
+    assert torch.equal(to_uint8(exact - 0.49 * 2 / 255), levels)
+    assert to_uint8(torch.tensor([-7.0, -1.001, 1.001, 300.0])).tolist() == [0, 0, 255, 255]
+
+
+def test_what_is_no_image_is_refused():
+    with pytest.raises(ValueError, match=r"images of type torch.uint8: must be floats in \[-1, 1\]"):
+        to_uint8(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="1 of 4 values are not finite"):
+        to_uint8(torch.tensor([0.0, math.nan, 0.5, 1.0]))
+
+
+class Pixels(torch.nn.Module):
+    """The first two pixels, which BatchNorm would change in training mode."""
+
+    name = "pixels"
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(2, eps=0)
+
+    def features(self, images):
+        assert images.dtype == torch.float32
+        return self.norm(images.flatten(1)[:, :2])
+
+
+def test_image_statistics_are_those_of_quantised_images_in_eval_mode_without_gradients():
+    images = normal(30, 1, 8, 8).float()
+    extractor = Pixels()
+    statistics = image_statistics(iter(images.split(7)), extractor)
+    assert extractor.training
+    assert statistics.count == 30
+    saved = np.clip(np.round((images.double().numpy() + 1) * 127.5), 0, 255) / 127.5 - 1
+    np.testing.assert_allclose(statistics.covariance, np.cov(saved.reshape(30, -1)[:, :2], rowvar=False), rtol=1e-5, atol=1e-7)
+    assert not statistics.mean.requires_grad
+    assert torch.equal(extractor.norm.running_mean, torch.zeros(2))
+
+
+# The classifier
+
+
+def test_the_classifier_learns_the_digits_and_gives_its_features(digits, classifier):
+    images, labels = digits
+    trained = train_classifier(images[:1500], labels[:1500], epochs=4)
+    assert classifier_accuracy(trained, images[1500:], labels[1500:]) > 0.85
+    x = from_uint8(images[:20])
+    features = classifier.features(x)
+    assert features.shape == (20, 128)
+    torch.testing.assert_close(classifier(x), classifier.head(features))
+    torch.testing.assert_close(features[:3], classifier.features(x[:3]))  # a sample's features are its own
+    assert not features.requires_grad
+    assert not classifier.training
+    assert classifier.features(torch.zeros(2, 1, 13, 50)).shape == (2, 128)
+
+
+def test_the_distance_grows_with_the_damage(digits, classifier):
+    images = from_uint8(digits[0])
+    real = image_statistics(images[:800].split(100), classifier)
+    noise = normal(*images.shape).float()
+    distances = [
+        frechet_distance(image_statistics((images + scale * noise)[800:].split(100), classifier), real)
+        for scale in (0, 0.1, 0.3, 1)
+    ]
+    assert distances == sorted(distances)
+    assert distances[-1] > 5 * distances[0]
+
+
+def test_the_seed_decides_the_classifier_and_the_global_state_does_not(digits):
+    images, labels = digits[0][:300], digits[1][:300]
+    before = torch.get_rng_state()
+    first = train_classifier(images, labels, epochs=1, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    second, other = (train_classifier(images, labels, epochs=1, seed=seed) for seed in (3, 4))
+    x = from_uint8(images)
+    assert torch.equal(first.features(x), second.features(x))
+    assert not torch.equal(first.features(x), other.features(x))
+
+
+def test_ten_images_are_enough_to_run(digits):
+    assert train_classifier(digits[0][:10], digits[1][:10], epochs=1).n_classes == 10
+
+
+def test_the_second_use_reads_the_file(tmp_path, capsys, monkeypatch, digits):
+    images, labels = digits
+    path = tmp_path / "classifier.pth"
+    first = cached_classifier(path, images, labels, "digits", epochs=4)
+    out = capsys.readouterr().out
+    accuracy = re.search(r"accuracy ([\d.]+) % on 179 held-out images of digits, 1618 trained on", out).group(1)
+    assert first.name == f"classifier of digits, 128 features, {accuracy} % held-out accuracy"
+    assert float(accuracy) > 80
+    assert [entry.name for entry in tmp_path.iterdir()] == ["classifier.pth"]
+    assert torch.load(path, weights_only=True)["data set"] == "digits"
+
+    bytes_before, time_before = path.read_bytes(), path.stat().st_mtime_ns
+    monkeypatch.setattr(metrics, "train_classifier", lambda *_: pytest.fail("trained again"))
+    second = cached_classifier(path, images, labels, "digits", epochs=4)
+    assert capsys.readouterr().out == ""
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == (bytes_before, time_before)
+    assert second.name == first.name
+    assert not second.training
+    x = from_uint8(images[:50])
+    assert torch.equal(first.features(x), second.features(x))
+
+
+def test_the_held_out_images_are_not_trained_on(monkeypatch, tmp_path, digits):
+    """Every image has a number in its corner: the two parts are disjoint, and together they are everything."""
+    images, labels = digits[0][:200].clone(), digits[1][:200]
+    images[:, 0, 0, 0] = torch.arange(200, dtype=torch.uint8)
+    seen = {}
+
+    def record(part, function):
+        def recorded(*args, **kwargs):
+            seen[part] = args[0 if part == "train" else 1][:, 0, 0, 0].tolist()
+            return function(*args, **kwargs)
+
+        return recorded
+
+    monkeypatch.setattr(metrics, "train_classifier", record("train", train_classifier))
+    monkeypatch.setattr(metrics, "classifier_accuracy", record("held out", classifier_accuracy))
+    cached_classifier(tmp_path / "c.pth", images, labels, "digits", epochs=1)
+    assert len(seen["held out"]) == 20
+    assert sorted(seen["train"] + seen["held out"]) == list(range(200))
+
+
+@pytest.fixture
+def cache(tmp_path, digits):
+    path = tmp_path / "classifier.pth"
+    cached_classifier(path, digits[0][:100], digits[1][:100], "digits", epochs=1)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "found", "asked"),
+    [
+        ({"name": "letters"}, "data set digits", "data set letters"),
+        ({"images": lambda x: x.expand(-1, 3, -1, -1)}, "channels 1", "channels 3"),
+        ({"images": lambda x: torch.cat([x, x], 3)}, "image size [8, 8]", "image size [8, 16]"),
+        ({"images": lambda x: x[:90], "labels": lambda y: y[:90]}, "number of images 100", "number of images 90"),
+        ({"labels": lambda y: y.clamp(max=4)}, "classes 10", "classes 5"),
+        ({"epochs": 2}, "epochs 1", "epochs 2"),
+        ({"seed": 7}, "seed 0", "seed 7"),
+    ],
+)
+def test_a_file_of_other_data_is_refused_and_kept(cache, digits, change, found, asked):
+    change = dict(change)
+    images, labels = change.pop("images", lambda x: x)(digits[0][:100]), change.pop("labels", lambda y: y)(digits[1][:100])
+    before = cache.read_bytes()
+    with pytest.raises(ValueError, match="where .* was asked for; delete it, or give another path") as error:
+        cached_classifier(cache, images, labels, **{"name": "digits", "epochs": 1, **change})
+    assert all(part in str(error.value) for part in (str(cache), f"a classifier of {found},", f"where {asked} was"))
+    assert cache.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half", {"format": "another"}, [1, 2]])
+def test_a_file_that_is_no_classifier_is_refused_and_kept(cache, digits, content):
+    if isinstance(content, bytes):
+        cache.write_bytes(content)
+    elif content == "half":
+        cache.write_bytes(cache.read_bytes()[: cache.stat().st_size // 2])
+    else:
+        torch.save(content, cache)
+    before = cache.read_bytes()
+    with pytest.raises(ValueError, match="path = .*classifier.pth: .* a classifier.*delete it, or give another path"):
+        cached_classifier(cache, digits[0][:100], digits[1][:100], "digits", epochs=1)
+    assert cache.read_bytes() == before
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(metrics.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        cached_classifier(tmp_path / "c.pth", digits[0][:20], digits[1][:20], "digits", epochs=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_training_data_is_refused_before_any_work(tmp_path, digits, monkeypatch):
+    images, labels = digits
+    with pytest.raises(ValueError, match="the folder .*missing does not exist"):
+        monkeypatch.setattr(metrics, "train_classifier", lambda *_: pytest.fail("trained"))
+        cached_classifier(tmp_path / "missing" / "c.pth", images, labels, "digits")
+    for bad in (images.float(), images[:, 0], images[:9], images[..., :7]):
+        with pytest.raises(ValueError, match=r"images: .* must be uint8 \[N, C, H, W\], N at least 10, H and W at least 8"):
+            train_classifier(bad, labels[: len(bad)])
+    for bad in (labels.float(), labels[:-1], labels - 1):
+        with pytest.raises(ValueError, match=r"labels: .* must be \[1797\] integers from 0 up"):
+            train_classifier(images, bad)
+    with pytest.raises(ValueError, match="epochs = 0"):
+        train_classifier(images, labels, epochs=0)
+
+
+def test_images_of_another_shape_are_refused_by_the_features(classifier):
+    for shape in ((2, 3, 8, 8), (2, 1, 7, 8), (1, 8, 8)):
+        with pytest.raises(ValueError, match=r"must be \[B, 1, H, W\], H and W at least 8"):
+            classifier.features(torch.zeros(shape))
+
+
+# Inception
+
+
+URL = "https://example.invalid/weights-inception-0123abcd.pth"
+
+
+@pytest.fixture
+def torch_fidelity(monkeypatch, tmp_path):
+    """A stand-in with the interface of torch-fidelity 0.4; returns the folder where the weights belong."""
+
+    class FeatureExtractorInceptionV3(torch.nn.Module):
+        def __init__(self, name, features_list):
+            super().__init__()
+            assert (name, features_list) == ("inception-v3-compat", ["2048"])
+            if (weights / "weights-inception-0123abcd.pth").read_bytes() != b"good":
+                raise RuntimeError("bad magic number")
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8
+            assert x.shape[1] == 3
+            return (x.float().mean((2, 3)),)
+
+    package, module = types.ModuleType("torch_fidelity"), types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3, module.URL_INCEPTION_V3 = FeatureExtractorInceptionV3, URL
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    weights = tmp_path / "checkpoints"
+    return weights
+
+
+def test_inception_without_the_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ValueError, match="pip install torch-fidelity") as error:
+        inception_features()
+    assert "\n" not in str(error.value)
+
+
+def test_inception_without_its_weights_says_where_they_belong(torch_fidelity, monkeypatch):
+    def offline(url, path, hash_prefix):
+        assert (url, hash_prefix) == (URL, "0123abcd")
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ValueError, match="needs its weights: put https.* at .*checkpoints.*no network") as error:
+        inception_features()
+    assert "\n" not in str(error.value)
+
+
+def test_inception_takes_8_bit_images_of_three_channels(torch_fidelity):
+    torch_fidelity.mkdir()
+    (torch_fidelity / "weights-inception-0123abcd.pth").write_bytes(b"good")
+    extractor = inception_features()
+    levels = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    grey = extractor.features(from_uint8(levels))
+    torch.testing.assert_close(grey, levels.float().mean((2, 3)).expand(-1, 3))
+    assert extractor.features(from_uint8(levels).repeat(1, 3, 1, 1)).shape == (4, 3)
+    with pytest.raises(ValueError, match=r"must be \[B, 1, H, W\] or \[B, 3, H, W\]"):
+        extractor.features(torch.zeros(1, 2, 8, 8))
+
+
+def test_inception_with_damaged_weights_says_which_file(torch_fidelity):
+    torch_fidelity.mkdir()
+    (torch_fidelity / "weights-inception-0123abcd.pth").write_bytes(b"bad")
+    with pytest.raises(ValueError, match=r"weights-inception-0123abcd.pth: not the weights of the Inception, delete it"):
+        inception_features()
