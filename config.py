@@ -113,6 +113,8 @@ def _matches(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     kind = origin or kind
+    if kind is Callable:  # a transform, which stands in JSON as its name and arguments
+        return isinstance(value, dict)
     if not isinstance(kind, type):
         return False
     if issubclass(kind, Sequence) and kind is not str:
@@ -194,8 +196,6 @@ def _dataset(path: str, value: Any) -> dict:
         if split not in value:
             continue
         section = _arguments(f"{path}.{split}", cls, value[split])
-        if not isinstance(section["pipeline"], list):
-            raise ValueError(f"{path}.{split}.pipeline: must be a list of transforms")
         for i, transform in enumerate(section["pipeline"]):
             _named(f"{path}.{split}.pipeline.{i}", transform, TRANSFORMS)
         resolved[split] = section

@@ -185,7 +185,7 @@ class ImageFolder(ImageDataset):
         return _read_image(self.paths[i]).convert(self.mode)
 
 
-class CelebA_HQ_256(ImageFolder):  # noqa: N801
+class CelebA_HQ_256(ImageFolder):
     """CelebA-HQ at 256 x 256: root is the folder of its 30,000 images, of which every tenth is for validation."""
 
     def __init__(self, root: str = "data/celeba_hq_256", train: bool = True, pipeline: Sequence[Callable] = ()):

@@ -441,7 +441,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"eta = {eta:g}: must lie between 0 and 1")
         if eta and sampler != "ddim":
             raise ValueError(f"eta = {eta:g}: only the sampler 'ddim' has it, not {sampler!r}")
-        steps = self._steps(timesteps)
+        steps = self.steps(timesteps)
         if x_T is None:
             x_T = torch.randn(*shape, generator=generator, device=self.signal.device)
         elif x_T.shape != torch.Size(shape):
@@ -468,7 +468,7 @@ class GaussianDiffusion(nn.Module):
                 x0_before = x0
                 yield following, x
 
-    def _steps(self, timesteps: int | Sequence[int] | None) -> list[int]:
+    def steps(self, timesteps: int | Sequence[int] | None) -> list[int]:
         """The times that a sampler visits, descending."""
         if timesteps is None:
             timesteps = self.T

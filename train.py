@@ -8,7 +8,7 @@
 A run's state is a function of (seed, rank, step): each step draws its data order, flips, t, eps and dropout from a generator
 seeded by these three alone. So a run that was stopped and resumed does what the run that never stopped does.
 
-In the folder of the run: last.pth, best.pth, epoch_N.pth, train.log, metrics.jsonl, epoch_N.png (samples of the averaged weights).
+In the folder of the run: last.pth, best.pth, epoch_N.pth, train.log, metrics.jsonl, epoch_N.png (samples).
 """
 
 import argparse
@@ -41,6 +41,7 @@ from pictures import grid, save_png
 
 log = logging.getLogger("train")
 SAMPLES = 64  # in a picture
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what the network runs in
 VALIDATION, PICTURE = 1, 2  # what a seed that is not a step's is for
 
 
@@ -95,9 +96,25 @@ class Ranks:
         return values.item()
 
     def sum(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def gather(self, items: list) -> list:
+        """The items of all ranks, on rank 0; on the others, their own."""
+        if self.world == 1:
+            return items
+        gathered = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(items, gathered, group=self.cpu_group)
+        return [item for part in gathered for item in part] if self.rank == 0 else items
+
+    def autocast(self, precision: str) -> contextlib.AbstractContextManager:
+        """Let the network, and nothing else, run in the precision."""
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        dtype = PRECISIONS[precision]
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def _device(name: str | None, local_rank: int) -> torch.device:
@@ -252,10 +269,6 @@ class Trainer:
 
     def _set_up_speed(self) -> None:
         cfg, device = self.cfg, self.device
-        torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")
-        torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision)
-        self.autocast = lambda: torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
         self.model.time_aware_net.activation_checkpointing = cfg.activation_checkpointing
         if cfg.compile:
             self.model.time_aware_net.compile()
@@ -274,7 +287,7 @@ class Trainer:
         parts = x0.chunk(self.cfg.grad_accum)
         loss = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
-            with self._no_sync(unless=i == len(parts) - 1), self.autocast():
+            with self._no_sync(unless=i == len(parts) - 1), self.ranks.autocast(self.cfg.precision):
                 part_loss = self.parallel(part, self.cfg.chunk_size) * (len(part) / len(x0))
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
@@ -393,7 +406,7 @@ class Trainer:
         for i, pixels in enumerate(self.valid_data.epoch(0)):
             self._heed_signals()
             torch.manual_seed(mixed_seed(self.cfg.seed, self.ranks.rank, i, VALIDATION))
-            with self.autocast():
+            with self.ranks.autocast(self.cfg.precision):
                 loss = self.ema(self.valid_data.images.to_float(pixels), self.cfg.chunk_size)
             sums += torch.stack([loss * len(pixels), torch.tensor(float(len(pixels)), device=self.device)])
         total, count = self.ranks.sum(sums).tolist()
@@ -404,7 +417,7 @@ class Trainer:
         share = math.ceil(SAMPLES / self.ranks.world)
         generator = torch.Generator(self.device).manual_seed(mixed_seed(self.cfg.seed, self.ranks.rank, 0, PICTURE))
         steps = min(self.cfg.sample_timesteps, self.ema.T)
-        with self.autocast():
+        with self.ranks.autocast(self.cfg.precision):
             for _, x in self.ema.trajectory((share, *self.shape), "dpm", steps, clip_x0=True, generator=generator):
                 self._heed_signals()
         if self.ranks.world > 1:

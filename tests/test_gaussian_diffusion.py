@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -460,9 +461,9 @@ print(peak(int(sys.argv[1])) - warm)
 @pytest.mark.slow
 def test_the_resident_memory_of_loss_full_does_not_grow_with_T():
     # what is freed goes back to the system at once, so that the peak is of what lives and not of how it lies in the heap
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, "-c", PEAK]
-    runs = [subprocess.Popen([*command, T], stdout=subprocess.PIPE, text=True, env=environment) for T in ("50", "1000")]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    settings = {"stdout": subprocess.PIPE, "text": True, "env": environment, "cwd": Path(__file__).parents[1]}
+    runs = [subprocess.Popen([sys.executable, "-c", PEAK, T], **settings) for T in ("50", "1000")]
     at_50, at_1000 = (int(run.communicate()[0]) for run in runs)
     assert at_50 > 50_000  # KiB: something was measured
     assert at_1000 < 1.2 * at_50

@@ -1,0 +1,30 @@
+# make demo: digits out of noise.  make test, make lint, make soak: for those who change the code.
+PYTHON ?= python3
+BIN = .venv/bin
+DEMO = models/Digits_den
+
+.PHONY: demo test lint soak
+
+demo: .venv/installed
+	$(BIN)/python train.py configs/Digits_den.json $(if $(wildcard $(DEMO)/*),--resume)
+	$(BIN)/python test.py $(DEMO)/last.pth -n 36
+	@echo "Look at $(DEMO)/last_gen/grid.png, trajectory.gif and 0.png beside it"
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+soak: .venv/installed-dev
+	$(BIN)/python -m pytest -q -m slow
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,179 @@
+"""Data sets: range, shape, split, and the image files that people have."""
+
+import gzip
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.transforms import v2
+
+import dataset
+from dataset import DEBIAN_FASHION_MNIST, CelebA_HQ_256, Digits, FashionMNIST, ImageFolder
+
+
+def test_digits_are_scikit_learns_split_nine_to_one():
+    train, valid = Digits(train=True), Digits(train=False)
+    images = load_digits().images / 8 - 1  # levels 0..16 to [-1, 1]
+    assert (len(train), len(valid)) == (1617, 180)
+    assert train.shape == valid[0].shape == (1, 8, 8)
+    assert np.abs(valid[3][0].numpy() - images[30]).max() < 1.001 / 255  # rounded to 8 bits
+    assert np.abs(train[0][0].numpy() - images[1]).max() < 1.001 / 255  # rounded to 8 bits
+    assert torch.stack(list(train)).aminmax() == (-1, 1)
+
+
+def test_iterating_ends_and_labels_stay_aside():
+    valid = Digits(train=False)
+    assert len(list(valid)) == len(valid) == len(valid.labels)
+    assert valid.labels.tolist() == load_digits().target[::10].tolist()
+    with pytest.raises(IndexError):
+        valid[len(valid)]
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.exists(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_fashion_mnist_of_debian():
+    train, valid = FashionMNIST(train=True), FashionMNIST(train=False)
+    assert (len(train), len(valid)) == (60_000, 10_000)
+    assert valid[0].shape == (1, 28, 28)
+    assert torch.bincount(train.labels).tolist() == [6000] * 10  # Xiao et al. 2017
+
+
+def test_fashion_mnist_is_read_from_idx_files(tmp_path, monkeypatch):
+    pixels = np.arange(2 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(2, 28, 28)
+    header = b"".join(n.to_bytes(4, "big") for n in (2051, 2, 28, 28))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()))
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x02" + bytes([7, 3])))
+    monkeypatch.setattr(dataset, "DEBIAN_FASHION_MNIST", tmp_path)
+    images = FashionMNIST(train=False)
+    assert images.labels.tolist() == [7, 3]
+    assert torch.equal(images[1][0], torch.from_numpy(pixels[1].astype(np.float32)) / 127.5 - 1)
+
+
+def test_files_that_are_not_there_and_not_to_be_downloaded_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "DEBIAN_FASHION_MNIST", tmp_path)
+    for cls in (FashionMNIST, dataset.CIFAR10):
+        with pytest.raises(ValueError, match=f"root = .*{tmp_path.name}.*: {cls.__name__} is not there"):
+            cls(root=str(tmp_path), download=False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of every common kind, all of one colour each, in nested folders and with odd names."""
+    (tmp_path / "b" / "ünter grund").mkdir(parents=True)
+    Image.new("L", (12, 10), 51).save(tmp_path / "a grey.png")
+    Image.new("RGB", (12, 10), (255, 0, 51)).save(tmp_path / "b" / "COLOUR.PNG")
+    Image.new("RGBA", (12, 10), (255, 0, 51, 9)).save(tmp_path / "b" / "ünter grund" / "alpha.Png")
+    Image.new("RGB", (12, 10), (255, 0, 51)).quantize(4).save(tmp_path / "c palette.png")
+    Image.fromarray(np.full((10, 12), 257 * 51, np.uint16)).save(tmp_path / "d 16 bit.png")
+    Image.new("CMYK", (12, 10), (0, 255, 204, 0)).save(tmp_path / "e cmyk.tiff")
+    Image.new("RGB", (12, 10), (255, 0, 51)).save(tmp_path / "f webp.webp", lossless=True)
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+COLOUR, GREY = [1.0, -1.0, -0.6], [-0.6] * 3  # 255, 0 and 51 of 255
+
+
+def test_a_folder_of_mixed_files_as_rgb(folder):
+    images = ImageFolder(str(folder))
+    means = {os.path.basename(path): images[i].mean((1, 2)).tolist() for i, path in enumerate(images.paths)}
+    assert images.paths == sorted(images.paths)
+    assert images.shape == (3, 10, 12)
+    expected = {"a grey.png": GREY, "COLOUR.PNG": COLOUR, "alpha.Png": COLOUR, "c palette.png": COLOUR, "d 16 bit.png": GREY}
+    expected |= {"e cmyk.tiff": COLOUR, "f webp.webp": COLOUR}
+    assert means.keys() == expected.keys()
+    for name, mean in means.items():
+        assert mean == pytest.approx(expected[name], abs=0.02), name
+
+
+def test_a_folder_as_grey_by_the_luma_of_rec_601(folder):
+    images = ImageFolder(str(folder), mode="L")
+    luma = 0.299 * 255 + 0.114 * 51
+    assert images.shape == (1, 10, 12)
+    colour = next(i for i, path in enumerate(images.paths) if path.endswith("COLOUR.PNG"))
+    assert images[colour].mean().item() == pytest.approx(luma / 127.5 - 1, abs=0.01)
+
+
+def test_a_folder_is_split_without_overlap(tmp_path):
+    for i in range(25):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")
+    parts = [ImageFolder(str(tmp_path), "L", train=train).paths for train in (True, False, None)]
+    assert [len(part) for part in parts] == [22, 3, 25]
+    assert sorted(parts[0] + parts[1]) == parts[2]
+
+
+def test_the_first_frame_of_an_animation_and_exif_orientation(tmp_path):
+    frames = [Image.new("L", (8, 6), level) for level in (0, 255)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    turned = Image.new("L", (6, 8), 255)
+    turned.save(tmp_path / "b.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
+    images = ImageFolder(str(tmp_path), "L")
+    assert images[0].mean() == -1
+    assert images[1].shape == (1, 6, 8)  # stored 8 x 6, meant to be turned by 90 degrees
+
+
+def test_links_are_followed_and_a_loop_of_links_ends(tmp_path):
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "one.png")
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "one.png")
+    (tmp_path / "data" / "deep" / "loop").symlink_to(tmp_path / "data")
+    assert len(ImageFolder(str(tmp_path / "data"), "L")) == 1
+
+
+def _break(folder, name):
+    path = folder / name
+    {
+        "empty.png": lambda: path.write_bytes(b""),
+        "text.jpg": lambda: path.write_text("not an image"),
+        "cut.jpg": lambda: (Image.effect_noise((64, 64), 50).save(path), path.write_bytes(path.read_bytes()[:800])),
+        "gone.png": lambda: path.symlink_to(folder / "nowhere.png"),
+        "bomb.png": lambda: Image.new("1", (10_000, 9_000)).save(path),
+        "float.tiff": lambda: Image.new("F", (12, 10)).save(path),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["empty.png", "text.jpg", "cut.jpg", "gone.png", "bomb.png", "float.tiff"])
+def test_an_unreadable_image_is_named_or_skipped_on_request(folder, name):
+    _break(folder, name)
+    images = ImageFolder(str(folder))
+    with pytest.raises(ValueError, match=f"{name}: cannot be read as an image"):
+        list(images)
+    with pytest.warns(UserWarning, match=name):
+        readable = ImageFolder(str(folder), skip_unreadable=True)
+    assert len(readable) == len(images) - 1 == len(list(readable))
+
+
+def test_images_of_two_sizes_are_refused_with_the_way_out(folder):
+    Image.new("RGB", (9, 9)).save(folder / "z.png")
+    with pytest.raises(ValueError, match=r"z\.png: \[3, 9, 9\] where the first image has \[3, 10, 12\].*Resize"):
+        list(ImageFolder(str(folder)))
+    assert len(torch.stack(list(ImageFolder(str(folder), pipeline=[v2.Resize((8, 8))])))) == 8
+
+
+@pytest.mark.parametrize("cls", [ImageFolder, CelebA_HQ_256])
+def test_a_folder_that_is_missing_or_holds_no_image_is_refused(cls, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.*no such folder"):
+        cls(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="holds no image"):
+        cls(str(tmp_path))
+
+
+def test_flips_are_fair_and_one_coin_an_image():
+    half = np.zeros((400, 4, 6), np.uint8)
+    half[:, :, 3:] = 255
+    images = dataset.ArrayDataset(half, np.zeros(400), [v2.RandomHorizontalFlip(0.5), v2.RandomVerticalFlip(0)])
+    batch = images.to_float(torch.stack([images.pixels(i) for i in range(400)]))
+    flipped = batch[:, 0, 0, 0] == 1
+    assert torch.equal(batch[flipped].flip(-1), batch[~flipped][:1].expand(int(flipped.sum()), -1, -1, -1))
+    assert 150 < flipped.sum() < 250  # 5 standard deviations
+    assert not images.is_random
+    assert dataset.ArrayDataset(half, np.zeros(400), [v2.RandomCrop(4)]).is_random
+
+
+def test_the_pipeline_comes_before_the_scaling():
+    images = dataset.ArrayDataset(np.full((1, 4, 4), 255, np.uint8), [0], [v2.Pad(2)])
+    assert images[0].shape == (1, 8, 8)
+    assert images[0].unique().tolist() == [-1, 1]
