@@ -98,7 +98,7 @@ class FeatureStatistics:
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if not self.count:
-            self.count, self._mean, self._scatter = count, mean.clone(), scatter.clone()
+            self.count, self._mean, self._scatter = count, mean, scatter  # never written into
             return
         total = self.count + count
         delta = mean - self._mean

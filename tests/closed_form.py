@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from beta_schedule import BetaSchedule
+
 PREDICTIONS = ("direct", "reconstruction", "denoising", "velocity")
 VARIANCES = ("beta", "sigma_bar_square", "learnable")
 
@@ -117,3 +119,9 @@ class OptimalNet(nn.Module):
 
 GAUSSIAN = Mixture([1.0], [[0.4, -0.6]], [0.3])
 MIXTURE = Mixture([0.3, 0.7], [[-1.0, 0.5], [0.8, -0.4]], [0.02, 0.06])
+
+
+def even_in_log_snr(steps: int) -> BetaSchedule:
+    """Log snr falls from 7 to -5 in even steps. No step is wide, so that what few steps lose vanishes like 1 / T."""
+    alpha_bar = torch.linspace(7, -5, steps, dtype=torch.float64).sigmoid()
+    return BetaSchedule(1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]]))

@@ -1,0 +1,397 @@
+import math
+
+import pytest
+import torch
+from closed_form import GAUSSIAN, MIXTURE, PREDICTIONS, OptimalNet, Textbook, even_in_log_snr
+from torch import nn
+
+from beta_schedule import LinearSchedule
+from gaussian_diffusion import GaussianDiffusion
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+
+SAMPLERS = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpm", 0.0)]
+SHORT = LinearSchedule(60, 1e-3, 0.2)
+LONG = LinearSchedule(1000, 1e-4, 0.014)
+
+
+class Wavy(nn.Module):
+    """An arbitrary network, in float64 so that trajectories can be held against each other."""
+
+    def forward(self, xt, t):
+        return (2 * xt.double() + 0.1 * t[:, None]).sin() + 0.3 * xt.double()
+
+
+class WavyMean(nn.Module):
+    """The same network's x_0, said as mu."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.book = Textbook(schedule.beta)
+
+    def forward(self, xt, t):
+        return self.book.mu_from_x0[t, None] * Wavy()(xt, t) + self.book.mu_from_xt[t, None] * xt.double()
+
+
+def optimal(prediction, data=GAUSSIAN, schedule=SHORT, reverse_variance="beta"):
+    return GaussianDiffusion(schedule, OptimalNet(data, schedule.beta, prediction), reverse_variance, prediction)
+
+
+def noised_data(data, schedule, size):
+    """x_T of the data, drawn from its exact density."""
+    alpha_bar = schedule.alpha_bar[-1]
+    return (alpha_bar.sqrt() * data.sample(size).double() + (1 - alpha_bar).sqrt() * torch.randn(size, data.n).double()).float()
+
+
+def flow(xt, alpha_bar_t, alpha_bar_s):
+    """The exact solution of the probability-flow ODE on Gaussian data, from x_t to x_s (Song et al. 2021)."""
+    mean, variance = GAUSSIAN.means[0], GAUSSIAN.variances.item()
+
+    def spread(alpha_bar):
+        return math.sqrt(alpha_bar * variance + 1 - alpha_bar)
+
+    centred = xt.double() - math.sqrt(alpha_bar_t) * mean
+    return math.sqrt(alpha_bar_s) * mean + spread(alpha_bar_s) / spread(alpha_bar_t) * centred
+
+
+# Against diffusers, step by step
+
+PEERS = {
+    "ddpm small": ("DDPMScheduler", {"variance_type": "fixed_small"}, "sigma_bar_square", "ddpm", 0.0),
+    "ddpm large": ("DDPMScheduler", {"variance_type": "fixed_large"}, "beta", "ddpm", 0.0),
+    "ddim 0": ("DDIMScheduler", {"timestep_spacing": "trailing"}, "beta", "ddim", 0.0),
+    "ddim 0.4": ("DDIMScheduler", {"timestep_spacing": "trailing"}, "beta", "ddim", 0.4),
+    "ddim 1": ("DDIMScheduler", {"timestep_spacing": "trailing"}, "sigma_bar_square", "ddim", 1.0),
+    "dpm": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"},
+        "beta",
+        "dpm",
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", ["all", "some"])
+@pytest.mark.parametrize("peer", PEERS)
+def test_every_state_is_that_of_diffusers(peer, steps, prediction):
+    diffusers = pytest.importorskip("diffusers")
+    name, kwargs, reverse_variance, sampler, eta = PEERS[peer]
+    if name == "DDIMScheduler":  # takes only even steps
+        steps = list(range(60, 0, -1 if steps == "all" else -6))
+    else:  # and DDPMScheduler adds no noise after its time 0 only, our t = 1
+        steps = list(range(60, 0, -1)) if steps == "all" else [60, 51, 50, 32, 20, 11, 9, 4, 1]
+
+    if name != "DPMSolverMultistepScheduler":
+        kwargs = kwargs | {"clip_sample": False}
+    said = {"direct": "sample", "reconstruction": "sample", "denoising": "epsilon", "velocity": "v_prediction"}[prediction]
+    scheduler = getattr(diffusers, name)(num_train_timesteps=60, prediction_type=said, **kwargs)
+    scheduler.alphas_cumprod = SHORT.alpha_bar  # without its rounding to float32
+    if name == "DDIMScheduler":
+        scheduler.set_timesteps(len(steps))
+    else:
+        scheduler.set_timesteps(timesteps=[t - 1 for t in steps])
+    assert scheduler.timesteps.tolist() == [t - 1 for t in steps]
+
+    net = WavyMean(SHORT) if prediction == "direct" else Wavy()
+    diffusion = GaussianDiffusion(SHORT, net, reverse_variance, prediction)
+    x = torch.randn(16, 2, dtype=torch.float64)
+    states = diffusion.trajectory((16, 2), sampler, steps, eta, x_T=x, generator=torch.Generator().manual_seed(1))
+    t, state = next(states)
+    assert t == 60
+    assert torch.equal(state, x)
+
+    generator = torch.Generator().manual_seed(1)
+    noise = {"DDPMScheduler": {"generator": generator}, "DDIMScheduler": {"generator": generator, "eta": eta}}.get(name, {})
+    for t, following in zip(steps, [*steps[1:], 0], strict=True):
+        x = scheduler.step(Wavy()(x, torch.full((16,), t)), t - 1, x, **noise).prev_sample
+        said_t, state = next(states)
+        assert said_t == following
+        torch.testing.assert_close(state, x, rtol=1e-4, atol=5e-4 * x.abs().max().item())
+    assert next(states, None) is None
+
+
+@pytest.mark.parametrize("peer", ["ddpm small", "ddim 0", "dpm"])
+def test_clip_x0_is_that_of_diffusers(peer):
+    diffusers = pytest.importorskip("diffusers")
+    name, kwargs, reverse_variance, sampler, _ = PEERS[peer]
+    clip = {"clip_sample": True} if sampler != "dpm" else {"thresholding": True, "sample_max_value": 1.0}
+    scheduler = getattr(diffusers, name)(num_train_timesteps=60, **kwargs, **clip)
+    scheduler.alphas_cumprod = SHORT.alpha_bar
+    if sampler == "dpm":
+        scheduler.set_timesteps(timesteps=list(range(59, -1, -1)))
+    else:
+        scheduler.set_timesteps(60)
+    x = torch.randn(16, 2, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    ours = GaussianDiffusion(SHORT, Wavy(), reverse_variance).sample((16, 2), sampler, clip_x0=True, x_T=x, generator=generator)
+    generator = torch.Generator().manual_seed(1)
+    step = {"ddpm": {"generator": generator}, "ddim": {"use_clipped_model_output": True}, "dpm": {}}[sampler]
+    for t in range(60, 0, -1):
+        out = Wavy()(x, torch.full((16,), t))
+        x = scheduler.step(out[..., None], t - 1, x[..., None], **step).prev_sample[..., 0]
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+    assert ours.abs().max() <= 1
+
+
+# Moments
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+def test_the_samples_have_the_moments_of_the_gaussian(sampler, eta, prediction):
+    schedule = even_in_log_snr(200)
+    x_T = noised_data(GAUSSIAN, schedule, 10_000)
+    x0 = optimal(prediction, GAUSSIAN, schedule).sample(x_T.shape, sampler, eta=eta, x_T=x_T).double()
+    torch.testing.assert_close(x0.mean(0), GAUSSIAN.means[0], rtol=0, atol=0.02)
+    torch.testing.assert_close(x0.T.cov(), GAUSSIAN.variances * torch.eye(2).double(), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+def test_the_samples_have_the_weights_means_and_variances_of_the_mixture(sampler, eta, prediction):
+    schedule = even_in_log_snr(200)
+    x_T = noised_data(MIXTURE, schedule, 5000)
+    x0 = optimal(prediction, MIXTURE, schedule).sample(x_T.shape, sampler, eta=eta, x_T=x_T).double()
+    nearest = torch.cdist(x0, MIXTURE.means).argmin(1)
+    for k in range(2):
+        mine = x0[nearest == k]
+        assert len(mine) / 5000 == pytest.approx(MIXTURE.weights[k].item(), abs=0.025)
+        torch.testing.assert_close(mine.mean(0), MIXTURE.means[k], rtol=0, atol=0.03)
+        torch.testing.assert_close(mine.T.cov(), MIXTURE.variances[k] * torch.eye(2).double(), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    ("sampler", "eta", "reverse_variance"),
+    [
+        ("ddpm", 0, "beta"),
+        ("ddpm", 0, "sigma_bar_square"),
+        ("ddim", 0, "beta"),
+        ("ddim", 0.5, "beta"),
+        ("ddim", 1, "beta"),
+    ],
+)
+def test_a_chain_of_few_steps_has_the_moments_of_its_recursion(sampler, eta, reverse_variance, prediction):
+    # with E[x_0 | x_t] linear in x_t every state is Gaussian, and its mean and variance follow by hand
+    schedule = LinearSchedule(6, 0.1, 0.9)
+    book, mean, variance = Textbook(schedule.beta), torch.zeros(2).double(), 1.0
+    for t in range(6, 0, -1):
+        alpha_bar, previous = book.alpha_bar[t], book.previous[t]
+        gain = alpha_bar.sqrt() * 0.3 / (alpha_bar * 0.3 + 1 - alpha_bar)  # of E[x_0 | x_t]
+        if sampler == "ddpm":
+            noise = book.sigma_square(reverse_variance)[t] if t > 1 else 0
+            from_xt, from_x0 = book.mu_from_xt[t], book.mu_from_x0[t]
+        else:  # Song et al. 2021, equation 12
+            noise = eta**2 * book.posterior_variance[t]
+            from_xt = ((1 - previous - noise) / (1 - alpha_bar)).sqrt()
+            from_x0 = previous.sqrt() - from_xt * alpha_bar.sqrt()
+        slope = from_xt + from_x0 * gain
+        mean = slope * mean + from_x0 * (1 - gain * alpha_bar.sqrt()) * GAUSSIAN.means[0]
+        variance = slope**2 * variance + noise
+    x0 = optimal(prediction, GAUSSIAN, schedule, reverse_variance).sample((20_000, 2), sampler, eta=eta).double()
+    torch.testing.assert_close(x0.mean(0), mean, rtol=0, atol=0.02)
+    assert x0.var(0).mean().item() == pytest.approx(variance.item(), rel=0.035)
+
+
+@pytest.mark.parametrize("reverse_variance", ["beta", "sigma_bar_square", "learnable"])
+def test_a_fitted_variance_on_a_shortened_chain_is_exact_on_gaussian_data(reverse_variance):
+    # q(x_s | x_t) of Gaussian data is itself Gaussian, so that the fitted chain is exact however few its steps
+    diffusion = optimal("denoising", reverse_variance=reverse_variance)
+    diffusion.fit_reverse_variance([GAUSSIAN.sample(8000)])
+    steps, x_T = [60, 25, 8, 1], noised_data(GAUSSIAN, SHORT, 40_000)
+    for t, xt in diffusion.trajectory(x_T.shape, timesteps=steps, x_T=x_T):
+        alpha_bar = 1.0 if t == 0 else SHORT.alpha_bar[t - 1].item()
+        expected = alpha_bar * 0.3 + 1 - alpha_bar
+        if t == 0:  # the mean of the last step, without its noise
+            expected -= GAUSSIAN.x0_error(SHORT.alpha_bar[0]).item()
+        assert xt.double().var(0).mean().item() == pytest.approx(expected, rel=0.03)
+        torch.testing.assert_close(xt.double().mean(0), math.sqrt(alpha_bar) * GAUSSIAN.means[0], rtol=0, atol=0.03)
+
+
+def test_one_step_of_a_shortened_chain_has_the_exact_posterior():
+    diffusion = optimal("denoising")
+    diffusion.fit_reverse_variance([GAUSSIAN.sample(8000)])
+    states = dict(diffusion.trajectory((40_000, 2), timesteps=[60, 30], x_T=torch.full((40_000, 2), 0.5)))
+    bar_s, bar_t = SHORT.alpha_bar[29], SHORT.alpha_bar[59]
+    # x_s ~ N(sqrt(bar_s) m, prior), x_t = sqrt(alpha) x_s + N(0, 1 - alpha)
+    alpha, prior = bar_t / bar_s, bar_s * 0.3 + 1 - bar_s
+    gain = alpha.sqrt() * prior / (alpha * prior + 1 - alpha)
+    mean = bar_s.sqrt() * GAUSSIAN.means[0] + gain * (0.5 - bar_t.sqrt() * GAUSSIAN.means[0])
+    torch.testing.assert_close(states[30].double().mean(0), mean, rtol=0, atol=0.02)
+    assert states[30].double().var(0).mean().item() == pytest.approx((prior * (1 - gain * alpha.sqrt())).item(), rel=0.025)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("timesteps", [None, [60, 40, 13, 2]])
+def test_ddim_of_eta_1_is_the_ancestral_sampler_of_sigma_bar_square(timesteps, prediction):
+    diffusion = optimal(prediction, MIXTURE, reverse_variance="sigma_bar_square")
+    ddpm, ddim = (
+        diffusion.sample((64, 2), sampler, timesteps, eta, generator=torch.Generator().manual_seed(4))
+        for sampler, eta in (("ddpm", 0.0), ("ddim", 1.0))
+    )
+    torch.testing.assert_close(ddpm, ddim, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+def test_the_last_step_is_what_the_network_says_x0_is(sampler, eta, prediction):
+    x1 = torch.randn(8, 2)
+    x0 = optimal(prediction, MIXTURE).sample((8, 2), sampler, [1], eta, x_T=x1)
+    expected = OptimalNet(MIXTURE, SHORT.beta, "reconstruction")(x1, torch.ones(8, dtype=torch.long))
+    torch.testing.assert_close(x0.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+# The probability-flow ODE
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_20_steps_of_dpm_even_in_log_snr_come_within_2_percent_of_the_exact_solution(prediction):
+    log_snr = LONG.alpha_bar.logit()
+    wanted = torch.linspace(log_snr[-1].item(), log_snr[0].item(), 20, dtype=torch.float64)
+    steps = [int((log_snr - value).abs().argmin()) + 1 for value in wanted]
+    x_T = noised_data(GAUSSIAN, LONG, 500)
+    exact = flow(x_T, LONG.alpha_bar[-1].item(), 1.0)
+    dpm, ddim = (
+        (optimal(prediction, GAUSSIAN, LONG).sample(x_T.shape, sampler, steps, x_T=x_T) - exact).square().mean().sqrt().item()
+        for sampler in ("dpm", "ddim")
+    )
+    assert dpm < 0.02 * math.sqrt(0.3)  # of the data's standard deviation
+    assert ddim > 5 * dpm
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm", 2)])
+def test_the_order_of_convergence(sampler, order):
+    # To a fixed time above 0, as the final step to 0 is of first order and spans an infinite log snr, and by steps that are
+    # even in t, whose log snr changes smoothly. The last of the times is the one before that final step.
+    schedule = LinearSchedule(4800, 0.1 / 4800, 12 / 4800)
+    diffusion = GaussianDiffusion(schedule, OptimalNet(GAUSSIAN, schedule.beta, "reconstruction"), "beta", "reconstruction")
+    x_T = noised_data(GAUSSIAN, schedule, 100).double()
+    exact = flow(x_T, schedule.alpha_bar[-1].item(), schedule.alpha_bar[479].item())
+    errors = []
+    for n in (20, 40, 80, 160, 320):
+        steps = torch.linspace(4800, 480, n + 1).int().tolist()
+        states = dict(diffusion.trajectory(x_T.shape, sampler, steps, x_T=x_T))
+        errors.append((states[480] - exact).square().mean().sqrt().item())
+    assert math.log2(errors[-2] / errors[-1]) == pytest.approx(order, abs=0.15)
+    assert math.log2(errors[0] / errors[-1]) / 4 > 0.8 * order
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+def test_a_deterministic_sampler_is_a_function_of_x_T(sampler):
+    diffusion, x_T = optimal("denoising", MIXTURE), torch.randn(8, 2)
+    assert torch.equal(*(diffusion.sample((8, 2), sampler, 12, x_T=x_T) for _ in range(2)))
+
+
+# Randomness, modes and times
+
+
+@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+def test_the_same_seed_gives_the_same_samples(sampler, eta):
+    first, again, other = (
+        optimal("denoising").sample((8, 2), sampler, 10, eta, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_and_gradients_are_off_while_sampling_and_restored_after(training):
+    seen = []
+
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, xt, t):
+            seen.append((self.training, torch.is_grad_enabled()))
+            return self.linear(xt)
+
+    diffusion = GaussianDiffusion(SHORT, Dropping()).train(training)
+    assert not diffusion.sample((4, 2), timesteps=5).requires_grad
+    assert seen == [(False, False)] * 5
+    assert diffusion.training is training
+    assert diffusion.time_aware_net.training is training
+    assert torch.is_grad_enabled()
+
+
+def test_a_trajectory_left_early_restores_the_mode():
+    diffusion = optimal("denoising")
+    states = diffusion.trajectory((4, 2))
+    next(states), next(states)
+    states.close()
+    assert diffusion.training
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+@pytest.mark.parametrize(
+    ("timesteps", "visited"),
+    [
+        (None, list(range(60, -1, -1))),
+        (60, list(range(60, -1, -1))),
+        (2, [60, 1, 0]),
+        (3, [60, 30, 1, 0]),
+        (5, [60, 45, 30, 16, 1, 0]),
+        (1, [60, 0]),
+        ((50, 7), [50, 7, 0]),
+        (range(60, 0, -20), [60, 40, 20, 0]),
+    ],
+    ids=str,
+)
+def test_the_times_visited(timesteps, visited, sampler):
+    asked = []
+
+    class Watch(nn.Module):
+        def forward(self, xt, t):
+            asked.append(t.tolist())
+            return xt
+
+    times = [t for t, _ in GaussianDiffusion(SHORT, Watch()).trajectory((2, 3), sampler, timesteps)]
+    assert times == visited
+    assert asked == [[t, t] for t in visited[:-1]]  # one network call a step
+
+
+def test_every_state_of_a_trajectory_can_be_kept():
+    diffusion = optimal("denoising")
+    x_T = torch.randn(4, 2)
+    before = x_T.clone()
+    kept = [x for _, x in diffusion.trajectory((4, 2), timesteps=10, x_T=x_T)]
+    assert torch.equal(x_T, before)
+    assert len({tuple(x.flatten().tolist()) for x in kept}) == 11
+
+
+def test_images_are_sampled_in_their_shape():
+    class Shrink(nn.Module):
+        def forward(self, xt, t):
+            return 0.3 * xt
+
+    assert GaussianDiffusion(SHORT, Shrink()).sample((2, 3, 4, 5), timesteps=4).shape == (2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"sampler": "euler"}, "sampler = 'euler'.*ddpm, ddim, dpm"),
+        ({"timesteps": 0}, r"timesteps = 0.*1\.\.60"),
+        ({"timesteps": -3}, r"timesteps = -3.*1\.\.60"),
+        ({"timesteps": 61}, r"timesteps = 61.*1\.\.60"),
+        ({"timesteps": []}, r"timesteps = \[\].*descend"),
+        ({"timesteps": [61, 3]}, r"timesteps = \[61, 3\].*60\.\.1"),
+        ({"timesteps": [60, 0]}, r"timesteps = \[60, 0\].*60\.\.1"),
+        ({"timesteps": [60, 5, 5, 1]}, "timesteps = .*without a repeat"),
+        ({"timesteps": [1, 30, 60]}, "timesteps = .*must descend"),
+        ({"sampler": "ddim", "eta": -0.1}, "eta = -0.1.*between 0 and 1"),
+        ({"sampler": "ddim", "eta": 1.1}, "eta = 1.1.*between 0 and 1"),
+        ({"sampler": "ddim", "eta": math.nan}, "eta = nan.*between 0 and 1"),
+        ({"x_T": torch.zeros(2, 3)}, r"x_T of shape \[2, 3\].*\[4, 2\]"),
+    ],
+    ids=str,
+)
+def test_a_bad_argument_is_refused_at_the_call(bad, message):
+    diffusion = optimal("denoising")
+    for call in (diffusion.trajectory, diffusion.sample):  # trajectory: before its first item is asked for
+        with pytest.raises(ValueError, match=message):
+            call((4, 2), **bad)

@@ -1,0 +1,426 @@
+"""The trainer and the sampler as a user runs them: files, resuming, mistakes, signals, ranks."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import test as sampling
+import train
+from dataset import Digits
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "time_aware_net.kwargs.base_channels=8",
+    "time_aware_net.kwargs.num_res_blocks=1",
+    "time_aware_net.kwargs.dropout=0.1",
+    "schedule.kwargs.timesteps=20",
+    "train_cfg.epochs=2",
+    "train_cfg.batch_size=512",
+    "train_cfg.record_period=3",
+    "train_cfg.sample_period=1",
+    "train_cfg.sample_timesteps=3",
+]
+
+
+def tiny(folder: Path, *more: str, flags: tuple[str, ...] = ()) -> list[str]:
+    """Arguments of a run of eight steps in two epochs."""
+    settings = [*TINY, f"train_cfg.model_save_dirpath={folder}", *more]
+    return [str(ROOT / "configs" / "Digits_den.json"), "--device", "cpu", *flags, "--set", *settings]
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple]:
+    return [(line["step"], line["epoch"], line["train_loss"], line["valid_loss"], line["lr"]) for line in metrics(folder)]
+
+
+def assert_same_state(a: object, b: object, path: str = "") -> None:
+    """Bitwise equality of nested dictionaries, lists, tensors and plain values."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            if key != "model_save_dirpath":
+                assert_same_state(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{path}.{i}")
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a tiny run to its end."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert train.main(tiny(folder)) == 0
+    return folder
+
+
+def test_a_run_leaves_what_the_head_of_train_py_says(run):
+    names = {path.name for path in run.iterdir() if path.is_file()}
+    assert names == {"last.pth", "best.pth", "metrics.jsonl", "train.log", "epoch_1.png", "epoch_2.png"}
+    assert [line["step"] for line in metrics(run)] == [3, 4, 6, 8]
+    assert [line["epoch"] for line in metrics(run)] == [1, 1, 2, 2]
+    assert [line["valid_loss"] is None for line in metrics(run)] == [True, False, True, False]
+    assert all(line["img_per_s"] > 0 and 0 <= line["data_wait_share"] < 1 and line["lr"] > 0 for line in metrics(run))
+
+
+def test_training_lowers_the_loss_and_the_average_follows_the_weights(tmp_path):
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=8", "train_cfg.batch_size=64", "train_cfg.sample_period=0")) == 0
+    lines = metrics(tmp_path / "a")
+    assert lines[-1]["valid_loss"] < 0.7 * lines[0]["train_loss"]
+    state = checkpoint.load(tmp_path / "a" / "last.pth")
+    torch.manual_seed(train.mixed_seed(0))
+    start = train.build_diffusion(state["config"]).state_dict()
+    name = "time_aware_net.conv_in.weight"
+    moved = (state["model"][name] - start[name]).norm()
+    assert (state["ema"][name] - start[name]).norm() > 0.5 * moved
+    assert not torch.equal(state["ema"][name], state["model"][name])
+
+
+def test_a_second_enter_loses_nothing_and_names_three_ways_on(run, capsys):
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert train.main(tiny(run)) == 2
+    message = capsys.readouterr().err
+    assert all(way in message for way in ("--resume", "--overwrite", "train_cfg.model_save_dirpath"))
+    assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+def test_overwrite_starts_anew(tmp_path):
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1")) == 0
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1", flags=("--overwrite",))) == 0
+    assert [line["step"] for line in metrics(tmp_path / "a")] == [3, 4]
+
+
+MORE = {
+    "plain": [],
+    "learnable": ["diffusion.reverse_variance=learnable"],
+    "grad_accum": ["train_cfg.grad_accum=2"],
+    "random crops by workers": [
+        'dataset.train.pipeline=[{"name":"RandomCrop","kwargs":{"size":8,"padding":1}},{"name":"RandomHorizontalFlip"}]'
+    ],
+}
+
+
+def stop_at(monkeypatch, place: str, call: int) -> None:
+    """Deliver SIGTERM to this process as the trainer enters a method for the call-th time."""
+    method, calls = getattr(train.Trainer, place), []
+
+    def stopping(self, *args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return method(self, *args)
+
+    monkeypatch.setattr(train.Trainer, place, stopping)
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "more"),
+    [
+        ("train_step", 1, "plain"),
+        ("train_step", 4, "plain"),
+        ("train_step", 5, "learnable"),
+        ("train_step", 6, "grad_accum"),
+        ("train_step", 7, "random crops by workers"),
+        ("validate", 1, "plain"),
+        ("save_picture", 2, "plain"),
+    ],
+)
+def test_a_run_stopped_anywhere_and_resumed_is_the_run_never_stopped(place, call, more, tmp_path, monkeypatch, run):
+    whole = run
+    if more != "plain":
+        whole = tmp_path / "whole"
+        assert train.main(tiny(whole, *MORE[more])) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, place, call)
+        assert train.main(tiny(tmp_path / "parts", *MORE[more])) == 128 + signal.SIGTERM
+    assert train.main(tiny(tmp_path / "parts", *MORE[more], flags=("--resume",))) == 0
+    assert losses(tmp_path / "parts") == losses(whole)
+    for name in ("last.pth", "best.pth"):
+        assert_same_state(checkpoint.load(whole / name), checkpoint.load(tmp_path / "parts" / name))
+
+
+def test_resume_refuses_another_config_by_its_keys(run, capsys):
+    assert train.main(tiny(run, "train_cfg.lr=0.5", "schedule.kwargs.timesteps=30", flags=("--resume",))) == 2
+    message = capsys.readouterr().err
+    assert "train_cfg.lr (0.001 then, 0.5 now)" in message
+    assert "schedule.kwargs.timesteps (20 then, 30 now)" in message
+    assert "epochs" in message.split("only these may change")[1]
+
+
+def test_resume_of_a_finished_run_trains_on_only_if_epochs_were_added(tmp_path):
+    settings = ("train_cfg.lr_schedule=constant",)
+    assert train.main(tiny(tmp_path / "a", *settings)) == 0
+    assert train.main(tiny(tmp_path / "a", *settings, flags=("--resume",))) == 0
+    assert len(metrics(tmp_path / "a")) == 4
+    assert train.main(tiny(tmp_path / "a", *settings, "train_cfg.epochs=3", flags=("--resume",))) == 0
+    assert metrics(tmp_path / "a")[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("size", [150, 1000])
+def test_a_checkpoint_cut_short_is_named_with_the_newest_good_one(tmp_path, size, capsys, run):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "best.pth").write_bytes((run / "best.pth").read_bytes())
+    (folder / "last.pth").write_bytes((run / "last.pth").read_bytes()[:-size])
+    assert train.main(tiny(folder, flags=("--resume",))) == 2
+    message = capsys.readouterr().err
+    assert f"{folder}/last.pth: cut short" in message
+    assert f"--resume {folder}/best.pth" in message
+
+
+def test_a_changed_byte_is_seen(run, tmp_path):
+    whole = (run / "last.pth").read_bytes()
+    weights = checkpoint.load(run / "last.pth")["model"]["time_aware_net.up.0.0.conv1.weight"].numpy().tobytes()
+    at = whole.index(weights) + len(weights) // 2
+    (tmp_path / "a.pth").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(ValueError, match=r"a\.pth: cut short, damaged"):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+class Hostile:
+    def __reduce__(self):
+        return (Path.touch, (Path("hostile"),))
+
+
+def test_a_checkpoint_that_would_run_code_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": checkpoint.FORMAT, "version": 1, "config": Hostile()}, "a.pth")
+    Path("b.pth").write_bytes(pickle.dumps(Hostile()))
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(ValueError, match=name):
+            checkpoint.load(name)
+    assert not Path("hostile").exists()
+
+
+def test_a_checkpoint_of_something_else_or_of_a_bad_config_is_refused(run, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth: not a checkpoint of this library"):
+        checkpoint.load_diffusion(tmp_path / "other.pth")
+    state = checkpoint.load(run / "last.pth")
+    state["config"]["time_aware_net"]["kwargs"]["dropout"] = "much"
+    checkpoint.save(tmp_path / "bad.pth", state)
+    with pytest.raises(ValueError, match=r"bad\.pth: time_aware_net\.kwargs\.dropout"):
+        checkpoint.load_diffusion(tmp_path / "bad.pth")
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"before")
+    with pytest.raises(KeyError), checkpoint.whole_file(path) as file:
+        file.write(b"half of it")
+        raise KeyError
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["time_aware_net.kwargs.n_channels=3"], ["time_aware_net", "dataset.train", "n_channels = 3"]),
+        (
+            ["time_aware_net.kwargs.ch_mult=[1,1,1,1,1]", "time_aware_net.kwargs.attention=[false,false,false,false,false]"],
+            ["16"],
+        ),
+        (["train_cfg.batch_size=511", "train_cfg.grad_accum=2"], ["train_cfg.batch_size", "511", "multiple of 2"]),
+        (["train_cfg.precision=fp16"], ["train_cfg.precision", "CUDA"]),
+        (["schedule.name=LinearSchedule", "schedule.kwargs={}", "train_cfg.epochs=0"], ["train_cfg.epochs"]),
+    ],
+)
+def test_a_mistake_is_one_line_exit_code_2_and_nothing_written(more, words, tmp_path, capsys):
+    assert train.main(tiny(tmp_path / "a", *more)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("train.py: ")
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("device", "words"), [("cuda", "CUDA is not available"), ("gpu", "no such kind")])
+def test_a_device_that_is_not_there(device, words, tmp_path, capsys, run):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    for script, argv in (
+        (train, [*tiny(tmp_path / "a"), "--device", device]),
+        (sampling, [str(run / "last.pth"), "--device", device]),
+    ):
+        argv = argv if script is sampling else [*argv[:1], "--device", device, *argv[3:-2]]
+        assert script.main(argv) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_an_unreadable_image_stops_the_run_by_name(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.new("L", (8, 8), i).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no")
+    section = json.dumps({"root": str(tmp_path / "images"), "mode": "L"})
+    folder = ["dataset.name=ImageFolder", f"dataset.train={section}", f"dataset.valid={section}"]
+    assert train.main(tiny(tmp_path / "a", *folder)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"train.py: {tmp_path}/images/broken.png: cannot be read")
+    skipping = [*folder, "dataset.train.skip_unreadable=true", "dataset.valid.skip_unreadable=true"]
+    with pytest.warns(UserWarning, match=r"broken\.png"):
+        assert train.main(tiny(tmp_path / "a", *skipping)) == 0  # a set smaller than a batch
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, monkeypatch, capsys):
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1", "train_cfg.lr_schedule=constant")) == 0
+    good = (tmp_path / "a" / "last.pth").read_bytes()
+    monkeypatch.setattr(
+        train.GaussianDiffusion, "forward", lambda self, x0, _: sum(p.sum() for p in self.parameters()) * torch.nan
+    )
+    more = ["train_cfg.epochs=3", "train_cfg.max_bad_steps=2", "train_cfg.lr_schedule=constant"]
+    assert train.main(tiny(tmp_path / "a", *more, flags=("--resume",))) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 6" in message
+    assert f"{tmp_path}/a/last.pth" in message
+    assert (tmp_path / "a" / "last.pth").read_bytes() == good
+
+
+def test_a_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
+    forward, calls = train.GaussianDiffusion.forward, []
+
+    def sometimes_nan(self, x0, chunk_size):
+        calls.append(1)
+        return forward(self, x0, chunk_size) * (torch.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(train.GaussianDiffusion, "forward", sometimes_nan)
+    assert train.main(tiny(tmp_path / "a", "diffusion.reverse_variance=learnable")) == 0
+    assert metrics(tmp_path / "a")[-1]["bad_steps"] == 1
+    state = checkpoint.load(tmp_path / "a" / "last.pth")
+    assert all(weights.isfinite().all() for part in ("model", "ema") for weights in state[part].values())
+    assert state["optimizer"]["state"][0]["step"] == 7
+
+
+def test_the_prior_is_warned_of_when_it_is_not_pure_noise(tmp_path, caplog):
+    train.log.propagate = True
+    more = ["schedule.name=LinearSchedule", 'schedule.kwargs={"timesteps": 20}', "train_cfg.epochs=1"]
+    assert train.main(tiny(tmp_path / "a", *more)) == 0
+    expected = np.prod(1 - np.linspace(1e-4, 0.02, 20))
+    assert f"alpha_bar_T = {expected:.3g}" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_its_code_within_ten_seconds(number, tmp_path):
+    argv = tiny(tmp_path / "a", "train_cfg.epochs=10000")
+    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "a" / "last.pth").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
+    assert "--resume" in message.splitlines()[-1]
+    assert checkpoint.load(tmp_path / "a" / "last.pth")["step"] > 0
+
+
+# Sampling
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_sampling_writes_strips_grid_and_animation_that_the_seed_fixes(run):
+    def draw(*flags: str) -> dict[str, bytes]:
+        assert sampling.main([str(run / "last.pth"), "--device", "cpu", "-n", "3", *flags]) == 0
+        return pictures(run / "last_gen")
+
+    first = draw()
+    assert first.keys() == {"0.png", "1.png", "2.png", "grid.png", "trajectory.gif"}
+    assert draw() == first
+    assert draw("-s", "1")["0.png"] != first["0.png"]
+    assert draw("--raw")["0.png"] != first["0.png"]
+    assert draw("--sampler", "dpm", "--timesteps", "5")["0.png"] != first["0.png"]
+
+
+def test_strips_show_the_states_asked_for_enlarged_without_smoothing(run):
+    assert sampling.main([str(run / "last.pth"), "--device", "cpu", "-n", "1", "--frames", "4"]) == 0
+    strip = np.asarray(Image.open(run / "last_gen" / "0.png"))
+    assert strip.shape == (64 + 4, 4 * 66 + 2, 3)
+    tile = strip[2:66, 2:66, 0]
+    assert (tile == tile[::8, ::8].repeat(8, 0).repeat(8, 1)).all()
+    animation = Image.open(run / "last_gen" / "trajectory.gif")
+    assert animation.n_frames == 21  # T = 20 steps and x_T
+
+
+def test_another_size_and_sizes_that_do_not_fit(run, capsys):
+    assert sampling.main([str(run / "last.pth"), "12", "16", "--device", "cpu", "-n", "1", "--frames", "2"]) == 0
+    assert Image.open(run / "last_gen" / "grid.png").size == (16 * 6 + 4, 12 * 6 + 4)
+    assert sampling.main([str(run / "last.pth"), "9", "16", "--device", "cpu"]) == 2
+    assert "multiples of 2" in capsys.readouterr().err
+    assert sampling.main([str(run / "last.pth"), "12", "--device", "cpu"]) == 2
+    assert "two numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-n", "0"], "-n = 0"),
+        (["--timesteps", "21"], "must lie in 1..20"),
+        (["--eta", "2", "--sampler", "ddim"], "eta = 2"),
+        (["--eta", "0.5"], "only the sampler 'ddim'"),
+    ],
+)
+def test_bad_flags_are_refused(flags, words, run, capsys):
+    assert sampling.main([str(run / "last.pth"), "--device", "cpu", *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_named(capsys):
+    assert sampling.main(["nowhere.pth", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "test.py: nowhere.pth: no such checkpoint\n"
+
+
+# Ranks
+
+
+def torchrun(*argv: str, ranks: int = 2) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ranks_share_an_epoch_without_overlap():
+    config = train.load_config(*[tiny(Path("a"))[0]], TINY)
+    config["train_cfg"].update(batch_size=100)
+    cfg = train.build_train_config(config | {"train_cfg": config["train_cfg"]})
+    parts = []
+    for rank in range(3):
+        ranks = train.Ranks("cpu")
+        ranks.world, ranks.rank = 3, rank
+        parts.append([i for batch in train.Batches(Digits(), cfg, ranks, shuffle=True)._indices(0, 0) for i in batch.tolist()])
+    assert len(parts[0]) == len(parts[1]) == len(parts[2]) == 539
+    assert sorted(sum(parts, [])) == list(range(1617))  # noqa: RUF017
+
+
+def test_two_ranks_train_and_sample_and_resume_like_one(tmp_path):
+    torchrun("train.py", *tiny(tmp_path / "two"))
+    assert train.main(tiny(tmp_path / "one")) == 0
+    one, two = metrics(tmp_path / "one")[-1], metrics(tmp_path / "two")[-1]
+    assert two["step"] == one["step"]
+    assert two["valid_loss"] == pytest.approx(one["valid_loss"], rel=0.2)  # other draws of t and eps
+    torchrun("train.py", *tiny(tmp_path / "two", flags=("--resume",)))
+    sampled = [str(tmp_path / "two" / "last.pth"), "-n", "5", "--batch-size", "2", "--device", "cpu"]
+    torchrun("test.py", *sampled)
+    shared = pictures(tmp_path / "two" / "last_gen")
+    assert sampling.main(sampled) == 0
+    assert pictures(tmp_path / "two" / "last_gen") == shared
