@@ -184,12 +184,12 @@ class GaussianDiffusion(nn.Module):
 
     def q_step(self, x_prev: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw x_t of q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I) (equation 1)."""
-        noise = torch.randn_like(x_prev) if noise is None else noise
+        noise = _noise(x_prev, noise)
         return self._mix("step_signal", x_prev, "step_noise", noise, self._times(t, x_prev))
 
     def q_sample(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw x_t of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (equation 2)."""
-        noise = torch.randn_like(x0) if noise is None else noise
+        noise = _noise(x0, noise)
         return self._mix("signal", x0, "noise", noise, self._times(t, x0))
 
     def q_posterior(self, x0: Tensor, xt: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,7 @@ class GaussianDiffusion(nn.Module):
         """Draw x_{t-1} of p(x_{t-1} | x_t); at t = 1 the mean itself, so that no noise is left in x_0."""
         t = self._times(t, xt)
         mean, variance = self.p_mean_variance(xt, t, clip_x0)
-        noise = torch.randn_like(xt) if noise is None else noise
+        noise = _noise(xt, noise)
         return mean + variance.sqrt() * noise * (t > 1).view(variance.shape)
 
     # Losses
@@ -264,7 +264,7 @@ class GaussianDiffusion(nn.Module):
         With a learnable variance, "simple" and "min_snr" add the full term with the network's gradient stopped (Nichol &
         Dhariwal 2021, section 3.1): the network learns from the one, the variance from the other.
         """
-        noise = torch.randn_like(x0) if noise is None else noise
+        noise = _noise(x0, noise)
         return self._loss(self.loss_mode, x0, self._times(t, x0), noise)
 
     def _random_times(self, x0: Tensor) -> Tensor:
@@ -308,13 +308,14 @@ class GaussianDiffusion(nn.Module):
 
     @contextmanager
     def _evaluating(self):
-        """Dropout off inside, and as it was afterwards."""
-        training = self.training
+        """Dropout off inside; afterwards every module is in the mode it was in."""
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             yield
         finally:
-            self.train(training)
+            for module, training in modes:
+                module.training = training
 
     def _residuals(self, x0: Tensor, times: Tensor, chunk_size: int | None, generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Pieces of times, t [k] and the network's residuals there [k, B, ...]: first t = 1 alone, then the rest in chunks."""
@@ -344,7 +345,7 @@ class GaussianDiffusion(nn.Module):
         chunk_size   timesteps in one network call, None for as many as make 128 rows
         generator    of all draws, on x_0's device; the same one draws the same noise in fit_reverse_variance
         """
-        if discretized and x0.abs().max() > 1:
+        if discretized and not x0.abs().max() <= 1:  # nor is nan
             raise ValueError(f"x0 from {x0.min():g} to {x0.max():g}: the discretized likelihood is of data in [-1, 1]")
         times, length = self._strata(timesteps, x0.device, generator)
         alpha_bar_T = self._alpha_bar[-1].item()
@@ -359,7 +360,7 @@ class GaussianDiffusion(nn.Module):
                 mu_error = self.mu_from_out[t - 1, None] ** 2 * residual.square().flatten(2).mean(2)  # [k, B]
                 ratio = (self.posterior_variance / sigma_square)[t - 1, None]
                 term = 0.5 * (ratio - 1 - ratio.log() + mu_error / sigma_square[t - 1, None])
-                kl += length[t - 1] @ term
+                kl += (length[t - 1, None] * term).sum(0)
         return Bound(prior, kl, reconstruction, prior + kl + reconstruction)
 
     def _strata(self, timesteps: int | None, device: torch.device, generator) -> tuple[Tensor, Tensor]:
@@ -394,6 +395,7 @@ class GaussianDiffusion(nn.Module):
         if not count or not error.isfinite().all():
             raise ValueError("batches: " + ("the network's error on them is not finite" if count else "there is none"))
         x0_error = (self.x0_from_out.cpu().double() ** 2 * error / count).to(self.signal)  # equation 9
+        x0_error.clamp_(min=1e-12)  # a network that is never wrong must still leave sigma_1^2 positive
         if self.reverse_variance == "learnable":
             self.log_sigma_square.copy_(self._variance(x0_error).log())
         else:
@@ -430,7 +432,7 @@ class GaussianDiffusion(nn.Module):
         sampler    "ddpm": ancestral (equation 15), with the variances of the shortened chain on a subset of the steps
                    "ddim": Song et al. 2021, equation 12; eta = 0 is deterministic, eta = 1 has the ancestral variance
                    "dpm": DPM-Solver++ 2M, Lu et al. 2022, algorithm 2, its first and its last step of first order
-        timesteps  None: all. An int: that many, evenly spread, T and 1 included. Or the times themselves, descending
+        timesteps  None: all. An int: that many, T and 1 included, spread as `steps` says. Or the times themselves, descending
         eta        of "ddim" only, 0 to 1
         clip_x0    keep every predicted x_0 in [-1, 1]
         x_T        the state to start from, of the given shape; drawn if None
@@ -441,7 +443,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"eta = {eta:g}: must lie between 0 and 1")
         if eta and sampler != "ddim":
             raise ValueError(f"eta = {eta:g}: only the sampler 'ddim' has it, not {sampler!r}")
-        steps = self.steps(timesteps)
+        steps = self.steps(timesteps, sampler)
         if x_T is None:
             x_T = torch.randn(*shape, generator=generator, device=self.signal.device)
         elif x_T.shape != torch.Size(shape):
@@ -468,17 +470,36 @@ class GaussianDiffusion(nn.Module):
                 x0_before = x0
                 yield following, x
 
-    def steps(self, timesteps: int | Sequence[int] | None) -> list[int]:
-        """The times that a sampler visits, descending."""
+    def steps(self, timesteps: int | Sequence[int] | None, sampler: SamplerName = "ddpm") -> list[int]:
+        """The times that a sampler visits, descending; ValueError for times that are not in 1..T, or not descending.
+
+        A number of them is spread evenly from T to 1: in t, or for "dpm", whose order of convergence is in it, in log snr.
+        """
         if timesteps is None:
-            timesteps = self.T
+            return list(range(self.T, 0, -1))
         if isinstance(timesteps, int):
             if not 1 <= timesteps <= self.T:
                 raise ValueError(f"timesteps = {timesteps}: must lie in 1..{self.T}")
-            return torch.linspace(self.T, 1, timesteps, dtype=torch.float64).round().int().tolist()
-        steps = [int(t) for t in timesteps]
+            return self._even_in_log_snr(timesteps) if sampler == "dpm" else self._even_in_time(timesteps)
+        steps = list(timesteps)
+        if not all(isinstance(t, int) for t in steps):
+            raise ValueError(f"timesteps = {steps}: must be whole numbers")
         if not steps or steps[0] > self.T or steps[-1] < 1 or any(s >= t for t, s in pairwise(steps)):
             raise ValueError(f"timesteps = {steps}: must descend, without a repeat, within {self.T}..1")
+        return steps
+
+    def _even_in_time(self, count: int) -> list[int]:
+        return torch.linspace(self.T, 1, count, dtype=torch.float64).round().int().tolist()
+
+    def _even_in_log_snr(self, count: int) -> list[int]:
+        """The times nearest to even steps in log snr, moved apart by as little as makes them distinct."""
+        log_snr = torch.logit(self._alpha_bar)
+        targets = torch.linspace(log_snr[-1], log_snr[0], count, dtype=torch.float64)
+        nearest = (log_snr[:, None] - targets).abs().argmin(0) + 1
+        steps = []
+        for i, t in enumerate(nearest.tolist()):
+            most = steps[-1] - 1 if steps else self.T
+            steps.append(max(min(t, most), count - i))  # leave a time for each that follows
         return steps
 
     def _update_rule(self, sampler: SamplerName, steps: list[int], eta: float) -> list[tuple[float, ...]]:
@@ -513,6 +534,15 @@ class GaussianDiffusion(nn.Module):
             return self.x0_error.double().cpu()
         excess = self.log_sigma_square.double().exp() - self.posterior_variance.double()
         return (excess / self.mu_bar_from_x0.double() ** 2).detach().cpu()
+
+
+def _noise(x: Tensor, noise: Tensor | None) -> Tensor:
+    """The noise given, or drawn."""
+    if noise is None:
+        return torch.randn_like(x)
+    if noise.shape != x.shape:
+        raise ValueError(f"noise of shape {list(noise.shape)}: must have the shape of x, {list(x.shape)}")
+    return noise
 
 
 def _every_pair(x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def draw(diffusion: GaussianDiffusion, shape: list[int], args: argparse.Namespac
 
     Strips and animation are of the first --pictures samples. Each batch has its own generator, so ranks may share them out.
     """
-    calls = len(diffusion.steps(args.timesteps))
+    calls = len(diffusion.steps(args.timesteps, args.sampler))
     strip_at, gif_at = evenly(args.frames, calls + 1), evenly(GIF_FRAMES, calls + 1)
     batches = range(0, args.n, args.batch_size)
     mine = batches[ranks.rank :: ranks.world]

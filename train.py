@@ -320,8 +320,8 @@ class Trainer:
         """Train to the last epoch, or until a signal: the exit code."""
         steps = self.train_data.steps
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
-        with bar, logging_redirect_tqdm([log]):
-            try:
+        try:
+            with bar, logging_redirect_tqdm([log]):
                 if self.step and self.step == (self.epochs_closed + 1) * steps:  # stopped just there
                     self.close_epoch(bar)
                 while self.step < self.total_steps:
@@ -332,11 +332,11 @@ class Trainer:
                         bar.update()
                         self._after_step(bar)
                     self.close_epoch(bar)
-            except Stopped:
-                self.save("last.pth")
-                number = int(self.ranks.largest(self.stopper.signal))
-                log.info(f"stopped at step {self.step} by {signal.Signals(number).name}; to go on, add --resume")
-                return 128 + number
+        except Stopped:
+            self.save("last.pth")
+            number = int(self.ranks.largest(self.stopper.signal))
+            log.info(f"stopped at step {self.step} by {signal.Signals(number).name}; to go on, add --resume")
+            return 128 + number
         log.info(f"finished: {self.cfg.epochs} epochs, {self.step} steps; the checkpoints are in {self.folder}")
         return 0
 

@@ -418,6 +418,13 @@ def test_under_autocast_only_the_network_runs_low(loss_mode, reverse_variance):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
+def test_a_network_of_another_precision_does_not_change_xs():
+    diffusion = arbitrary("beta", "denoising", net=OptimalNet(GAUSSIAN, SCHEDULE.beta, "denoising"))  # says float64
+    x = torch.zeros(12, 2)
+    said = [*diffusion.predict(x, ALL_TIMES), diffusion.p_sample(x, ALL_TIMES), diffusion.loss(x, ALL_TIMES)]
+    assert {y.dtype for y in [*said, diffusion.sample((12, 2))]} == {torch.float32}
+
+
 def test_a_batch_of_images_is_averaged_over_pixels_and_samples():
     x0, noise = torch.zeros(2, 3, 4, 5), torch.ones(2, 3, 4, 5)
     noise[1] = 3
@@ -441,7 +448,8 @@ def test_the_tensors_that_loss_full_holds_do_not_grow_with_T():
 
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from beta_schedule import LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
 from time_aware_module import TimeAwareUNet
@@ -451,7 +459,8 @@ net = TimeAwareUNet(1, 32, ch_mult=(1, 2), attention=(False, True))
 
 def peak(T):
     GaussianDiffusion(LinearSchedule(T, 1e-4, 0.02), net, loss_mode="full")(torch.zeros(4, 1, 8, 8)).backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak
+    return int(status.split("VmHWM:")[1].split()[0])
 
 warm = peak(1)
 print(peak(int(sys.argv[1])) - warm)

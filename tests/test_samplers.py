@@ -326,7 +326,7 @@ def test_a_trajectory_left_early_restores_the_mode():
     assert diffusion.training
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize(
     ("timesteps", "visited"),
     [
@@ -352,6 +352,22 @@ def test_the_times_visited(timesteps, visited, sampler):
     times = [t for t, _ in GaussianDiffusion(SHORT, Watch()).trajectory((2, 3), sampler, timesteps)]
     assert times == visited
     assert asked == [[t, t] for t in visited[:-1]]  # one network call a step
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20, 59, 60])
+def test_a_number_of_dpm_steps_is_spread_evenly_in_log_snr(count):
+    diffusion = optimal("denoising")
+    steps = diffusion.steps(count, "dpm")
+    assert len(steps) == len(set(steps)) == count
+    assert steps == sorted(steps, reverse=True)
+    assert steps[0] == 60
+    if count == 1:
+        return
+    assert steps[-1] == 1
+    log_snr = (SHORT.alpha_bar / (1 - SHORT.alpha_bar)).log()
+    gaps = log_snr[torch.tensor(steps) - 1].diff()
+    if count == 5:  # few enough to find times near the even ones
+        assert gaps.max() < 1.3 * gaps.min()
 
 
 def test_every_state_of_a_trajectory_can_be_kept():
