@@ -79,8 +79,8 @@ class Stopper:
 class Ranks:
     """This process among those that torchrun started; one process without it."""
 
-    def __init__(self, device: str | None):
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    def __init__(self, device: str | None, alone: bool = False):
+        self.world, self.rank = (1, 0) if alone else (int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
         self.device = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.cpu_group = None
         if self.world > 1:

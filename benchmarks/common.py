@@ -1,0 +1,182 @@
+"""What the benchmarks share: their options, a trainer to measure, interleaved timing, tables and result files."""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # the project's files lie flat there
+
+from config import resolve  # noqa: E402
+from train import Ranks, Stopper, Trainer  # noqa: E402
+
+# "cifar10" is the network of Ho et al. 2020, appendix B: 35,746,307 parameters
+NETWORKS = {"cifar10": {"base_channels": 128}, "small": {"base_channels": 32, "num_groups": 8}}
+PACKAGES = ("torch", "torchvision", "numpy", "diffusers", "denoising-diffusion-pytorch")
+
+
+def options(description: str, **defaults: object) -> argparse.ArgumentParser:
+    """The options of every benchmark. A default of None is chosen by `start`, for the device."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU, by default torch's own choice")
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it runs")
+    parser.add_argument("--network", choices=NETWORKS, help="cifar10: that of the paper; small: a quarter of its width")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, help="timings of each thing, of which the median is shown")
+    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="folder of the JSON file")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def start(args: argparse.Namespace, cpu: Mapping, cuda: Mapping, quick: Mapping) -> torch.device:
+    """Fill in what was left open, by device; the device."""
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"--device {args.device}: CUDA is not available here")
+    for name, value in (quick if args.quick else cuda if device.type == "cuda" else cpu).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    print(f"{device_name(device)}, torch {torch.__version__}, {args.network} network, batch {args.batch_size}", flush=True)
+    return device
+
+
+# What is measured
+
+
+def config(network: str, batch_size: int, root: str, *, timesteps: int = 1000, loss_mode: str = "simple", **train_cfg) -> dict:
+    """A resolved config of configs/CIFAR10_den.json's kind, for a folder of images."""
+    images = {"root": root}
+    train_cfg = {"epochs": 1000000, "lr": 2e-4, "num_workers": 0, "model_save_dirpath": root} | train_cfg
+    return resolve(
+        {
+            "schedule": {"name": "LinearSchedule", "kwargs": {"timesteps": timesteps}},
+            "time_aware_net": {"name": "TimeAwareUNet", "kwargs": {"n_channels": 3} | NETWORKS[network]},
+            "diffusion": {"loss_mode": loss_mode},
+            "dataset": {"name": "ImageFolder", "train": images, "valid": images},
+            "train_cfg": {"batch_size": batch_size} | train_cfg,
+        }
+    )
+
+
+def trainer(device: torch.device, network: str, batch_size: int, image_size: int, **more) -> Trainer:
+    """train.py's own trainer on random images, with random weights: also where training starts from zeros."""
+    with tempfile.TemporaryDirectory() as root:
+        pixels = np.random.default_rng(0).integers(0, 256, (batch_size, image_size, image_size, 3), np.uint8)
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(f"{root}/{i}.png")
+        made = Trainer(config(network, batch_size, root, **more), Ranks(str(device)), Stopper())
+    with torch.no_grad():
+        for parameter in made.net_parameters:
+            if not parameter.any():
+                parameter.copy_(0.02 * torch.randn(parameter.shape))  # drawn on the CPU: the same everywhere
+    return made
+
+
+# Timing
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, inner: int = 1, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each step, timed in turns A B C A B C, so that a change of the machine's speed meets all of them.
+
+    Each time is the mean over `inner` calls in a row: on a GPU several, so that calls overlap as they do in use.
+    """
+    for name, step in steps.items():
+        begin = time.perf_counter()
+        for _ in range(warmup):
+            step()
+        synchronize(device)
+        print(f"  {name}: warm after {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+    seconds = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            synchronize(device)
+            begin = time.perf_counter()
+            for _ in range(inner):
+                step()
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - begin) / inner)
+    return seconds
+
+
+def median_ratio(a: Iterable[float], b: Iterable[float]) -> float:
+    """Median over the rounds of a / b: each quotient is of two neighbours in time."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+# Results
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    installed = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            installed[package] = None
+    return installed
+
+
+def show(title: str, rows: list[dict]) -> None:
+    """Print rows as a Markdown table, their keys as its head."""
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    table = [list(rows[0]), *cells]
+    widths = [max(len(row[i]) for row in table) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    print(f"\n{title}\n\n" + "\n".join(lines), flush=True)
+
+
+def write(name: str, args: argparse.Namespace, device: torch.device, tables: dict[str, list[dict]]) -> None:
+    """Print the tables and write them to NAME-DEVICE.json."""
+    for title, rows in tables.items():
+        show(title, rows)
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    path = Path(args.results) / f"{name}-{slug}{'-quick' if args.quick else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "benchmark": name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+        "versions": versions(),
+        "settings": vars(args),
+        "tables": tables,
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{path}")

@@ -1,0 +1,196 @@
+"""What this machine can do at best, what share of it our steps use, and what our own code adds to the network's calls.
+
+    python benchmarks/limit.py             # minutes
+    python benchmarks/limit.py --quick     # seconds, a small network
+
+The limits are measured here, not taken from a data sheet: a product of two large square matrices, a 3x3 convolution of the
+network's middle size in its better memory layout, and a copy. The share is counted operations (torch.utils.flop_counter, a
+multiplication with its addition counts as two) a second, over the rate of the matrix product in the same precision.
+"""
+
+import statistics
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from common import interleaved, median_ratio, options, start, trainer, write
+from torch.utils.flop_counter import FlopCounterMode
+
+from train import PRECISIONS, Trainer
+
+
+def precisions(device: torch.device) -> list[str]:
+    return ["fp32", "tf32", "bf16", "fp16"] if device.type == "cuda" else ["fp32", "bf16"]
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Of tensors for which the precision is used; also switches TF32."""
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    return PRECISIONS[precision] or torch.float32
+
+
+@torch.no_grad()
+def machine(args, device: torch.device) -> list[dict]:
+    """Rates of a matrix product, a convolution and a copy, the best of the rounds, in each precision."""
+    n, batch, side = args.matrix, args.batch_size, args.image_size // 2
+    rows = []
+    for precision in precisions(device):
+        dtype = dtype_of(precision)
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        x = torch.randn(batch, 256, side, side, device=device).to(dtype)
+        w = torch.randn(256, 256, 3, 3, device=device).to(dtype)
+        x_last, w_last = (y.to(memory_format=torch.channels_last) for y in (x, w))
+        copied = torch.empty(args.copy_mib * 2**20 // dtype.itemsize, dtype=dtype, device=device).zero_()
+        into = torch.empty_like(copied)
+        works = {
+            "matmul": (2 * n**3, lambda: a @ b),  # noqa: B023
+            "conv": (2 * batch * side**2 * 256 * 256 * 9, lambda: F.conv2d(x, w, padding=1)),  # noqa: B023
+            "conv, channels_last": (2 * batch * side**2 * 256 * 256 * 9, lambda: F.conv2d(x_last, w_last, padding=1)),  # noqa: B023
+            "copy": (2 * copied.nbytes, lambda: into.copy_(copied)),  # noqa: B023
+        }
+        seconds = interleaved({name: call for name, (_, call) in works.items()}, device, args.rounds, args.inner)
+        rate = {name: amount / min(seconds[name]) for name, (amount, _) in works.items()}
+        rows.append(
+            {
+                "precision": precision,
+                "matmul TFLOP/s": rate["matmul"] / 1e12,
+                "conv TFLOP/s": max(rate["conv"], rate["conv, channels_last"]) / 1e12,
+                "copy GB/s, read + written": rate["copy"] / 1e9,
+            }
+        )
+    return rows
+
+
+def counted(step) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def steps_of(run: Trainer, calls: int) -> dict:
+    """A training step and a sampling run of that many network calls, as train.py and test.py do them."""
+    pixels = next(run.train_data.epoch(0))
+    shape, times = pixels.shape, list(range(run.model.T, run.model.T - calls, -1))
+
+    def sample():
+        with run.ranks.autocast(run.cfg.precision):
+            run.ema.sample(shape, "ddpm", times, clip_x0=True)
+
+    return {"training step": lambda: run.train_step(pixels), "sampling step": sample}
+
+
+def share(args, device: torch.device, limits: list[dict]) -> list[dict]:
+    """Counted operations a second of our steps, over what the machine was measured to do."""
+    rows = []
+    for limit in limits:
+        precision = limit["precision"]
+        if precision == "fp16":  # the cost of bf16
+            continue
+        for compiled in (False, True) if args.compile else (False,):
+            make = {"precision": precision, "compile": compiled}
+            if not compiled:
+                run = trainer(device, args.network, args.batch_size, args.image_size, precision=precision)
+                flops = {name: counted(step) for name, step in steps_of(run, 1).items()}
+            run = trainer(device, args.network, args.batch_size, args.image_size, **make)
+            if compiled:
+                run.ema.time_aware_net.compile()
+            calls = {"training step": 1, "sampling step": args.calls}
+            seconds = interleaved(steps_of(run, args.calls), device, args.rounds, args.inner)
+            for name, times in seconds.items():
+                middle = statistics.median(times) / calls[name]
+                rows.append(
+                    {
+                        "step": name,
+                        "precision": precision,
+                        "compiled": compiled,
+                        "ms": 1000 * middle,
+                        "GFLOP": flops[name] / 1e9,
+                        "TFLOP/s": flops[name] / middle / 1e12,
+                        "% of matmul": 100 * flops[name] / middle / 1e12 / limit["matmul TFLOP/s"],
+                        "% of conv": 100 * flops[name] / middle / 1e12 / limit["conv TFLOP/s"],
+                    }
+                )
+    return rows
+
+
+def added(args, device: torch.device) -> list[dict]:
+    """What the sampler adds to its network calls, and the trainer to a loop of forward, backward and optimizer step."""
+    run = trainer(device, args.network, args.batch_size, args.image_size, seed=1)
+    model, net = run.model, run.model.time_aware_net
+    bare_run = trainer(device, args.network, args.batch_size, args.image_size, seed=1)  # with an optimizer state of its own
+    bare, optimizer = bare_run.model, bare_run.optimizer
+    batches = forever(run)
+    x0 = run.train_data.images.to_float(next(batches))
+    noise, t = torch.randn_like(x0), torch.randint(1, model.T + 1, (len(x0),), device=device)
+
+    def bare_step():
+        F.mse_loss(bare.time_aware_net(x0, t), noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    training = {"whole": lambda: run.train_step(next(batches)), "bare": bare_step}
+    seconds = {"training step / forward, backward, optimizer": interleaved(training, device, args.rounds, args.inner)}
+
+    model.eval()
+    image = x0.contiguous()
+
+    @torch.no_grad()
+    def calls():
+        x = image
+        for _ in range(args.calls):
+            x = net(x, t)
+
+    for sampler in ("ddpm", "ddim", "dpm"):
+
+        def sample():
+            model.sample(image.shape, sampler, args.calls, clip_x0=True, x_T=image)  # noqa: B023
+
+        timed = interleaved({"whole": sample, "bare": calls}, device, args.rounds)
+        seconds[f"{sampler}, {args.calls} steps / {args.calls} network calls"] = timed
+    return [
+        {
+            "what": name,
+            "ms": 1000 * statistics.median(timed["whole"]),
+            "bare ms": 1000 * statistics.median(timed["bare"]),
+            "added %": 100 * (median_ratio(timed["whole"], timed["bare"]) - 1),
+        }
+        for name, timed in seconds.items()
+    ]
+
+
+def forever(run: Trainer):
+    """The trainer's own batches without end."""
+    epoch = 0
+    while True:
+        yield from run._timed(run.train_data.epoch(epoch))
+        epoch += 1
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--matrix", type=int, help="rows of the square matrices")
+    parser.add_argument("--copy-mib", type=int, help="MiB that are copied")
+    parser.add_argument("--calls", type=int, help="network calls in a sampling run")
+    parser.add_argument("--inner", type=int, help="calls in one timing")
+    parser.add_argument("--no-compile", dest="compile", action="store_const", const=False, help="compile nothing")
+    parser.set_defaults(compile=None)
+    args = parser.parse_args(argv)
+    device = start(
+        args,
+        cpu=dict(network="cifar10", batch_size=4, rounds=5, matrix=2048, copy_mib=256, calls=50, inner=1, compile=False),
+        cuda=dict(network="cifar10", batch_size=128, rounds=7, matrix=8192, copy_mib=1024, calls=50, inner=10, compile=True),
+        quick=dict(network="small", batch_size=4, rounds=3, matrix=512, copy_mib=64, calls=3, inner=1, compile=False),
+    )
+    torch.manual_seed(0)
+    with nullcontext():
+        limits = machine(args, device)
+        tables = {"Limits of this machine": limits, "What our code adds": added(args, device)}
+        if device.type == "cpu":  # bf16 is no faster here
+            limits = limits[:1]
+        tables["Share of the limits that our steps use"] = share(args, device, limits)
+    write("limit", args, device, tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+"""Carry a model between this library and diffusers, whose UNet2DModel in the DDPM arrangement is TimeAwareUNet.
+
+    python convert.py --from-diffusers FOLDER CHECKPOINT                # then: python test.py CHECKPOINT
+    python convert.py --from-diffusers FOLDER CHECKPOINT --config configs/CIFAR10_den.json
+    python convert.py --to-diffusers CHECKPOINT FOLDER                  # then: DDPMPipeline.from_pretrained(FOLDER)
+
+FOLDER is one that DDPMPipeline.from_pretrained reads: the network, its weights, the scheduler's settings. Weights are carried
+bit by bit. Time counts from 1 here and from 0 there: net(x, t) here is unet(x, t - 1) there.
+
+diffusers keeps no data set and no training settings. A checkpoint needs both sections, so they come from --config, or else are
+a folder of images "data" and train_cfg's defaults. What training alone needs (optimizer, step) is carried neither way.
+"""
+
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from config import SCHEDULES, build_diffusion, load_config, resolve
+from gaussian_diffusion import GaussianDiffusion
+from time_aware_module import Downsample, ResidualBlock, SelfAttention, TimeAwareUNet, Upsample
+
+PREDICTIONS = {"denoising": "epsilon", "reconstruction": "sample", "velocity": "v_prediction"}
+VARIANCES = {"sigma_bar_square": "fixed_small", "beta": "fixed_large"}
+
+# What UNet2DModel can vary and TimeAwareUNet has one way of
+FIXED = {
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "mid_block_type": "UNetMidBlock2D",
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 0,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "act_fn": "silu",
+    "norm_eps": 1e-6,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+}
+
+
+def _require(good: bool, name: str, value: Any, allowed: str) -> None:
+    if not good:
+        raise ValueError(f"{name} = {json.dumps(value)}: {allowed}")
+
+
+def _diffusers():
+    """The package, which only this file and the benchmarks need."""
+    try:
+        import diffusers
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{error}; needed to convert: pip install diffusers safetensors") from None
+    return diffusers
+
+
+# The network's options
+
+
+def unet_options(kwargs: Mapping[str, Any], size: int | tuple[int, int]) -> dict[str, Any]:
+    """The options of the UNet2DModel that is TimeAwareUNet(**kwargs), for images of the size; ValueError if there is none."""
+    with torch.device("meta"):
+        net = TimeAwareUNet(**kwargs)
+    bound = inspect.signature(TimeAwareUNet).bind(**kwargs)
+    bound.apply_defaults()
+    k = bound.arguments
+    groups = {module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)}
+    allowed = f"its layers have {sorted(groups)} groups, and UNet2DModel has one number for all"
+    _require(len(groups) == 1, "num_groups", k["num_groups"], allowed)
+    widths = {module.proj.in_features for module in net.modules() if isinstance(module, SelfAttention)}
+    allowed = f"UNet2DModel's heads are equally wide, and attention here has {sorted(widths)} channels"
+    _require(k["num_heads"] == 1 or len(widths) == 1, "num_heads", k["num_heads"], allowed)
+    return FIXED | {
+        "sample_size": size,
+        "in_channels": k["n_channels"],
+        "out_channels": k["n_channels"],
+        "block_out_channels": [k["base_channels"] * multiple for multiple in k["ch_mult"]],
+        "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in k["attention"]],
+        "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(k["attention"])],
+        "layers_per_block": k["num_res_blocks"],
+        "time_embedding_dim": k["t_channels"],
+        "attention_head_dim": None if k["num_heads"] == 1 else widths.pop() // k["num_heads"],
+        "norm_num_groups": groups.pop(),
+        "dropout": k["dropout"],
+    }
+
+
+def network_kwargs(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the TimeAwareUNet that is a UNet2DModel of these options; ValueError names one that does not fit."""
+    for name, value in FIXED.items():
+        _require(options[name] == value, name, options[name], f"TimeAwareUNet has {json.dumps(value)}")
+    channels, groups = options["block_out_channels"], options["norm_num_groups"]
+    base, out = channels[0], options["out_channels"]
+    _require(out == options["in_channels"], "out_channels", out, "must equal in_channels (twice as many: a learned variance)")
+    _require(not any(c % base for c in channels), "block_out_channels", channels, f"must be multiples of the first, {base}")
+    _require(isinstance(groups, int), "norm_num_groups", groups, "must be a number")
+    in_attention = options["attn_norm_num_groups"]
+    _require(in_attention in (None, groups), "attn_norm_num_groups", in_attention, f"must equal norm_num_groups = {groups}")
+    down, up = list(options["down_block_types"]), list(options["up_block_types"])
+    for kind in down:
+        _require(kind in ("DownBlock2D", "AttnDownBlock2D"), "down_block_types", down, "must be DownBlock2D or AttnDownBlock2D")
+    mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
+    _require(up == mirrored, "up_block_types", up, f"must mirror down_block_types, {json.dumps(mirrored)}")
+    attention = [kind == "AttnDownBlock2D" for kind in down]
+    widths = {c for c, a in zip(channels, attention, strict=True) if a} | {channels[-1]}  # the last one's in the middle
+    width = options["attention_head_dim"]
+    heads = {c / (width or c) for c in widths}
+    allowed = f"attention of {sorted(widths)} channels must have one whole number of heads"
+    _require(len(heads) == 1 and min(heads).is_integer(), "attention_head_dim", width, allowed)
+    return {
+        "n_channels": options["in_channels"],
+        "base_channels": base,
+        "t_channels": options["time_embedding_dim"],
+        "ch_mult": [c // base for c in channels],
+        "num_res_blocks": options["layers_per_block"],
+        "attention": attention,
+        "num_heads": int(heads.pop()),
+        "dropout": options["dropout"],
+        "num_groups": groups,
+    }
+
+
+# The network's weights
+
+PARTS = {ResidualBlock: "resnets", SelfAttention: "attentions", Downsample: "downsamplers", Upsample: "upsamplers"}
+LEAVES = {"time": ["time_emb_proj"], "skip": ["conv_shortcut"], "norm": ["group_norm"], "proj": ["to_out.0"]}
+LEAVES["qkv"] = ["to_q", "to_k", "to_v"]  # rows of one matrix here, three matrices there
+OUTSIDE = {
+    "time_embedding.mlp.0": "time_embedding.linear_1",
+    "time_embedding.mlp.2": "time_embedding.linear_2",
+    "conv_in": "conv_in",
+    "norm_out": "conv_norm_out",
+    "conv_out": "conv_out",
+}
+
+
+def _stages_per_level(net: TimeAwareUNet) -> int:
+    """num_res_blocks + 1, on the way up as on the way down (there one of them halves the image, except at the last level)."""
+    levels = net.size_multiple.bit_length()  # size_multiple = 2^(levels - 1)
+    return len(net.up) // levels
+
+
+def parameter_names(net: TimeAwareUNet) -> dict[str, list[str]]:
+    """For each parameter here, the names of the parameters of UNet2DModel that it is made of, stacked."""
+    modules = {ours: [theirs] for ours, theirs in OUTSIDE.items()}
+    for name, module in net.named_modules():
+        if type(module) not in PARTS:
+            continue
+        side, stage, *_ = name.split(".")
+        level, block = divmod(int(stage), _stages_per_level(net))
+        if side == "middle":  # residual block, attention, residual block
+            path = f"mid_block.{PARTS[type(module)]}.{int(stage) // 2}"
+        else:
+            path = f"{side}_blocks.{level}.{PARTS[type(module)]}.{0 if isinstance(module, Downsample | Upsample) else block}"
+        for leaf, child in module.named_children():
+            if any(True for _ in child.parameters()):
+                modules[f"{name}.{leaf}"] = [f"{path}.{theirs}" for theirs in LEAVES.get(leaf, [leaf])]
+    return {
+        f"{ours}.{kind}": [f"{name}.{kind}" for name in theirs]
+        for ours, theirs in modules.items()
+        for kind in ("weight", "bias")
+    }
+
+
+def weights_to_diffusers(net: TimeAwareUNet) -> dict[str, Tensor]:
+    """The state dictionary of the UNet2DModel that is this network."""
+    ours = net.state_dict()
+    names = parameter_names(net)
+    return {name: part for key in names for name, part in zip(names[key], ours[key].chunk(len(names[key])), strict=True)}
+
+
+def weights_from_diffusers(net: TimeAwareUNet, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dictionary of this network, of a UNet2DModel's; ValueError names a key that is missing or too many."""
+    names = parameter_names(net)
+    known = {name for theirs in names.values() for name in theirs}
+    for name in sorted(known.symmetric_difference(weights)):
+        raise ValueError(
+            f"{name}: {'missing from' if name in known else 'unknown in'} the weights of a network of these options"
+        )
+    return {key: torch.cat([weights[name] for name in theirs]).float() for key, theirs in names.items()}
+
+
+# The process
+
+
+def scheduler_options(config: Mapping) -> dict[str, Any]:
+    """The options of the DDPMScheduler that is the process of a config; ValueError names a setting that it does not have.
+
+    A schedule that diffusers has no name for goes out as the table of its betas.
+    """
+    diffusion, name, kwargs = config["diffusion"], config["schedule"]["name"], config["schedule"]["kwargs"]
+    for setting, known in (("prediction", PREDICTIONS), ("reverse_variance", VARIANCES)):
+        allowed = f"DDPMScheduler has only {', '.join(known)}"
+        _require(diffusion[setting] in known, f"diffusion.{setting}", diffusion[setting], allowed)
+    if name in ("LinearSchedule", "QuadraticSchedule"):
+        kind = "linear" if name == "LinearSchedule" else "scaled_linear"
+        betas = {"beta_schedule": kind, "beta_start": kwargs["start"], "beta_end": kwargs["end"]}
+    elif name == "CosineSchedule" and kwargs["s"] == 0.008:
+        betas = {"beta_schedule": "squaredcos_cap_v2"}
+    else:
+        betas = {"trained_betas": SCHEDULES[name](**kwargs).beta.tolist()}
+    return {
+        "num_train_timesteps": kwargs["timesteps"],
+        "prediction_type": PREDICTIONS[diffusion["prediction"]],
+        "variance_type": VARIANCES[diffusion["reverse_variance"]],
+        "clip_sample": True,  # test.py's default
+        **betas,
+    }
+
+
+def process_settings(scheduler) -> tuple[dict, dict]:
+    """A config's sections schedule and diffusion, without loss_mode, of a DDPMScheduler; ValueError names what does not fit."""
+    options = scheduler.config
+    settings = {}
+    # fixed_small_log is the same variance by way of its logarithm
+    variance = options.variance_type.replace("fixed_small_log", "fixed_small")
+    for ours, theirs, known in (
+        ("prediction", ("prediction_type", options.prediction_type), PREDICTIONS),
+        ("reverse_variance", ("variance_type", variance), VARIANCES),
+    ):
+        _require(theirs[1] in known.values(), *theirs, f"this library has only {', '.join(known.values())}")
+        settings[ours] = next(name for name, value in known.items() if value == theirs[1])
+    return _schedule(scheduler), settings
+
+
+def _schedule(scheduler) -> dict:
+    """The section schedule: whichever schedule of this library has the scheduler's betas."""
+    options, betas, table = scheduler.config, scheduler.betas.double(), scheduler.config.trained_betas
+    T = len(betas)
+    first, last = (betas[0].item(), betas[-1].item()) if table is None else (table[0], table[-1])  # the table is more exact
+    ends = {"start": first, "end": last} if table is not None else {"start": options.beta_start, "end": options.beta_end}
+    candidates = {
+        "ConstantSchedule": {"constant": ends["start"]},
+        "LinearSchedule": ends,
+        "CosineSchedule": {"s": 0.008},
+        "QuadraticSchedule": ends,
+        "SqrtSchedule": ends,
+        "SineSchedule": {"scale": last},
+        "SigmoidSchedule": {"scale": last / torch.tensor(6.0).double().sigmoid().item()},
+    }
+    for name, kwargs in candidates.items():
+        with contextlib.suppress(ValueError):  # of an end that the schedule does not allow
+            if torch.allclose(SCHEDULES[name](T, **kwargs).beta, betas, rtol=1e-4, atol=0):
+                return {"name": name, "kwargs": {"timesteps": T, **kwargs}}
+    name, value = ("beta_schedule", options.beta_schedule) if table is None else ("trained_betas", [first, "...", last])
+    raise ValueError(f"{name} = {json.dumps(value)}: no schedule of this library has the {T} betas of this scheduler")
+
+
+# Both ways
+
+
+def to_diffusers(source: str | Path, folder: str | Path, ema: bool = True) -> None:
+    """Write a checkpoint's model, with its averaged weights (ema) or the raw ones, to a new folder for DDPMPipeline."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists already, and is not an empty folder")
+    diffusers = _diffusers()
+    diffusion, state = checkpoint.load_diffusion(source, ema)
+    config, net = state["config"], diffusion.time_aware_net
+    if not isinstance(net, TimeAwareUNet):
+        raise ValueError(f"time_aware_net.name = {config['time_aware_net']['name']!r}: only TimeAwareUNet is a UNet2DModel")
+    options = scheduler_options(config)
+    _check_not_fitted(diffusion, config)
+    height, width = state["shape"][1:]
+    size = height if height == width else (height, width)
+    unet = diffusers.UNet2DModel(**unet_options(config["time_aware_net"]["kwargs"], size))
+    unet.load_state_dict(weights_to_diffusers(net))
+    pipeline = diffusers.DDPMPipeline(unet.eval(), diffusers.DDPMScheduler(**options))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        pipeline.save_pretrained(Path(temporary) / "whole")
+        os.replace(Path(temporary) / "whole", folder)  # whole or not at all
+
+
+def _check_not_fitted(diffusion: GaussianDiffusion, config: Mapping) -> None:
+    """ValueError if the variances are not those that their name says: fit_reverse_variance changes them."""
+    schedule = SCHEDULES[config["schedule"]["name"]](**config["schedule"]["kwargs"])
+    named = GaussianDiffusion(schedule, nn.Identity(), **config["diffusion"])
+    if not torch.allclose(diffusion.sigma_square, named.sigma_square):
+        raise ValueError(
+            f"diffusion.reverse_variance = {diffusion.reverse_variance!r}: was fitted, and DDPMScheduler has no place for that"
+        )
+
+
+def from_diffusers(folder: str | Path, target: str | Path, config_path: str | Path | None = None) -> dict:
+    """Write the model of a folder for DDPMPipeline to a new checkpoint; its dataset, train_cfg and loss_mode are the config's.
+
+    Returns the checkpoint's config.
+    """
+    if Path(target).exists():
+        raise ValueError(f"{target}: exists already")
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    given = load_config(config_path) if config_path else None
+    unet, scheduler = _load_parts(Path(folder))
+    options = unet.config
+    size = options.sample_size
+    _require(size is not None, "sample_size", size, "a checkpoint needs the size of the images")
+    shape = [options.in_channels, *((size, size) if isinstance(size, int) else size)]
+    schedule, settings = process_settings(scheduler)
+    config = {
+        "schedule": schedule,
+        "time_aware_net": {"name": "TimeAwareUNet", "kwargs": network_kwargs(options)},
+        "diffusion": settings | ({"loss_mode": given["diffusion"]["loss_mode"]} if given else {}),
+    }
+    for section in ("dataset", "train_cfg"):
+        config[section] = given[section] if given else _placeholder(shape, Path(target))[section]
+    config = resolve(config)
+    diffusion = build_diffusion(config)
+    net = diffusion.time_aware_net
+    net.load_state_dict(weights_from_diffusers(net, unet.state_dict()))
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    weights = diffusion.state_dict()
+    checkpoint.save(target, {"config": config, "shape": shape, "step": 0, "epoch": 0, "model": weights, "ema": weights})
+    return config
+
+
+def _placeholder(shape: list[int], target: Path) -> dict:
+    """The sections that a checkpoint needs and diffusers does not keep."""
+    images = {"root": "data", "mode": "L" if shape[0] == 1 else "RGB"}
+    return {
+        "dataset": {"name": "ImageFolder", "train": images | {"train": True}, "valid": images | {"train": False}},
+        "train_cfg": {"epochs": 1, "batch_size": 128, "lr": 2e-4, "model_save_dirpath": str(target.with_suffix(""))},
+    }
+
+
+def _load_parts(folder: Path):
+    """UNet2DModel and DDPMScheduler of a folder, which has them in subfolders or, as the first pipelines had, side by side."""
+    diffusers = _diffusers()
+    paths = {name: folder / name if (folder / name).is_dir() else folder for name in ("unet", "scheduler")}
+    try:
+        kind = json.loads((paths["unet"] / "config.json").read_text(encoding="utf-8")).get("_class_name", "UNet2DModel")
+        _require(kind == "UNet2DModel", "_class_name", kind, "only UNet2DModel has a counterpart here")
+        unet, info = diffusers.UNet2DModel.from_pretrained(
+            paths["unet"], local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+        scheduler = diffusers.DDPMScheduler.from_pretrained(paths["scheduler"], local_files_only=True)
+    except Exception as error:  # whatever a damaged or foreign folder makes the readers raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{folder}: {reason}") from None
+    for key in (*info["missing_keys"], *info["unexpected_keys"]):  # diffusers itself only warns, and draws what is missing
+        raise ValueError(f"{folder}: {key}: {'missing' if key in info['missing_keys'] else 'unknown'} in the network's weights")
+    return unet, scheduler
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Carry a model from diffusers, or to it.", epilog="See the head of convert.py for examples."
+    )
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--from-diffusers", nargs=2, metavar=("FOLDER", "CHECKPOINT"))
+    way.add_argument("--to-diffusers", nargs=2, metavar=("CHECKPOINT", "FOLDER"))
+    parser.add_argument("--config", help="with --from-diffusers: JSON file to take dataset, train_cfg and loss_mode from")
+    parser.add_argument("--raw", action="store_true", help="with --to-diffusers: the weights themselves, not their average")
+    args = parser.parse_args(argv)
+    try:
+        if args.from_diffusers:
+            _require(not args.raw, "--raw", args.raw, "is of --to-diffusers")
+            config = from_diffusers(*args.from_diffusers, args.config)
+            names = config["schedule"]["name"], *list(config["diffusion"].values())[:2]
+            print(f"{args.from_diffusers[1]}: {', '.join(names)}; python test.py {args.from_diffusers[1]} samples from it")
+        else:
+            _require(args.config is None, "--config", args.config, "is of --from-diffusers")
+            to_diffusers(*args.to_diffusers, ema=not args.raw)
+            print(f'{args.to_diffusers[1]}: DDPMPipeline.from_pretrained("{args.to_diffusers[1]}") reads it')
+    except (ValueError, OSError) as error:
+        print("convert.py:", error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
