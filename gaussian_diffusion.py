@@ -60,7 +60,7 @@ class GaussianDiffusion(nn.Module):
     time_aware_net    net(xt, t) -> tensor of xt's shape, t long [B] in 1..T
     reverse_variance  sigma_t^2 of p(x_{t-1} | x_t): "beta", "sigma_bar_square" (the posterior's) or "learnable"
     prediction        what the network's output is: "direct" (mu), "reconstruction" (x0), "denoising" (eps) or "velocity"
-    loss_mode         "simple", "full" or "min_snr" (README, equations 12 to 14)
+    loss_mode         "simple", "full" or "min_snr" (README, equations 13 to 15)
 
     A time t is a long tensor [B] in 1..T on x's device, or an int for the whole batch. Coefficients are derived in float64 and
     kept as float32 buffers. T is the number of steps.
@@ -103,7 +103,7 @@ class GaussianDiffusion(nn.Module):
         # equation 4: mu_bar_t of q(x_{t-1} | x_0, x_t)
         mu_bar_from_x0 = previous.sqrt() * beta / (1 - alpha_bar)
         mu_bar_from_xt = alpha.sqrt() * (1 - previous) / (1 - alpha_bar)
-        # equation 8: the network's target is u x_0 + w eps
+        # equation 10: the network's target is u x_0 + w eps
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         u, w = {
             "direct": (previous.sqrt(), mu_bar_from_xt * noise),
@@ -111,7 +111,7 @@ class GaussianDiffusion(nn.Module):
             "denoising": (zero, one),
             "velocity": (-noise, signal),
         }[self.prediction]
-        # equation 9: x_t and the target, solved for x_0 and eps
+        # equation 11: x_t and the target, solved for x_0 and eps
         det = u * noise - w * signal
         x0_from_xt, x0_from_out = -w / det, noise / det
         return {
@@ -148,7 +148,7 @@ class GaussianDiffusion(nn.Module):
             self.register_buffer("x0_error", x0_error.float())
 
     def _variance(self, x0_error: Tensor) -> Tensor:
-        """Equation 7: sigma_t^2 = sigma_bar_t^2 + mu_bar_from_x0_t^2 x0_error_t, [T]."""
+        """Equation 9: sigma_t^2 = sigma_bar_t^2 + mu_bar_from_x0_t^2 x0_error_t, [T]."""
         return self.posterior_variance + self.mu_bar_from_x0**2 * x0_error
 
     @property
@@ -210,7 +210,7 @@ class GaussianDiffusion(nn.Module):
         return self.time_aware_net(xt, t).to(xt.dtype)
 
     def predict(self, xt: Tensor, t: int | Tensor) -> Prediction:
-        """mu, x_0 and eps as one call of the network at (x_t, t) implies them (equation 9)."""
+        """mu, x_0 and eps as one call of the network at (x_t, t) implies them (equation 11)."""
         t = self._times(t, xt)
         out = self._net(xt, t)
         return Prediction(*(self._mix(f"{name}_from_xt", xt, f"{name}_from_out", out, t) for name in Prediction._fields))
@@ -233,12 +233,12 @@ class GaussianDiffusion(nn.Module):
     # Losses
 
     def _residual(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The network's output at q_sample(x_0, t, noise) less its target (equation 8)."""
+        """The network's output at q_sample(x_0, t, noise) less its target (equation 10)."""
         out = self._net(self.q_sample(x0, t, noise), t)
         return out - self._mix("target_from_x0", x0, "target_from_eps", noise, t)
 
     def _bound_term(self, t: Tensor, error: Tensor) -> Tensor:
-        """[B]: the term of equation 12 at t, of the network's mean squared error [B]."""
+        """[B]: the term of L_2 / n or L_1 / n (equations 13 and 8) at t, of the network's mean squared error [B]."""
         sigma_square = self._at(self.sigma_square, t, error)
         term = self._at(self.mu_from_out**2, t, error) * error / sigma_square
         if self.reverse_variance == "learnable":
@@ -257,9 +257,9 @@ class GaussianDiffusion(nn.Module):
     def loss(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
         """[B], per dimension: the term at t of the configured objective.
 
-        "simple"   ||out - target||^2 / n (equation 13)
-        "min_snr"  the same times min(snr_t, 5) in units of x_0's error (equation 14)
-        "full"     L_2 of equation 12, and L_1 where the variance is learnable; loss_full is its sum over t
+        "simple"   ||out - target||^2 / n (equation 14)
+        "min_snr"  the same times min(snr_t, 5) in units of x_0's error (equation 15)
+        "full"     the term of L_2 / n, or L_1 / n for a learnable variance (equations 13 and 8); loss_full is the sum over t
 
         With a learnable variance, "simple" and "min_snr" add the full term with the network's gradient stopped (Nichol &
         Dhariwal 2021, section 3.1): the network learns from the one, the variance from the other.
@@ -273,11 +273,11 @@ class GaussianDiffusion(nn.Module):
         return (u % 1 * self.T).long().clamp(max=self.T - 1) + 1
 
     def loss_simple(self, x0: Tensor) -> Tensor:
-        """[B]: the simple loss (equation 13) at random times."""
+        """[B]: the simple loss (equation 14) at random times."""
         return self._loss("simple", x0, self._random_times(x0), torch.randn_like(x0))
 
     def loss_full(self, x0: Tensor, chunk_size: int | None = None) -> Tensor:
-        """[B]: the full loss (equation 12), summed over every t = 1..T, each with its own noise.
+        """[B]: the full loss (equation 13), summed over every t = 1..T, each with its own noise.
 
         chunk_size timesteps go through the network in one call (None: as many as make 128 rows). What a call keeps for the
         backward pass is computed again there, so memory grows with chunk_size and not with T.
@@ -378,7 +378,7 @@ class GaussianDiffusion(nn.Module):
     def fit_reverse_variance(
         self, batches: Iterable[Tensor], chunk_size: int | None = None, generator: torch.Generator | None = None
     ) -> None:
-        """Set sigma_t^2, t = 1..T, to the values that minimise the bound for this network, in place (equation 7).
+        """Set sigma_t^2, t = 1..T, to the values that minimise the bound for this network, in place (equation 9).
 
         batches is iterated once; each x_0 [B, ...] is evaluated at all T times. A progress bar counts them. Works for every
         reverse_variance, and is saved with the module's state. chunk_size and generator as in variational_bound.
@@ -394,7 +394,7 @@ class GaussianDiffusion(nn.Module):
                 count += len(x0)
         if not count or not error.isfinite().all():
             raise ValueError("batches: " + ("the network's error on them is not finite" if count else "there is none"))
-        x0_error = (self.x0_from_out.cpu().double() ** 2 * error / count).to(self.signal)  # equation 9
+        x0_error = (self.x0_from_out.cpu().double() ** 2 * error / count).to(self.signal)  # equation 12
         x0_error.clamp_(min=1e-12)  # a network that is never wrong must still leave sigma_1^2 positive
         if self.reverse_variance == "learnable":
             self.log_sigma_square.copy_(self._variance(x0_error).log())
@@ -429,7 +429,7 @@ class GaussianDiffusion(nn.Module):
     ) -> Iterator[tuple[int, Tensor]]:
         """Generate (t, x_t) from (T, x_T) down to (0, x_0), one network call a step, without gradients.
 
-        sampler    "ddpm": ancestral (equation 15), with the variances of the shortened chain on a subset of the steps
+        sampler    "ddpm": ancestral (equation 16), with the variances of the shortened chain on a subset of the steps
                    "ddim": Song et al. 2021, equation 12; eta = 0 is deterministic, eta = 1 has the ancestral variance
                    "dpm": DPM-Solver++ 2M, Lu et al. 2022, algorithm 2, its first and its last step of first order
         timesteps  None: all. An int: that many, T and 1 included, spread as `steps` says. Or the times themselves, descending
@@ -509,7 +509,7 @@ class GaussianDiffusion(nn.Module):
         alpha = bar_t / bar_s
         posterior_variance = (1 - alpha) * (1 - bar_s) / (1 - bar_t)
         c = d = torch.zeros_like(bar_t)
-        if sampler == "ddpm":  # equations 4 and 7, with alpha and beta of the shortened chain
+        if sampler == "ddpm":  # equations 4 and 9, with alpha and beta of the shortened chain
             a = alpha.sqrt() * (1 - bar_s) / (1 - bar_t)
             b = bar_s.sqrt() * (1 - alpha) / (1 - bar_t)
             variance = posterior_variance + b**2 * self._assumed_x0_error()[torch.tensor(steps) - 1]
@@ -529,7 +529,7 @@ class GaussianDiffusion(nn.Module):
         return list(zip(*(x.tolist() for x in (a, b, c, d)), strict=True))
 
     def _assumed_x0_error(self) -> Tensor:
-        """Equation 7 solved for x0_error, [T] in float64: what sigma_t^2 assumes of the network, in any chain."""
+        """Equation 9 solved for x0_error, [T] in float64: what sigma_t^2 assumes of the network, in any chain."""
         if self.reverse_variance != "learnable":
             return self.x0_error.double().cpu()
         excess = self.log_sigma_square.double().exp() - self.posterior_variance.double()

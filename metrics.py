@@ -80,22 +80,6 @@ class FeatureStatistics:
             self._check_dimensions(other.n_features)
             self._add(other.count, other._mean, other._scatter)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors: count [], mean [D] and scatter [D, D]."""
-        return {"count": torch.tensor(self.count), "mean": self._mean.clone(), "scatter": self._scatter.clone()}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> "FeatureStatistics":
-        """The statistics that state_dict was called on."""
-        if set(state) != {"count", "mean", "scatter"} or state["scatter"].shape != 2 * state["mean"].shape:
-            found = ", ".join(f"{name} {list(getattr(value, 'shape', []))}" for name, value in state.items())
-            raise ValueError(f"state: holds {found or 'nothing'}; must hold count [], mean [D] and scatter [D, D]")
-        statistics = cls()
-        statistics.count = int(state["count"])
-        statistics._mean = state["mean"].detach().cpu().double().clone()
-        statistics._scatter = state["scatter"].detach().cpu().double().clone()
-        return statistics
-
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if not self.count:
             self.count, self._mean, self._scatter = count, mean, scatter  # never written into

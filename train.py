@@ -175,19 +175,24 @@ class Batches:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         """The uint8 batches of an epoch on the device, from batch `first` on."""
-        device = self.ranks.device
         if self.cache is not None:
             for indices in self._indices(epoch, first):
-                yield self.cache[indices.to(self.cache.device)].to(device)
+                if self.cache.device == self.ranks.device:
+                    yield self.cache[self._to_device(indices)]
+                else:
+                    yield self._to_device(self.cache[indices])
             return
         loader = DataLoader(
             _Pixels(self.images, mixed_seed(self.cfg.seed, epoch)),
             batch_sampler=[indices.tolist() for indices in self._indices(epoch, first)],
             num_workers=self.cfg.num_workers,
-            pin_memory=device.type == "cuda",
         )
         for pixels in loader:
-            yield pixels.to(device, non_blocking=True)
+            yield self._to_device(pixels)
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        """x on the device, without waiting for it."""
+        return x.pin_memory().to(self.ranks.device, non_blocking=True) if self.ranks.device.type == "cuda" else x
 
 
 class _Pixels(torch.utils.data.Dataset):

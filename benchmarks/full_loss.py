@@ -1,10 +1,10 @@
-"""Time and peak memory of a training pass, simple and full, as T grows; on a GPU also of activation checkpointing.
+"""Time and peak memory of a training pass, simple and full, as T grows.
 
     python benchmarks/full_loss.py         # minutes
     python benchmarks/full_loss.py --quick
 
 Each setting runs in a process of its own. Its peak memory is read from outside: VmHWM of /proc/PID/status on a CPU, which holds
-all of Python and PyTorch ("base", before the network was first called, is shown beside it); on a GPU what PyTorch allocated there.
+all of Python and PyTorch ("base" is the peak before the first call of the network); on a GPU what PyTorch allocated there.
 """
 
 import argparse
@@ -59,14 +59,14 @@ def _peak_mib(pid: int | str) -> float:
     return float("nan")
 
 
-def measure(args: argparse.Namespace, loss: str, timesteps: int, checkpointing: bool = False) -> dict:
+def measure(args: argparse.Namespace, loss: str, timesteps: int) -> dict:
     """One setting in a fresh process."""
     rounds = args.rounds if loss == "simple" else max(1, args.rounds * 10 // timesteps)
     command = [sys.executable, __file__, "--worker", loss, "--timesteps", timesteps, "--rounds", rounds]
     for name in ("device", "network", "batch_size", "image_size", "threads", "chunk_size"):
         if getattr(args, name) is not None:
             command += [f"--{name.replace('_', '-')}", getattr(args, name)]
-    command += ["--activation-checkpointing"] if checkpointing else []
+    command += ["--activation-checkpointing"] if args.activation_checkpointing else []
     with subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         if not line:
@@ -101,15 +101,15 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for loss in ("simple", "full"):
         for timesteps in args.timesteps:
-            result = measure(args, loss, timesteps, args.activation_checkpointing)
+            result = measure(args, loss, timesteps)
             rows.append({"loss": loss, "T": timesteps, **result})
     simple, full = ({row["T"]: row for row in rows if row["loss"] == loss} for loss in ("simple", "full"))
+    short = min(args.timesteps, key=lambda T: abs(T - 50))
     ratios = [
         {
             "T": T,
             "time of full / T simple losses": full[T]["seconds"] / (T * simple[T]["seconds"]),
-            f"peak memory of full / at T = {min(full, key=lambda x: abs(x - 50))}": full[T]["peak MiB"]
-            / full[min(full, key=lambda x: abs(x - 50))]["peak MiB"],
+            f"peak memory / that of full at T = {short}": full[T]["peak MiB"] / full[short]["peak MiB"],
         }
         for T in args.timesteps
     ]

@@ -3,8 +3,8 @@
     python benchmarks/scaling.py           # minutes
     python benchmarks/scaling.py --quick
 
-One of the four is varied at a time. Processes are started by torchrun, over gloo on a CPU (the cores shared out between them) and
-NCCL on GPUs: once with the whole batch fixed, once with the batch of each process fixed.
+One of the four is varied at a time. Processes are started by torchrun, over gloo on a CPU (its threads shared out between them)
+and NCCL on GPUs: once with the whole batch fixed, once with the batch of each process fixed.
 """
 
 import argparse
