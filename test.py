@@ -6,9 +6,9 @@
     python test.py models/CelebA_HQ_256_den/last.pth 128 192                   # another height and width
     torchrun --nproc_per_node=4 test.py models/CIFAR10_den/last.pth -n 50000 --batch-size 512 --pictures 64
 
-Writes to the folder NAME_gen beside NAME.pth: 0.png, 1.png, ..., a strip of states from x_T to x_0 for each sample; grid.png;
-trajectory.gif, the grid as it comes out of the noise; metrics.json, what --metrics measured. The same seed and batch size give
-the same pictures.
+Writes to the folder NAME_gen beside NAME.pth: 0.png, 1.png, ..., a strip of states from x_T to x_0 for each sample; strips.png,
+the first eight of them; grid.png, the samples; trajectory.gif, the grid as it comes out of the noise; metrics.json, what --metrics
+measured. The same seed and batch size give the same pictures.
 """
 
 import argparse
@@ -70,6 +70,7 @@ def draw(diffusion: GaussianDiffusion, shape: list[int], args: argparse.Namespac
 def save_pictures(folder: Path, strips: Tensor, animation: Tensor, samples: Tensor) -> None:
     for i, strip in enumerate(strips):
         save_png(folder / f"{i}.png", grid(strip, columns=len(strip)))
+    save_png(folder / "strips.png", grid(strips[:8].flatten(0, 1), columns=strips.shape[1]))
     save_png(folder / "grid.png", grid(samples))
     save_gif(folder / "trajectory.gif", [grid(frame) for frame in animation.unbind(1)])
 
@@ -149,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.checkpoint).with_suffix("").with_name(Path(args.checkpoint).stem + "_gen")
     folder.mkdir(exist_ok=True)
     save_pictures(folder, strips, animation, samples[: args.pictures])
-    print(f"{folder}/0.png .. {len(strips) - 1}.png, grid.png, trajectory.gif")
+    print(f"{folder}: 0.png .. {len(strips) - 1}.png, strips.png, grid.png, trajectory.gif")
     if results:
         with whole_file(folder / "metrics.json") as file:
             file.write(json.dumps(results | {"settings": vars(args)}, indent=4).encode())

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from test_train import assert_same_state, losses, metrics, stop_at, tiny
 
 import checkpoint
 import train
 from beta_schedule import LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
-from test_train import assert_same_state, losses, metrics, stop_at, tiny
 from time_aware_module import TimeAwareUNet
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -163,7 +163,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_run_never_stopped(place, call
 def test_resume_refuses_another_config_by_its_keys(run, capsys):
     assert train.main(tiny(run, "train_cfg.lr=0.5", "schedule.kwargs.timesteps=30", flags=("--resume",))) == 2
     message = capsys.readouterr().err
-    assert "train_cfg.lr (0.001 then, 0.5 now)" in message
+    assert "train_cfg.lr (0.002 then, 0.5 now)" in message
     assert "schedule.kwargs.timesteps (20 then, 30 now)" in message
     assert "epochs" in message.split("only these may change")[1]
 
@@ -346,7 +346,7 @@ def test_sampling_writes_strips_grid_and_animation_that_the_seed_fixes(run):
         return pictures(run / "last_gen")
 
     first = draw()
-    assert first.keys() == {"0.png", "1.png", "2.png", "grid.png", "trajectory.gif"}
+    assert first.keys() == {"0.png", "1.png", "2.png", "strips.png", "grid.png", "trajectory.gif"}
     assert draw() == first
     assert draw("-s", "1")["0.png"] != first["0.png"]
     assert draw("--raw")["0.png"] != first["0.png"]
