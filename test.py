@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=4 test.py models/CIFAR10_den/last.pth -n 50000 --batch-size 512 --pictures 64
 
 Writes to the folder NAME_gen beside NAME.pth: 0.png, 1.png, ..., a strip of states from x_T to x_0 for each sample; strips.png,
-the first eight of them; grid.png, the samples; trajectory.gif, the grid as it comes out of the noise; metrics.json, what --metrics
+the first eight of them; grid.png, the samples; trajectory.gif, the grid as it comes out of the noise; metrics.json, what was
 measured. The same seed and batch size give the same pictures.
 """
 
@@ -30,7 +30,7 @@ from dataset import ImageDataset
 from gaussian_diffusion import Bound, GaussianDiffusion, SamplerName
 from metrics import cached_classifier, frechet_distance, image_statistics, inception_features
 from pictures import grid, save_gif, save_png
-from train import PRECISIONS, Ranks, mixed_seed
+from train import PRECISIONS, SAMPLING, STEP, VALIDATION, Ranks, mixed_seed
 
 GIF_FRAMES = 50
 
@@ -53,7 +53,7 @@ def draw(diffusion: GaussianDiffusion, shape: list[int], args: argparse.Namespac
     with tqdm(total=len(mine) * calls, desc="sampling", unit="call", disable=ranks.rank > 0) as bar:
         for first in mine:
             count = min(args.batch_size, args.n - first)
-            generator = torch.Generator(ranks.device).manual_seed(mixed_seed(args.seed, first))
+            generator = torch.Generator(ranks.device).manual_seed(mixed_seed(SAMPLING, args.seed, first))
             states = diffusion.trajectory(
                 (count, *shape), args.sampler, args.timesteps, args.eta, clip_x0=not args.no_clip, generator=generator
             )
@@ -89,7 +89,7 @@ def fit_variance(diffusion: GaussianDiffusion, state: dict, args: argparse.Names
     """Fit the reverse variance to training images, the same on every rank, and save NAME_fitted.pth."""
     alone = Ranks(args.device, alone=True)
     images = list(shares(build_dataset(state["config"], "train"), args.fit_variance, args, alone, "reading images"))
-    generator = torch.Generator(ranks.device).manual_seed(mixed_seed(args.seed))
+    generator = torch.Generator(ranks.device).manual_seed(mixed_seed(STEP, args.seed))
     diffusion.fit_reverse_variance(images, generator=generator)
     path = Path(args.checkpoint)
     if ranks.rank == 0:
@@ -101,7 +101,7 @@ def bits_per_dimension(diffusion: GaussianDiffusion, state: dict, args: argparse
     valid = build_dataset(state["config"], "valid")
     bounds = []
     for i, x0 in enumerate(shares(valid, args.bpd_images, args, ranks, "bits per dimension")):
-        generator = torch.Generator(ranks.device).manual_seed(mixed_seed(args.seed, ranks.rank, i))
+        generator = torch.Generator(ranks.device).manual_seed(mixed_seed(VALIDATION, args.seed, ranks.rank, i))
         bound = diffusion.variational_bound(x0, discretized=True, timesteps=args.bpd_timesteps, generator=generator)
         bounds.append(torch.stack(bound).cpu() / math.log(2))
     bounds = torch.cat(ranks.gather(bounds), dim=1)  # [4, images]

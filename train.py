@@ -35,19 +35,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import checkpoint
 from config import MAY_CHANGE, TrainConfig, build_dataset, build_diffusion, build_train_config, load_config
-from dataset import ImageDataset, ImageError
+from dataset import ArrayDataset, ImageDataset, ImageError
 from gaussian_diffusion import GaussianDiffusion
 from pictures import grid, save_png
 
 log = logging.getLogger("train")
 SAMPLES = 64  # in a picture
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what the network runs in
-VALIDATION, PICTURE = 1, 2  # what a seed that is not a step's is for
+WEIGHTS, ORDER, TRANSFORMS, STEP, VALIDATION, PICTURE, SAMPLING = range(1, 8)  # what a seed is for
 
 
-def mixed_seed(*parts: int) -> int:
-    """One seed of several numbers; any difference in them gives an unrelated seed."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+def mixed_seed(purpose: int, *parts: int) -> int:
+    """One seed of a purpose and the numbers that go with it; any difference in them gives an unrelated seed."""
+    return int(np.random.SeedSequence((purpose, *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Stopped(Exception):
@@ -153,7 +153,8 @@ class Batches:
             self.cache = self._decode_all()
 
     def _decode_all(self) -> Tensor:
-        workers = self.cfg.num_workers if self.images.pipeline or not hasattr(self.images, "images") else 0
+        at_hand = isinstance(self.images, ArrayDataset) and not self.images.pipeline
+        workers = 0 if at_hand else self.cfg.num_workers
         loader = DataLoader(_Pixels(self.images), 256, num_workers=workers)
         cache = torch.empty(len(self.images), *self.images.shape, dtype=torch.uint8)
         for i, pixels in enumerate(
@@ -168,7 +169,7 @@ class Batches:
     def _indices(self, epoch: int, first: int) -> Iterator[Tensor]:
         """This rank's image numbers in each batch of an epoch, from batch `first` on."""
         n, size, world = len(self.images), self.cfg.batch_size, self.ranks.world
-        generator = torch.Generator().manual_seed(mixed_seed(self.cfg.seed, epoch))
+        generator = torch.Generator().manual_seed(mixed_seed(ORDER, self.cfg.seed, epoch))
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
         for batch in order.split(size)[first : self.steps]:
             yield batch[: len(batch) // world * world][self.ranks.rank :: world]  # ranks have equal shares
@@ -183,7 +184,7 @@ class Batches:
                     yield self._to_device(self.cache[indices])
             return
         loader = DataLoader(
-            _Pixels(self.images, mixed_seed(self.cfg.seed, epoch)),
+            _Pixels(self.images, self.cfg.seed, epoch),
             batch_sampler=[indices.tolist() for indices in self._indices(epoch, first)],
             num_workers=self.cfg.num_workers,
         )
@@ -192,21 +193,22 @@ class Batches:
 
     def _to_device(self, x: Tensor) -> Tensor:
         """x on the device, without waiting for it."""
-        return x.pin_memory().to(self.ranks.device, non_blocking=True) if self.ranks.device.type == "cuda" else x
+        device = self.ranks.device
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class _Pixels(torch.utils.data.Dataset):
-    """A data set's uint8 images; an image's random transforms depend on (seed, its number) alone."""
+    """A data set's uint8 images; an image's random transforms depend on (seed, epoch, its number) alone."""
 
-    def __init__(self, images: ImageDataset, seed: int = 0):
-        self.images, self.seed = images, seed
+    def __init__(self, images: ImageDataset, seed: int = 0, epoch: int = 0):
+        self.images, self.seed, self.epoch = images, seed, epoch
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> Tensor:
         if self.images.is_random:
-            torch.manual_seed(mixed_seed(self.seed, i))
+            torch.manual_seed(mixed_seed(TRANSFORMS, self.seed, self.epoch, i))
         return self.images.pixels(i)
 
 
@@ -219,7 +221,7 @@ class Trainer:
         self.device = device = ranks.device
         self._check_batch()
         images = {split: build_dataset(config, split) for split in ("train", "valid")}
-        torch.manual_seed(mixed_seed(cfg.seed))
+        torch.manual_seed(mixed_seed(WEIGHTS, cfg.seed))
         self.model = build_diffusion(config)
         _check_fit(self.model, images)
         self.folder = Path(cfg.model_save_dirpath)
@@ -287,8 +289,8 @@ class Trainer:
 
     def train_step(self, pixels: Tensor) -> None:
         """One update of the weights from this rank's share of a batch. Waits for nothing on the device."""
-        torch.manual_seed(mixed_seed(self.cfg.seed, self.ranks.rank, self.step, 0))
-        x0 = self.train_data.images.to_float(pixels)
+        torch.manual_seed(mixed_seed(STEP, self.cfg.seed, self.ranks.rank, self.step))
+        self.x0 = x0 = self.train_data.images.to_float(pixels)
         parts = x0.chunk(self.cfg.grad_accum)
         loss = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
@@ -364,16 +366,17 @@ class Trainer:
 
     def _check_numbers(self) -> None:
         in_row = int(self.bad_in_row)
-        if in_row >= self.cfg.max_bad_steps:
-            raise BadNumbers(
-                f"loss or gradient was not finite in the last {in_row} steps, up to step {self.step} (gradient norm "
-                f"{self.norm.item():g}, loss scale {self.scaler.get_scale():g}); the weights are those of step "
-                f"{self.step - in_row}, the last good checkpoint is {self._last_good()}"
-            )
-
-    def _last_good(self) -> str:
+        if in_row < self.cfg.max_bad_steps:
+            return
+        t = torch.randint(1, self.model.T + 1, (len(self.x0),), device=self.device)
+        with torch.no_grad():
+            losses = self.model.loss(self.x0, t).nan_to_num(nan=math.inf)
         last = self.folder / "last.pth"
-        return str(last) if last.exists() else "none yet"
+        raise BadNumbers(
+            f"loss or gradient was not finite in the last {in_row} steps, up to step {self.step}: gradient norm "
+            f"{self.norm.item():g}, loss scale {self.scaler.get_scale():g}, largest loss {losses.max():g} at t = "
+            f"{t[losses.argmax()]}; the last good checkpoint is {last if last.exists() else 'none yet'}"
+        )
 
     def _timed(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
         """The batches, with the time spent waiting for them counted."""
@@ -410,7 +413,7 @@ class Trainer:
         sums = torch.zeros(2, device=self.device)
         for i, pixels in enumerate(self.valid_data.epoch(0)):
             self._heed_signals()
-            torch.manual_seed(mixed_seed(self.cfg.seed, self.ranks.rank, i, VALIDATION))
+            torch.manual_seed(mixed_seed(VALIDATION, self.cfg.seed, self.ranks.rank, i))
             with self.ranks.autocast(self.cfg.precision):
                 loss = self.ema(self.valid_data.images.to_float(pixels), self.cfg.chunk_size)
             sums += torch.stack([loss * len(pixels), torch.tensor(float(len(pixels)), device=self.device)])
@@ -420,7 +423,7 @@ class Trainer:
     def save_picture(self, path: Path) -> None:
         """Samples of the averaged weights, from the same noise every time; each rank draws its share."""
         share = math.ceil(SAMPLES / self.ranks.world)
-        generator = torch.Generator(self.device).manual_seed(mixed_seed(self.cfg.seed, self.ranks.rank, 0, PICTURE))
+        generator = torch.Generator(self.device).manual_seed(mixed_seed(PICTURE, self.cfg.seed, self.ranks.rank))
         steps = min(self.cfg.sample_timesteps, self.ema.T)
         with self.ranks.autocast(self.cfg.precision):
             for _, x in self.ema.trajectory((share, *self.shape), "dpm", steps, clip_x0=True, generator=generator):
@@ -626,15 +629,17 @@ def main(argv: list[str] | None = None) -> int:
     log.handlers = [console]
     try:
         with Stopper() as stopper:
-            trainer = set_up(args, stopper)
+            try:
+                trainer = set_up(args, stopper)
+            except ValueError as error:
+                return _mistake(error)
             where = f"{trainer.device}, {trainer.ranks.world} ranks" if trainer.ranks.world > 1 else trainer.device
             size = sum(p.numel() for p in trainer.net_parameters)
             images = f"{len(trainer.train_data.images)} images {list(trainer.shape)}"
             log.info(f"{args.config}: {size:,} parameters, {images}, {trainer.total_steps} steps on {where}")
             return trainer.run()
-    except (ValueError, BadNumbers) as error:
-        print("train.py:", _last_line(error), file=sys.stderr)
-        return 2
+    except (ImageError, BadNumbers) as error:
+        return _mistake(error)
     except OSError as error:
         print("train.py:", error, file=sys.stderr)
         return 1
@@ -643,10 +648,12 @@ def main(argv: list[str] | None = None) -> int:
             dist.destroy_process_group()
 
 
-def _last_line(error: Exception) -> str:
-    """The message; of an error in a worker process, which arrives as a traceback, the last line."""
+def _mistake(error: Exception) -> int:
+    """Print the message, of an error in a worker process the last line of its traceback; the exit code."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].removeprefix("dataset.ImageError: ") if isinstance(error, ImageError) else lines[0]
+    line = lines[-1].removeprefix("dataset.ImageError: ") if isinstance(error, ImageError) else lines[0]
+    print("train.py:", line, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
