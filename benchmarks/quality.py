@@ -4,7 +4,7 @@
     python benchmarks/quality.py variances models/FashionMNIST_{den,den_learnable}/last.pth
     python benchmarks/quality.py steps models/FashionMNIST_rec/last.pth        # also draws samples/quality.png
 
-Prints a table and adds it to benchmarks/results/quality-DEVICE.json. The bound is in bits per dimension on images of the valid
+Prints a table and adds its rows to those in benchmarks/results/quality-DEVICE.json. The bound is in bits per dimension on images of the valid
 split, at --bound-timesteps of the T timesteps (unbiased); its draws are the same for every row. The Fréchet distance is of -n
 samples to the whole valid split, in the features of a classifier of the training split; compare it at equal -n only.
 """
@@ -125,11 +125,10 @@ def variances(bench: Bench) -> dict[str, dict]:
 def steps(bench: Bench) -> dict[str, dict]:
     diffusion = bench.load(bench.args.checkpoints[0])
     rows = {"real images": {"-": bench.real_distance()}}
-    for sampler in SAMPLERS:
-        rows[sampler] = {str(count): bench.distance(diffusion, sampler, count) for count in STEPS}
-        print_row(sampler, rows[sampler])
     print_row("real images", rows["real images"])
-    plot(rows, bench.args.n)
+    for sampler in bench.args.samplers:
+        rows[sampler] = {str(count): bench.distance(diffusion, sampler, count) for count in bench.args.counts}
+        print_row(sampler, rows[sampler])
     return rows
 
 
@@ -145,7 +144,8 @@ def plot(rows: dict[str, dict], n: int) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for sampler in SAMPLERS:
-        axes.loglog(STEPS, rows[sampler].values(), "o-", label=sampler)
+        counts = [int(count) for count in rows.get(sampler, {})]
+        axes.loglog(counts, rows.get(sampler, {}).values(), "o-", label=sampler)
     axes.axhline(rows["real images"]["-"], color="grey", linestyle=":", label="real images")
     axes.set(xlabel="network calls a sample", ylabel=f"Fréchet distance of {n} samples", xticks=STEPS, xticklabels=STEPS)
     axes.minorticks_off()
@@ -162,6 +162,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bound-timesteps", type=int, help="by default all T")
     parser.add_argument("--fit-images", type=int, default=128, help="training images, each at all T timesteps")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS, help="rows of the table steps")
+    parser.add_argument("--counts", nargs="+", type=int, default=STEPS, help="its columns")
     parser.add_argument("--bf16", action="store_true", help="let the network run in bfloat16")
     args = parser.parse_args(argv)
     start = time.perf_counter()
@@ -172,7 +174,10 @@ def main(argv: list[str] | None = None) -> None:
     path.parent.mkdir(exist_ok=True)
     tables = json.loads(path.read_text()) if path.exists() else {}
     made = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "seconds": round(time.perf_counter() - start)}
+    rows = tables.get(args.table, {}).get("rows", {}) | rows
     tables[args.table] = {"rows": rows, "settings": vars(args), **made}
+    if args.table == "steps":
+        plot(rows, args.n)
     path.write_text(json.dumps(tables, indent=4) + "\n")
 
 
