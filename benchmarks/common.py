@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from config import resolve
+from train import Ranks, Stopper, Trainer
+
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # the project's files lie flat there
-
-from config import resolve  # noqa: E402
-from train import Ranks, Stopper, Trainer  # noqa: E402
-
 # "cifar10" is the network of Ho et al. 2020, appendix B: 35,746,307 parameters
 NETWORKS = {"cifar10": {"base_channels": 128}, "small": {"base_channels": 32, "num_groups": 8}}
 PACKAGES = ("torch", "torchvision", "numpy", "diffusers", "denoising-diffusion-pytorch")
