@@ -6,8 +6,8 @@
 
 Prints a table and adds its rows to those in benchmarks/results/quality-DEVICE.json. The bound is in bits per dimension on
 images of the valid split, at --bound-timesteps of the T timesteps (unbiased); its draws are the same for every row. The Fréchet
-distance is of -n samples to the whole valid split, in the features of a classifier of the training split; compare it at equal -n
-only.
+distance is of -n samples to the whole valid split, in the features of a classifier of the training split; compare it at equal
+-n only.
 """
 
 import argparse
