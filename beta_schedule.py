@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+MOST_TIMESTEPS = 10**6  # more is a mistake, and would run out of memory before it were seen
+
 
 class BetaSchedule:
     """beta_1..beta_T, given as a float64 tensor [T] with every value in (0, 1).
@@ -19,12 +21,12 @@ class BetaSchedule:
     snr        alpha_bar_t / (1 - alpha_bar_t): the signal-to-noise ratio
     """
 
-    def __init__(self, beta: Tensor):
+    def __init__(self, beta: Tensor, cause: str = ""):
         outside = ~((beta > 0) & (beta < 1))
         if outside.any():
             t = int(outside.nonzero()[0]) + 1
             raise ValueError(
-                f"beta_{t} = {beta[t - 1].item():g}: every beta must lie between 0 and 1, both excluded; "
+                f"{cause}beta_{t} = {beta[t - 1].item():g}: every beta must lie between 0 and 1, both excluded; "
                 "change the schedule's arguments"
             )
         self.beta = beta
@@ -38,15 +40,16 @@ class BetaSchedule:
 
 def _time(timesteps: int) -> Tensor:
     """1..T as float64."""
-    if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
-        raise ValueError(f"timesteps = {timesteps!r}: must be a whole number of at least 1")
+    if isinstance(timesteps, bool) or not isinstance(timesteps, int) or not 1 <= timesteps <= MOST_TIMESTEPS:
+        raise ValueError(f"timesteps = {timesteps!r}: must be a whole number in 1..{MOST_TIMESTEPS}")
     return torch.arange(1, timesteps + 1, dtype=torch.float64)
 
 
 def _power(timesteps: int, start: float, end: float, power: float) -> Tensor:
     """From start at t = 1 to end at t = T, evenly spaced in beta^(1 / power)."""
-    if not (0 < start < 1 and 0 < end < 1):
-        raise ValueError(f"start = {start:g}, end = {end:g}: both must lie between 0 and 1, both excluded")
+    for name, value in (("start", start), ("end", end)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} = {value:g}: must lie between 0 and 1, both excluded")
     steps = len(_time(timesteps))
     return torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power
 
@@ -55,7 +58,7 @@ class ConstantSchedule(BetaSchedule):
     """beta_t = constant."""
 
     def __init__(self, timesteps: int = 1000, constant: float = 0.01):
-        super().__init__(torch.full_like(_time(timesteps), constant))
+        super().__init__(torch.full_like(_time(timesteps), constant), f"constant = {constant:g}: ")
 
 
 class LinearSchedule(BetaSchedule):
@@ -83,14 +86,15 @@ class SineSchedule(BetaSchedule):
     """beta_t = scale * sin(pi / 2 * t / T): a quarter wave that ends at beta_T = scale."""
 
     def __init__(self, timesteps: int = 1000, scale: float = 0.02):
-        super().__init__(scale * (math.pi / 2 * _time(timesteps) / timesteps).sin())
+        super().__init__(scale * (math.pi / 2 * _time(timesteps) / timesteps).sin(), f"scale = {scale:g}: ")
 
 
 class SigmoidSchedule(BetaSchedule):
     """beta_t = scale * sigmoid(u), u rising linearly in t from -6 to 6."""
 
     def __init__(self, timesteps: int = 1000, scale: float = 0.02):
-        super().__init__(scale * torch.linspace(-6, 6, len(_time(timesteps)), dtype=torch.float64).sigmoid())
+        u = torch.linspace(-6, 6, len(_time(timesteps)), dtype=torch.float64)
+        super().__init__(scale * u.sigmoid(), f"scale = {scale:g}: ")
 
 
 class CosineSchedule(BetaSchedule):

@@ -30,6 +30,10 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save hides a full disk behind its own error
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -51,17 +55,29 @@ def load(path: str | Path) -> dict:
         raise ValueError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"its part {damaged} is damaged")
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("it is packed, and could hold any amount")
+            if damaged := archive.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: cut short, damaged, or not a checkpoint ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this library")
-    if state["version"] != VERSION:
-        raise ValueError(f"{path}: of version {state['version']}, where this library reads version {VERSION}")
+    if state.get("version") != VERSION:
+        raise ValueError(f"{path}: of version {state.get('version')}, where this library reads version {VERSION}")
+    try:
+        state["config"] = resolve(state.get("config"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    shape = state.get("shape")
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 3
+        or not all(isinstance(size, int) and 1 <= size <= 2**16 for size in shape)
+    ):
+        raise ValueError(f"{path}: shape = {str(shape)[:80]}: must be [C, H, W], each in 1..65536")
     return state
 
 
@@ -69,9 +85,8 @@ def load_diffusion(path: str | Path, ema: bool = True) -> tuple[GaussianDiffusio
     """The model of a checkpoint, with its averaged weights (ema) or the raw ones, in eval mode; and the checkpoint's state."""
     state = load(path)
     try:
-        state["config"] = resolve(state["config"])
         diffusion = build_diffusion(state["config"])
         diffusion.load_state_dict(state["ema" if ema else "model"])
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     return diffusion.eval(), state

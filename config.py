@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import torch
+
 import beta_schedule
 import dataset
 import time_aware_module
@@ -36,6 +38,7 @@ SCHEDULES = _by_name(
 NETWORKS = _by_name(time_aware_module.TimeAwareUNet, time_aware_module.TimeAwareMLP)
 DATASETS = _by_name(dataset.Digits, dataset.FashionMNIST, dataset.CIFAR10, dataset.CelebA_HQ_256, dataset.ImageFolder)
 TRANSFORMS = _by_name(*dataset.TRANSFORMS)
+MOST_PARAMETERS = 4 * 10**9  # of a network: 16 GB in float32
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class TrainConfig:
         self._require("seed", 0 <= self.seed < 2**63, "must lie in 0..2^63 - 1")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "must be at least 0 and below 1")
         self._require("chunk_size", self.chunk_size is None or self.chunk_size >= 1, "must be null or at least 1")
+        self._require("num_workers", self.num_workers <= 1024, "must be at most 1024")
         self._require("model_save_dirpath", self.model_save_dirpath.strip() != "", "must name a folder")
 
     def _require(self, name: str, good: bool, allowed: str) -> None:
@@ -142,6 +146,12 @@ def _describe(kind: Any) -> str:
     return words.get(kind, getattr(kind, "__name__", str(kind)))
 
 
+def _shown(value: Any) -> str:
+    """A value as JSON, in one line that is not long; a checkpoint's config may hold what JSON cannot."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
 def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[str] = ()) -> dict:
     """value, if it is a JSON object with all the required keys and none but the optional ones besides."""
     if not isinstance(value, Mapping):
@@ -149,7 +159,7 @@ def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[s
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in (*required, *optional):
-            raise ValueError(f"{prefix}{key}: unknown key; {_nearest(key, (*required, *optional))}")
+            raise ValueError(f"{prefix}{str(key)[:80]}: unknown key; {_nearest(str(key), (*required, *optional))}")
     for key in required:
         if key not in value:
             raise ValueError(f"{prefix}{key}: missing")
@@ -165,7 +175,7 @@ def _arguments(path: str, function: Callable, given: Any, without: Sequence[str]
     for name, value in given.items():
         kind = hints.get(name, Any)
         if not _matches(value, kind):
-            raise ValueError(f"{path}.{name} = {json.dumps(value)}: must be {_describe(kind)}")
+            raise ValueError(f"{path}.{name} = {_shown(value)}: must be {_describe(kind)}")
     return {name: given[name] if name in given else _plain(p.default) for name, p in parameters.items()}
 
 
@@ -176,7 +186,7 @@ def _plain(default: Any) -> Any:
 
 def _from_registry(path: str, name: Any, registry: Mapping[str, Callable]) -> Callable:
     if not isinstance(name, str) or name not in registry:
-        raise ValueError(f"{path} = {json.dumps(name)}: unknown; {_nearest(str(name), list(registry))}")
+        raise ValueError(f"{path} = {_shown(name)}: unknown; {_nearest(str(name), list(registry))}")
     return registry[name]
 
 
@@ -234,12 +244,12 @@ def _override(config: Any, assignment: str) -> None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    *parents, last = (int(key) if key.isdecimal() else key for key in path.split("."))
+    *parents, last = path.split(".")
     try:
         for key in parents:
-            config = config.setdefault(key, {}) if isinstance(config, dict) else config[key]
-        config[last] = value
-    except (TypeError, IndexError, AttributeError):
+            config = config.setdefault(key, {}) if isinstance(config, dict) else config[int(key)]
+        config[last if isinstance(config, dict) else int(last)] = value
+    except (TypeError, ValueError, IndexError):
         raise ValueError(f"--set {assignment}: the config has no such place") from None
 
 
@@ -265,9 +275,10 @@ def _build(path: str, function: Callable, kwargs: Mapping[str, Any], **more: Any
     """function(**kwargs, **more), with the path put before what it finds wrong."""
     try:
         return function(**kwargs, **more)
-    except (ValueError, TypeError) as error:
-        separator = "." if str(error).split(" ")[0] in kwargs else ": "
-        raise ValueError(f"{path}{separator}{error}") from None
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        separator = "." if line.split(" ")[0] in kwargs else ": "
+        raise ValueError(f"{path}{separator}{line}") from None
 
 
 def build_train_config(config: Mapping) -> TrainConfig:
@@ -289,5 +300,11 @@ def build_diffusion(config: Mapping) -> GaussianDiffusion:
     """The process and its network, with new weights drawn from the global generator."""
     schedule, net = config["schedule"], config["time_aware_net"]
     schedule = _build("schedule.kwargs", SCHEDULES[schedule["name"]], schedule["kwargs"])
+    with torch.device("meta"):  # takes no memory
+        size = sum(p.numel() for p in _build("time_aware_net.kwargs", NETWORKS[net["name"]], net["kwargs"]).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(
+            f"time_aware_net.kwargs: a network of {size:.3g} parameters; at most {MOST_PARAMETERS:.3g} are allowed"
+        )
     net = _build("time_aware_net.kwargs", NETWORKS[net["name"]], net["kwargs"])
     return _build("diffusion", GaussianDiffusion, config["diffusion"], schedule=schedule, time_aware_net=net)

@@ -63,8 +63,12 @@ class ImageDataset(Dataset):
     def pixels(self, i: int) -> Tensor:
         """Image i after the pipeline, but for the flips: uint8 [C, H, W]."""
         image = self.image(i)
-        for transform in self.pipeline:
-            image = transform(image)
+        for number, transform in enumerate(self.pipeline):
+            try:
+                image = transform(image)
+            except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
+                reason = " ".join(str(error).split())
+                raise ImageError(f"{self.name_of(i)}: cannot be transformed by pipeline.{number} ({reason})") from None
         pixels = v2.functional.pil_to_tensor(image)
         if self.shape not in (None, pixels.shape):
             raise ImageError(

@@ -434,7 +434,7 @@ class GaussianDiffusion(nn.Module):
                    "dpm": DPM-Solver++ 2M, Lu et al. 2022, algorithm 2, its first and its last step of first order
         timesteps  None: all. An int: that many, T and 1 included, spread as `steps` says. Or the times themselves, descending
         eta        of "ddim" only, 0 to 1
-        clip_x0    keep every predicted x_0 in [-1, 1]
+        clip_x0    keep every predicted x_0 in [-1, 1], and the error that a variance assumes of it at most 1
         x_T        the state to start from, of the given shape; drawn if None
         generator  of all draws, on the module's device
         """
@@ -448,7 +448,7 @@ class GaussianDiffusion(nn.Module):
             x_T = torch.randn(*shape, generator=generator, device=self.signal.device)
         elif x_T.shape != torch.Size(shape):
             raise ValueError(f"x_T of shape {list(x_T.shape)}: must have the shape asked for, {list(shape)}")
-        return self._states(x_T, steps, self._update_rule(sampler, steps, eta), clip_x0, generator)
+        return self._states(x_T, steps, self._update_rule(sampler, steps, eta, clip_x0), clip_x0, generator)
 
     @torch.no_grad()
     def _states(self, x: Tensor, steps: list[int], rule: list, clip_x0: bool, generator) -> Iterator[tuple[int, Tensor]]:
@@ -502,7 +502,7 @@ class GaussianDiffusion(nn.Module):
             steps.append(max(min(t, most), count - i))  # leave a time for each that follows
         return steps
 
-    def _update_rule(self, sampler: SamplerName, steps: list[int], eta: float) -> list[tuple[float, ...]]:
+    def _update_rule(self, sampler: SamplerName, steps: list[int], eta: float, clip_x0: bool) -> list[tuple[float, ...]]:
         """(a, b, c, d) of every step from t = steps[i] to s = steps[i + 1], 0 after the last; derived in float64."""
         bar_t = self._alpha_bar[torch.tensor(steps) - 1]
         bar_s = torch.cat([bar_t[1:], torch.ones(1, dtype=torch.float64)])
@@ -512,8 +512,10 @@ class GaussianDiffusion(nn.Module):
         if sampler == "ddpm":  # equations 4 and 9, with alpha and beta of the shortened chain
             a = alpha.sqrt() * (1 - bar_s) / (1 - bar_t)
             b = bar_s.sqrt() * (1 - alpha) / (1 - bar_t)
-            variance = posterior_variance + b**2 * self._assumed_x0_error()[torch.tensor(steps) - 1]
-            d = variance.clamp(min=0).sqrt()
+            x0_error = self._assumed_x0_error()[torch.tensor(steps) - 1]
+            if clip_x0:  # of data in [-1, 1] no good guess errs by more (Bao et al. 2022, theorem 2)
+                x0_error.clamp_(max=1)
+            d = (posterior_variance + b**2 * x0_error).clamp(min=0).sqrt()
             d[-1] = 0
         elif sampler == "ddim":
             d = eta * posterior_variance.sqrt()

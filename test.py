@@ -30,7 +30,7 @@ from dataset import ImageDataset
 from gaussian_diffusion import Bound, GaussianDiffusion, SamplerName
 from metrics import cached_classifier, frechet_distance, image_statistics, inception_features
 from pictures import grid, save_gif, save_png
-from train import PRECISIONS, SAMPLING, STEP, VALIDATION, Ranks, mixed_seed
+from train import PRECISIONS, SAMPLING, STEP, VALIDATION, OneLineParser, Ranks, mixed_seed
 
 GIF_FRAMES = 50
 
@@ -138,6 +138,9 @@ def run(args: argparse.Namespace) -> None:
     if args.compile:
         diffusion.time_aware_net.compile()
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
+    folder = Path(args.checkpoint).with_suffix("").with_name(Path(args.checkpoint).stem + "_gen")
+    folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
+    folder.parent.joinpath(f".{folder.name}.part").unlink()
     with ranks.autocast(args.precision):
         if args.fit_variance:
             fit_variance(diffusion, state, args, ranks)
@@ -147,7 +150,6 @@ def run(args: argparse.Namespace) -> None:
         return
     if "fd" in args.metrics:
         results["fd"] = frechet(samples, state, args, ranks)
-    folder = Path(args.checkpoint).with_suffix("").with_name(Path(args.checkpoint).stem + "_gen")
     folder.mkdir(exist_ok=True)
     save_pictures(folder, strips, animation, samples[: args.pictures])
     print(f"{folder}: 0.png .. {len(strips) - 1}.png, strips.png, grid.png, trajectory.gif")
@@ -171,7 +173,7 @@ def print_table(results: dict, args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Sample from a checkpoint.", epilog="See the head of test.py for examples.")
+    parser = OneLineParser(description="Sample from a checkpoint.", epilog="See the head of test.py for examples.")
     parser.add_argument("checkpoint")
     parser.add_argument(
         "size", nargs="*", type=int, metavar="H W", help="height and width, by default those of the training images"
@@ -206,10 +208,15 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)}: must be at least 1")
         if len(args.size) not in (0, 2) or min(args.size, default=1) < 1:
             raise ValueError(f"H W = {' '.join(map(str, args.size))}: must be two numbers of at least 1, or none")
+        if args.seed < 0:
+            raise ValueError(f"--seed = {args.seed}: must be at least 0")
         run(args)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print("test.py:", error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print("test.py:", error, file=sys.stderr)
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

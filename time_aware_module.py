@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def _positive(**values: int) -> None:
+def _within(most: int, **values: int) -> None:
+    """Each value lies in 1..most: a larger one is a mistake, and would run out of memory before it were seen."""
     for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} = {value}: must be at least 1")
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} = {value}: must lie in 1..{most}")
+
+
+MOST_CHANNELS, MOST_LAYERS = 2**16, 2**8
 
 
 class TimeEmbedding(nn.Module):
@@ -155,9 +159,11 @@ class TimeAwareUNet(nn.Module):
     ):
         super().__init__()
         t_channels = 4 * base_channels if t_channels is None else t_channels
-        _positive(n_channels=n_channels, base_channels=base_channels, t_channels=t_channels, num_heads=num_heads)
-        _positive(num_res_blocks=num_res_blocks, levels=len(ch_mult), **{"every ch_mult": min(ch_mult, default=1)})
-        _positive(num_groups=1 if num_groups is None else num_groups)
+        _within(MOST_CHANNELS, n_channels=n_channels, base_channels=base_channels, t_channels=t_channels, num_heads=num_heads)
+        _within(MOST_CHANNELS, num_groups=1 if num_groups is None else num_groups)
+        _within(MOST_LAYERS, num_res_blocks=num_res_blocks, levels=len(ch_mult))
+        if not all(1 <= multiple <= MOST_LAYERS for multiple in ch_mult):
+            raise ValueError(f"ch_mult = {list(ch_mult)}: every entry must lie in 1..{MOST_LAYERS}")
         if len(attention) != len(ch_mult):
             raise ValueError(f"attention = {list(attention)}: must have one entry a level, as ch_mult = {list(ch_mult)} has")
         if base_channels % 2:
@@ -243,7 +249,8 @@ class TimeAwareMLP(nn.Module):
 
     def __init__(self, n_features: int, hidden: int = 128, depth: int = 3, t_channels: int = 64):
         super().__init__()
-        _positive(n_features=n_features, hidden=hidden, depth=depth, t_channels=t_channels)
+        _within(MOST_CHANNELS, n_features=n_features, hidden=hidden, t_channels=t_channels)
+        _within(MOST_LAYERS, depth=depth)
         if t_channels % 2:
             raise ValueError(f"t_channels = {t_channels}: must be even, half sines and half cosines of t")
         self.n_features = n_features

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -67,7 +68,10 @@ class Stopper:
         return self
 
     def _handle(self, number: int, frame: object) -> None:
-        self.signal = number
+        if "TORCHELASTIC_RUN_ID" in os.environ and not self.signal:
+            self.signal = number
+            return  # torchrun passes on what a terminal has sent to every process already: the next one is the same
+        self.signal = self.signal or number
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
 
@@ -132,6 +136,10 @@ def _device(name: str | None, local_rank: int) -> torch.device:
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
+    try:
+        torch.zeros(1, device=device).tolist()
+    except Exception:  # each kind of device has its own way to be missing
+        raise ValueError(f"--device {name}: is not available here; try --device cpu") from None
     return device
 
 
@@ -220,9 +228,9 @@ class Trainer:
         self.cfg = cfg = build_train_config(config)
         self.device = device = ranks.device
         self._check_batch()
-        images = {split: build_dataset(config, split) for split in ("train", "valid")}
         torch.manual_seed(mixed_seed(WEIGHTS, cfg.seed))
-        self.model = build_diffusion(config)
+        self.model = build_diffusion(config)  # before the data, which may be a long download
+        images = {split: build_dataset(config, split) for split in ("train", "valid")}
         _check_fit(self.model, images)
         self.folder = Path(cfg.model_save_dirpath)
 
@@ -462,6 +470,8 @@ class Trainer:
             return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint that counts this line
         losses = f"loss {line['train_loss'] or math.nan:.5g}" + ("" if valid_loss is None else f", valid {valid_loss:.5g}")
         bar.set_postfix_str(f"epoch {line['epoch']}/{self.cfg.epochs}, {losses}, {line['img_per_s']:.0f} img/s")
         log.info(f"step {self.step}, epoch {line['epoch']}: {losses}, {line['img_per_s']:.0f} img/s")
@@ -568,6 +578,13 @@ def _newest_good(broken: Path) -> str:
     return "there is no good one beside it"
 
 
+class LogFile(logging.FileHandler):
+    """A log file that stops the run when it cannot be written, as any other file does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
 def open_folder(trainer: Trainer, args: argparse.Namespace, state: dict | None) -> None:
     """Make the folder ready: empty for a new run, cut back to the state's last record for a resumed one."""
     folder = trainer.folder
@@ -575,11 +592,11 @@ def open_folder(trainer: Trainer, args: argparse.Namespace, state: dict | None) 
     if state is None:
         for path in run_files(folder):
             path.unlink()
-    elif (metrics := folder / "metrics.jsonl").exists():
+    elif (metrics := Path(args.resume or folder / "last.pth").with_name("metrics.jsonl")).exists():
         lines = metrics.read_bytes().splitlines(keepends=True)[: state["records"]]
-        with checkpoint.whole_file(metrics) as file:
+        with checkpoint.whole_file(folder / "metrics.jsonl") as file:
             file.writelines(lines)
-    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    handler = LogFile(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
 
@@ -589,6 +606,11 @@ def set_up(args: argparse.Namespace, stopper: Stopper) -> Trainer:
     config = load_config(args.config, args.set)
     ranks = Ranks(args.device)
     folder = Path(config["train_cfg"]["model_save_dirpath"])
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"train_cfg.model_save_dirpath = {folder}: {there} is not a folder")
+    if args.resume and run_files(folder) and Path(args.resume).resolve().parent != folder.resolve():
+        raise ValueError(f"--resume {args.resume}: is of another folder than {folder}, which holds a run already")
     if run_files(folder) and args.resume is None and not args.overwrite:
         raise ValueError(
             f"{folder} holds a run already: add --resume to go on with it, --overwrite to delete it and start anew, or "
@@ -607,14 +629,25 @@ def set_up(args: argparse.Namespace, stopper: Stopper) -> Trainer:
             log.warning(f"{path} is not there: starting at step 0")
     trainer = Trainer(config, ranks, stopper)
     if state:
-        trainer.restore(state)
+        try:
+            trainer.restore(state)
+        except (ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"{args.resume or folder / 'last.pth'}: is not the state of a run ({reason})") from None
     if ranks.rank == 0:
         open_folder(trainer, args, state)
     return trainer
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a diffusion model.", epilog="See the head of train.py for examples.")
+    parser = OneLineParser(description="Train a diffusion model.", epilog="See the head of train.py for examples.")
     parser.add_argument("config", help="JSON file")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the config")
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")

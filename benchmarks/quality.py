@@ -29,6 +29,7 @@ from gaussian_diffusion import GaussianDiffusion
 from metrics import FeatureStatistics, cached_classifier, frechet_distance, image_statistics
 
 ROOT = Path(__file__).parents[1]
+VARIANCES = ("beta", "sigma_bar_square", "learnable", "fitted")
 STEPS = (10, 20, 50, 100, 1000)
 SAMPLERS = ("ddpm", "ddim", "dpm")
 
@@ -109,7 +110,7 @@ def variances(bench: Bench) -> dict[str, dict]:
     fixed, learned = (bench.load(path) for path in bench.args.checkpoints)
     schedule = type("Schedule", (), {"alpha_bar": fixed._alpha_bar})
     rows = {}
-    for name in ("beta", "sigma_bar_square", "learnable", "fitted"):
+    for name in bench.args.variances:
         diffusion = learned
         if name != "learnable":
             variance = "beta" if name == "fitted" else name
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bound-timesteps", type=int, help="by default all T")
     parser.add_argument("--fit-images", type=int, default=128, help="training images, each at all T timesteps")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--variances", nargs="+", default=VARIANCES, choices=VARIANCES, help="rows of the table variances")
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS, help="rows of the table steps")
     parser.add_argument("--counts", nargs="+", type=int, default=STEPS, help="its columns")
     parser.add_argument("--bf16", action="store_true", help="let the network run in bfloat16")

@@ -110,7 +110,7 @@ def test_beta_is_that_of_diffusers(schedule, peer, timesteps):
 @pytest.mark.parametrize("timesteps", [0, -1, 2.5, "10", None, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_bad_timesteps_are_refused(schedule, timesteps):
-    with pytest.raises(ValueError, match=f"timesteps = {timesteps!r}.*at least 1"):
+    with pytest.raises(ValueError, match=f"timesteps = {timesteps!r}.*1..1000000"):
         schedule(timesteps)
 
 
