@@ -77,7 +77,7 @@ def load(path: str | Path) -> dict:
         or len(shape) != 3
         or not all(isinstance(size, int) and 1 <= size <= 2**16 for size in shape)
     ):
-        raise ValueError(f"{path}: shape = {str(shape)[:80]}: must be [C, H, W], each in 1..65536")
+        raise ValueError(f"{path}: shape = {str(shape)[:80]}: must be a list of sizes, each in 1..65536")
     return state
 
 
