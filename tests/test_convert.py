@@ -432,7 +432,7 @@ def test_bad_arguments_are_one_line(tmp_path, monkeypatch, capsys, args):
 def test_another_network_is_refused(tmp_path, capsys):
     config = config_of() | {"time_aware_net": {"name": "TimeAwareMLP", "kwargs": {"n_features": 4}}}
     weights = build_diffusion(resolve(config)).state_dict()
-    checkpoint.save(tmp_path / "a.pth", {"config": config, "shape": [4], "model": weights, "ema": weights})
+    checkpoint.save(tmp_path / "a.pth", {"config": config, "shape": [4, 1, 1], "model": weights, "ema": weights})
     code, said = run(capsys, "--to-diffusers", tmp_path / "a.pth", tmp_path / "folder")
     assert code == 2
     assert "time_aware_net.name = 'TimeAwareMLP'" in said
