@@ -33,8 +33,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, n_sinusoids: int, t_channels: int):
         super().__init__()
         half = n_sinusoids // 2
-        frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / max(half - 1, 1))
-        self.register_buffer("frequency", frequency.float(), persistent=False)
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / max(half - 1, 1))
+        self.register_buffer("frequency", frequency, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * half, t_channels), nn.SiLU(), nn.Linear(t_channels, t_channels))
 
     def forward(self, t: Tensor) -> Tensor:

@@ -147,8 +147,9 @@ def plot(rows: dict[str, dict], n: int) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for sampler in SAMPLERS:
         counts = [int(count) for count in rows.get(sampler, {})]
-        axes.loglog(counts, rows.get(sampler, {}).values(), "o-", label=sampler)
+        axes.semilogx(counts, rows.get(sampler, {}).values(), "o-", label=sampler)
     axes.axhline(rows["real images"]["-"], color="grey", linestyle=":", label="real images")
+    axes.set_ylim(0)
     axes.set(xlabel="network calls a sample", ylabel=f"Fréchet distance of {n} samples", xticks=STEPS, xticklabels=STEPS)
     axes.minorticks_off()
     axes.legend()
