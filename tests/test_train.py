@@ -391,6 +391,30 @@ def test_a_missing_checkpoint_is_named(capsys):
     assert capsys.readouterr().err == "test.py: nowhere.pth: no such checkpoint\n"
 
 
+def test_metrics_are_printed_and_written_with_their_settings_and_the_fitted_variance_is_saved(tmp_path, capsys):
+    folder, whole_images = tmp_path / "a", ("dataset.train.pipeline=[]", "dataset.valid.pipeline=[]")
+    assert train.main(tiny(folder, *whole_images, "train_cfg.epochs=1", "train_cfg.sample_period=0")) == 0
+    flags = ["-n", "130", "--sampler", "dpm", "--timesteps", "3", "--pictures", "1", "--device", "cpu", "--fit-variance", "4"]
+    flags += ["--metrics", "bpd", "fd", "--bpd-images", "6", "--classifier", str(tmp_path / "classifier.pth")]
+    assert sampling.main([str(folder / "last.pth"), *flags]) == 0
+    results = json.loads((folder / "last_gen" / "metrics.json").read_text())
+    bpd, fd = results["bpd"], results["fd"]
+    assert bpd["images"] == 6
+    assert bpd["prior"] + bpd["kl"] + bpd["reconstruction"] == pytest.approx(bpd["total"], rel=1e-6)
+    assert (fd["samples"], fd["real"]) == (130, 180)
+    assert fd["distance"] > 0
+    assert "classifier of Digits" in fd["features"]
+    assert results["settings"]["sampler"] == "dpm"
+    printed = capsys.readouterr().out
+    assert f"{bpd['total']:.4f}" in printed
+    assert f"{fd['distance']:.4f} of 130 samples" in printed
+    fitted, _ = checkpoint.load_diffusion(folder / "last_fitted.pth")
+    before, _ = checkpoint.load_diffusion(folder / "last.pth")
+    # at t = T, where beta is 0.999, an error of eps as good as untrained (of variance 1) is one of mu of beta^2 / alpha
+    assert before.sigma_square[-1] == pytest.approx(0.999)
+    assert fitted.sigma_square[-1] == pytest.approx(0.999**2 / 0.001, rel=0.3)
+
+
 # Ranks
 
 
