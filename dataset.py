@@ -53,9 +53,6 @@ class ImageDataset(Dataset):
         self.shape: torch.Size | None = None
         self.shape = self.pixels(0).shape
 
-    def image(self, i: int) -> Image.Image:
-        raise NotImplementedError
-
     def name_of(self, i: int) -> str:
         """What to call image i in a message."""
         return f"image {i} of {type(self).__name__}"
