@@ -1,9 +1,9 @@
-# make demo: digits out of noise.  make test, make lint, make soak: for those who change the code.
+# make demo: digits out of noise.  make test, make lint, make soak: for those who change the code.  make bench: what it costs.
 PYTHON ?= python3
 BIN = .venv/bin
 DEMO = models/Digits_den
 
-.PHONY: demo test lint soak
+.PHONY: demo test lint soak bench
 
 demo: .venv/installed
 	$(BIN)/python train.py configs/Digits_den.json $(if $(wildcard $(DEMO)/*),--resume)
@@ -20,6 +20,9 @@ lint: .venv/installed-dev
 soak: .venv/installed-dev
 	$(BIN)/python -m pytest -q -m slow
 
+bench: .venv/installed-bench
+	for name in limit peers full_loss scaling; do $(BIN)/python benchmarks/$$name.py || exit; done
+
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
@@ -27,4 +30,8 @@ soak: .venv/installed-dev
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
 	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+.venv/installed-bench: requirements-bench.txt .venv/installed
+	$(BIN)/pip install -q -r requirements-bench.txt
 	touch $@

@@ -50,6 +50,7 @@ class TrainConfig:
     lr: float  # Adam's learning rate, once warm
     model_save_dirpath: str  # folder of the run: checkpoints, log, metrics.jsonl, pictures
     record_period: int = 100  # steps between log lines
+    max_steps: int | None = None  # end there if that is sooner, also inside an epoch
     save_period: int = 0  # epochs between epoch_N.pth, 0 for none
     save_best: bool = True  # keep best.pth, the least validation loss
     save_minutes: float = 10.0  # minutes between saves of last.pth, besides the one after each epoch; 0 for none
@@ -79,7 +80,8 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
         self._require("seed", 0 <= self.seed < 2**63, "must lie in 0..2^63 - 1")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "must be at least 0 and below 1")
-        self._require("chunk_size", self.chunk_size is None or self.chunk_size >= 1, "must be null or at least 1")
+        for name in ("max_steps", "chunk_size"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "must be null or at least 1")
         self._require("num_workers", self.num_workers <= 1024, "must be at most 1024")
         self._require("model_save_dirpath", self.model_save_dirpath.strip() != "", "must name a folder")
 
@@ -89,8 +91,8 @@ class TrainConfig:
 
 
 # What --resume may change: nothing that the weights depend on.
-MAY_CHANGE = {"epochs", "record_period", "save_period", "save_best", "save_minutes", "sample_period", "sample_timesteps"}
-MAY_CHANGE |= {"model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps"}
+MAY_CHANGE = {"epochs", "max_steps", "record_period", "save_period", "save_best", "save_minutes", "sample_period"}
+MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps"}
 
 
 # Checks

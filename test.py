@@ -135,6 +135,8 @@ def run(args: argparse.Namespace) -> None:
     ranks = Ranks(args.device)
     diffusion, state = load_diffusion(args.checkpoint, ema=not args.raw)
     diffusion.to(ranks.device)
+    if args.compile or ranks.device.type == "cuda":  # uncompiled on a CPU it is slower
+        diffusion.to(memory_format=torch.channels_last)
     if args.compile:
         diffusion.time_aware_net.compile()
     shape = state["shape"][:1] + (args.size or state["shape"][1:])

@@ -109,14 +109,21 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling, then a 3x3 convolution: [B, C, H, W] -> [B, C, 2H, 2W]."""
+    """Nearest-neighbour upsampling, then a 3x3 convolution: [B, C, H, W] -> [B, C, 2H, 2W].
+
+    Both at once, as a transposed convolution of stride 2 in 4/9 of the operations: an output pixel's three taps a direction
+    fall on two input pixels only, so that the weights w_0, w_1, w_2 act as w_2, w_1 + w_2, w_0 + w_1, w_0 at four distances.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        sums = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        self.register_buffer("sums", torch.kron(sums, sums), persistent=False)  # [4 * 4, 3 * 3], of both directions
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        kernel = (self.conv.weight.flatten(2) @ self.sums.T).unflatten(2, (4, 4)).transpose(0, 1)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 class Stage(nn.Sequential):

@@ -14,6 +14,7 @@ In the folder of the run: last.pth, best.pth, epoch_N.pth, train.log, metrics.js
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import logging
 import math
@@ -237,7 +238,7 @@ class Trainer:
         self.shape = images["train"].shape
         self.train_data = Batches(images["train"], cfg, ranks, shuffle=True)
         self.valid_data = Batches(images["valid"], cfg, ranks, shuffle=False)
-        self.total_steps = cfg.epochs * self.train_data.steps
+        self.total_steps = min(cfg.epochs * self.train_data.steps, cfg.max_steps or math.inf)
         self.model.to(device)
         if len(self.shape) == 3:
             self.model.to(memory_format=torch.channels_last)
@@ -248,7 +249,7 @@ class Trainer:
 
         # The run's state besides the weights and the optimizer
         self.step = 0
-        self.epochs_closed = 0  # validated, recorded, saved
+        self.closed = 0  # step at which an epoch was last closed: validated, recorded, saved
         self.records = 0  # lines in metrics.jsonl
         self.best_loss = math.inf
         zero = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
@@ -331,17 +332,27 @@ class Trainer:
         self.bad_steps += bad
         self.bad_in_row.add_(1).mul_(bad)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last step, counted from 1."""
+        return math.ceil(self.step / self.train_data.steps)
+
+    def _at_end(self) -> bool:
+        """Of an epoch or of the run?"""
+        return self.step % self.train_data.steps == 0 or self.step == self.total_steps
+
     def run(self) -> int:
         """Train to the last epoch, or until a signal: the exit code."""
         steps = self.train_data.steps
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
         try:
             with bar, logging_redirect_tqdm([log]):
-                if self.step and self.step == (self.epochs_closed + 1) * steps:  # stopped just there
+                if self._at_end() and self.step != self.closed:  # stopped just there
                     self.close_epoch(bar)
                 while self.step < self.total_steps:
                     self._restart_clock()
-                    for pixels in self._timed(self.train_data.epoch(*divmod(self.step, steps))):
+                    batches = self.train_data.epoch(*divmod(self.step, steps))
+                    for pixels in itertools.islice(self._timed(batches), self.total_steps - self.step):
                         self.train_step(pixels)
                         self.images_done += len(pixels) * self.ranks.world
                         bar.update()
@@ -352,14 +363,14 @@ class Trainer:
             number = int(self.ranks.largest(self.stopper.signal))
             log.info(f"stopped at step {self.step} by {signal.Signals(number).name}; to go on, add --resume")
             return 128 + number
-        log.info(f"finished: {self.cfg.epochs} epochs, {self.step} steps; the checkpoints are in {self.folder}")
+        log.info(f"finished: {self.epoch} epochs, {self.step} steps; the checkpoints are in {self.folder}")
         return 0
 
     def _after_step(self, bar: tqdm) -> None:
         due = self.step % self.cfg.record_period == 0
         if due or self.device.type == "cpu":  # elsewhere this would wait for the device
             self._check_numbers()
-        if due and self.step % self.train_data.steps:  # the last step of an epoch is recorded with its validation
+        if due and not self._at_end():  # which is recorded with its validation
             self.record(bar)
         minutes = (time.monotonic() - self.last_save) / 60
         if self._heed_signals(save=0 < self.cfg.save_minutes < minutes):
@@ -399,14 +410,14 @@ class Trainer:
     # At the end of an epoch
 
     def close_epoch(self, bar: tqdm) -> None:
-        epoch = self.epochs_closed + 1
-        last = epoch == self.cfg.epochs
+        epoch = self.epoch
+        last = self.step == self.total_steps
         seconds = time.perf_counter() - self.clock  # of training alone
         valid_loss = self.validate()
         if self.cfg.sample_period and (epoch % self.cfg.sample_period == 0 or last):
             self.save_picture(self.folder / f"epoch_{epoch}.png")
         self.record(bar, valid_loss, seconds)
-        self.epochs_closed = epoch
+        self.closed = self.step
         if valid_loss < self.best_loss:
             self.best_loss = valid_loss
             if self.cfg.save_best:
@@ -454,7 +465,7 @@ class Trainer:
         seconds = time.perf_counter() - self.clock if seconds is None else seconds
         line = {
             "step": self.step,
-            "epoch": math.ceil(self.step / self.train_data.steps),
+            "epoch": self.epoch,
             "train_loss": float(f"{loss_sum / loss_count:.8g}") if loss_count else None,
             "valid_loss": None if valid_loss is None else float(f"{valid_loss:.8g}"),
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -486,7 +497,8 @@ class Trainer:
             "config": self.config,
             "shape": list(self.shape),
             "step": self.step,
-            "epoch": self.epochs_closed,
+            "epoch": self.epoch,
+            "closed": self.closed,
             "world": self.ranks.world,
             "records": self.records,
             "best_loss": self.best_loss,
@@ -507,7 +519,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.epochs_closed, self.records = state["step"], state["epoch"], state["records"]
+        self.step, self.closed, self.records = state["step"], state["closed"], state["records"]
         self.best_loss = state["best_loss"]
         if self.ranks.rank == 0:  # the others' shares are in these sums
             self.loss_sum.fill_(state["loss_sums"][0])

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import resolve
@@ -148,6 +149,21 @@ def versions() -> dict[str, str]:
     return installed
 
 
+def counted(step: Callable[[], object]) -> int:
+    """Floating-point operations of a step; a multiplication with its addition counts as two."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def result_path(name: str, device: torch.device, quick: bool, folder: str | Path = ROOT / "benchmarks" / "results") -> Path:
+    """NAME-DEVICE.json; what a quick run measures has a file of its own."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    path = Path(folder) / f"{name}-{slug}{'-quick' if quick else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def show(title: str, rows: list[dict]) -> None:
     """Print rows as a Markdown table, their keys as its head."""
     cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
@@ -162,9 +178,7 @@ def write(name: str, args: argparse.Namespace, device: torch.device, tables: dic
     """Print the tables and write them to NAME-DEVICE.json."""
     for title, rows in tables.items():
         show(title, rows)
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    path = Path(args.results) / f"{name}-{slug}{'-quick' if args.quick else ''}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = result_path(name, device, args.quick, args.results)
     result = {
         "benchmark": name,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

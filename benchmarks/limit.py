@@ -12,8 +12,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, median_ratio, options, start, trainer, write
-from torch.utils.flop_counter import FlopCounterMode
+from common import counted, interleaved, median_ratio, options, start, trainer, write
 
 from train import PRECISIONS, Trainer
 
@@ -59,12 +58,6 @@ def machine(args, device: torch.device) -> list[dict]:
             }
         )
     return rows
-
-
-def counted(step) -> int:
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
 
 
 def steps_of(run: Trainer, calls: int) -> dict:
@@ -145,7 +138,7 @@ def added(args, device: torch.device) -> list[dict]:
         def sample():
             model.sample(image.shape, sampler, args.calls, clip_x0=True, x_T=image)  # noqa: B023
 
-        timed = interleaved({"whole": sample, "bare": calls}, device, args.rounds)
+        timed = interleaved({"whole": sample, "bare": calls}, device, args.rounds, warmup=1)
         seconds[f"{sampler}, {args.calls} steps / {args.calls} network calls"] = timed
     return [
         {
@@ -177,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = start(
         args,
-        cpu=dict(network="cifar10", batch_size=4, rounds=5, matrix=2048, copy_mib=256, calls=50, inner=1, compile=False),
+        cpu=dict(network="cifar10", batch_size=4, rounds=3, matrix=2048, copy_mib=256, calls=50, inner=1, compile=False),
         cuda=dict(network="cifar10", batch_size=128, rounds=7, matrix=8192, copy_mib=1024, calls=50, inner=10, compile=True),
         quick=dict(network="small", batch_size=4, rounds=3, matrix=512, copy_mib=64, calls=3, inner=1, compile=False),
     )

@@ -52,9 +52,10 @@ def ours(args, device, best: bool) -> tuple[Step, Step]:
     PARAMETERS["ours"] = count(run.model)
     pixels = next(run.train_data.epoch(0))
 
-    # test.py has a model of its own, from a checkpoint: contiguous, compiled on its own
+    # test.py has a model of its own, from a checkpoint, compiled on its own, in the memory format that suits it
     sampling = trainer(device, args.network, args.batch_size, args.image_size, timesteps=T).model.eval()
-    sampling.to(memory_format=torch.contiguous_format)
+    if not made["compile"] and device.type != "cuda":
+        sampling.to(memory_format=torch.contiguous_format)
     sampling.load_state_dict(run.model.state_dict())
     if best and args.compile:
         sampling.time_aware_net.compile()
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = start(
         args,
-        cpu={"network": "cifar10", "batch_size": 4, "rounds": 11, "steps": 4, "compile": True},
+        cpu={"network": "cifar10", "batch_size": 8, "rounds": 11, "steps": 4, "compile": True},
         cuda={"network": "cifar10", "batch_size": 128, "rounds": 11, "steps": 20, "compile": True},
         quick={"network": "small", "batch_size": 4, "rounds": 3, "steps": 2, "compile": False},
     )

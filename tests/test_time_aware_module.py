@@ -5,7 +5,7 @@ from torch import nn
 
 from beta_schedule import LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
-from time_aware_module import TimeAwareMLP, TimeAwareUNet
+from time_aware_module import TimeAwareMLP, TimeAwareUNet, Upsample
 
 
 def small_unet(**kwargs):
@@ -21,6 +21,14 @@ def test_the_cifar10_unet_has_the_35_7_million_parameters_of_ho_et_al():
     with torch.device("meta"):
         net = TimeAwareUNet(3)
     assert sum(parameter.numel() for parameter in net.parameters()) == 35_746_307
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 7)])
+def test_upsampling_and_convolution_in_one_are_the_two_one_after_the_other(size):
+    upsample = Upsample(6).double()
+    x = torch.randn(3, 6, *size, dtype=torch.float64)
+    expected = upsample.conv(nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(upsample(x, torch.zeros(3)), expected)
 
 
 def test_the_parameters_match_those_of_diffusers_network():

@@ -177,6 +177,27 @@ def test_resume_of_a_finished_run_trains_on_only_if_epochs_were_added(tmp_path):
     assert metrics(tmp_path / "a")[-1]["step"] == 12
 
 
+def test_max_steps_ends_inside_an_epoch_and_more_of_them_go_on_as_if_there_had_been_no_end(tmp_path, run):
+    """Eight steps in two epochs of four: ended at six, then resumed without an end."""
+    more = ("train_cfg.lr_schedule=constant", "train_cfg.sample_period=0")
+    assert train.main(tiny(tmp_path / "whole", *more)) == 0
+    assert train.main(tiny(tmp_path / "a", *more, "train_cfg.max_steps=6")) == 0
+    assert [line["step"] for line in metrics(tmp_path / "a")] == [3, 4, 6]
+    assert [line["valid_loss"] is None for line in metrics(tmp_path / "a")] == [True, False, False]
+    assert train.main(tiny(tmp_path / "a", *more, flags=("--resume",))) == 0
+    assert [line["step"] for line in metrics(tmp_path / "a")] == [3, 4, 6, 8]
+    assert losses(tmp_path / "a")[-1][3] == losses(tmp_path / "whole")[-1][3]
+    states = [checkpoint.load(tmp_path / name / "last.pth") for name in ("whole", "a")]
+    for part in ("model", "ema", "optimizer"):
+        assert_same_state(states[0][part], states[1][part], part)
+
+
+def test_the_learning_rate_falls_to_zero_at_max_steps(tmp_path):
+    assert train.main(tiny(tmp_path / "a", "train_cfg.lr_schedule=linear", "train_cfg.max_steps=5", "train_cfg.warmup_steps=0",
+                           "train_cfg.lr=0.001", "train_cfg.record_period=1")) == 0  # fmt: skip
+    assert [line["lr"] for line in metrics(tmp_path / "a")] == pytest.approx([0.0008, 0.0006, 0.0004, 0.0002, 0])
+
+
 @pytest.mark.parametrize("size", [150, 1000])
 def test_a_checkpoint_cut_short_is_named_with_the_newest_good_one(tmp_path, size, capsys, run):
     folder = tmp_path / "a"
@@ -450,3 +471,38 @@ def test_two_ranks_train_and_sample_and_resume_like_one(tmp_path):
     shared = pictures(tmp_path / "two" / "last_gen")
     assert sampling.main(sampled) == 0
     assert pictures(tmp_path / "two" / "last_gen") == shared
+
+
+GRADIENTS = """
+import sys
+import torch
+import train
+from gaussian_diffusion import GaussianDiffusion
+
+def given(self, x0, chunk_size=None):
+    '''The loss at t and eps that are functions of the image alone.'''
+    t = 1 + (1000 * x0.flatten(1).sum(1).abs()).long() % self.T
+    return self.loss(x0, t, (100 * x0.flatten(1).cumsum(1)).sin().view_as(x0)).mean()
+
+GaussianDiffusion.forward = given
+path, *settings = sys.argv[2:]
+ranks = train.Ranks("cpu")
+run = train.Trainer(train.load_config(path, settings), ranks, train.Stopper())
+run.train_step(next(run.train_data.epoch(0)))
+if ranks.rank == 0:  # Adam's first average of the gradients: a tenth of them
+    torch.save([10 * run.optimizer.state[p]["exp_avg"] for p in run.net_parameters], sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_two_ranks_have_the_gradient_of_one_on_given_t_and_eps(accum, tmp_path):
+    (tmp_path / "gradients.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + GRADIENTS)
+    settings = [*TINY, f"train_cfg.model_save_dirpath={tmp_path / 'a'}", "time_aware_net.kwargs.dropout=0"]
+    config = str(ROOT / "configs" / "Digits_den.json")
+    script = str(tmp_path / "gradients.py")
+    torchrun(script, str(tmp_path / "one.pt"), config, *settings, ranks=1)
+    torchrun(script, str(tmp_path / "two.pt"), config, *settings, f"train_cfg.grad_accum={accum}", ranks=2)
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    one, two = (torch.cat([g.flatten() for g in gradient]) for gradient in (one, two))
+    assert one.norm() > 0.1
+    assert (two - one).norm() < 1e-5 * one.norm()

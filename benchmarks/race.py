@@ -1,0 +1,407 @@
+"""What each trainer has to show for the same compute: samples of FashionMNIST after so many seconds of training.
+
+    python benchmarks/race.py --threads 1                                  # all racers, 1500 s each: hours
+    python benchmarks/race.py --racers ours --budget 375 750 1500 3000     # some of them; rows are added to those there
+    python benchmarks/race.py --racers ours --set train_cfg.lr=1e-3        # an ablation: a row of its own
+    python benchmarks/race.py --quick                                      # a minute, to see that it runs
+
+The budget is of time.process_time of the racer's own process, so that a busy machine is fair (on CUDA: seconds of the
+device, synchronised). The clock runs while the racer trains; reading and decoding the data is outside. Then -n samples are
+drawn, with at most 50 network calls each, and get the Fréchet distance to the 10,000 test images, in the features of one
+classifier for all.
+
+    ours        configs/FashionMNIST_fast.json through train.py's own Trainer, validation and checkpoints included. The number
+                of steps that fits into the budget is measured first, on a copy, as the learning rate falls to 0 at the end
+    ddp         denoising-diffusion-pytorch: its Unet of dim 16, multipliers 1, 2, 4, objective pred_v, and the loop and
+                defaults of its Trainer: batch 16, Adam, EMA 0.995 every 10 steps, horizontal flips; its DDIM, 50 calls
+    diffusers   UNet2DModel 32, 32, 64 (attention at the lowest resolution) and the recipe of train_unconditional.py: batch
+                16, AdamW, 500 warm-up steps, cosine decay over 100 epochs, no EMA; its DDPMPipeline with a scheduler of 50
+                calls, --diffusers-sampler
+    ddp-tuned, diffusers-tuned
+                the same with the learning rate and the EMA that did best at 375 s (README.md has the search)
+
+A peer's run is one run of the largest budget: its learning rate does not know the end, so samples are drawn on the way.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import ROOT, counted, device_name, result_path, show, versions
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoint import load_diffusion
+from config import load_config
+from dataset import FashionMNIST
+from metrics import cached_classifier, frechet_distance, from_uint8, image_statistics, to_uint8
+from pictures import grid, save_png
+from train import Ranks, Stopper, Trainer, set_up
+
+FAST = ROOT / "configs" / "FashionMNIST_fast.json"
+FOLDER = ROOT / "models" / "race"  # samples and our checkpoints, not in git
+
+
+@dataclass
+class Finish:
+    """What a racer has at the end of a budget."""
+
+    budget: float
+    seconds: float  # really used
+    steps: int
+    batch_size: int
+    parameters: int
+    gflop: float  # of a training step
+    calls: int  # network calls a sample
+    sample: Callable[[int], Tensor]  # a batch of float images in [-1, 1]
+
+
+class Clock:
+    """Seconds of computing while it runs: of this process on a CPU, of the device on CUDA."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.total, self.since = device, 0.0, None
+
+    def now(self) -> float:
+        if self.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def start(self) -> None:
+        self.since = self.now()
+
+    def stop(self) -> float:
+        self.total += self.now() - self.since
+        return self.total
+
+
+# The racers: each yields a Finish for every budget
+
+
+def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
+    for budget in args.budget:
+        folder = FOLDER / args.name.replace("/", "_") / f"{budget:g}"
+        settings = [f"train_cfg.model_save_dirpath={folder}", "train_cfg.epochs=1000000", f"train_cfg.seed={args.seed}"]
+        max_steps = _steps_within(budget, load_config(FAST, [*args.set, *settings]), device)
+        settings += [f"train_cfg.max_steps={max_steps}"]
+        options = {"resume": None, "overwrite": True, "deterministic": False, "device": args.device}
+        with Stopper() as stopper:
+            run = set_up(argparse.Namespace(config=FAST, set=[*args.set, *settings], **options), stopper)
+            clock = Clock(device)
+            clock.start()
+            if run.run():
+                sys.exit("stopped")
+            seconds = clock.stop()
+        diffusion, _ = load_diffusion(folder / "last.pth")
+        diffusion.to(device)
+        cfg = run.cfg
+        x0 = torch.zeros(cfg.batch_size, *run.shape, device=device)
+
+        def sample(n: int) -> Tensor:
+            with run.ranks.autocast(cfg.precision):  # noqa: B023
+                return diffusion.sample((n, *run.shape), args.sampler, args.calls, clip_x0=True)  # noqa: B023
+
+        flops = counted(lambda: run.model(x0).backward())  # noqa: B023
+        size = sum(p.numel() for p in run.net_parameters)
+        yield Finish(budget, seconds, run.step, cfg.batch_size, size, flops / 1e9, args.calls, sample)
+
+
+def _steps_within(budget: float, config: dict, device: torch.device) -> int:
+    """The number of steps for which training, with a validation an epoch, takes 98 % of the budget."""
+    probe, clock = Trainer(config, Ranks(str(device)), Stopper()), Clock(device)
+    batches = probe.train_data.epoch(0)
+    for _ in range(5):
+        probe.train_step(next(batches))
+    clock.start()
+    for _ in range(40):
+        probe.train_step(next(batches))
+    step = clock.stop() / 40
+    clock = Clock(device)
+    clock.start()
+    probe.validate()
+    validation = clock.stop()
+    return max(1, int((0.98 * budget - validation) / (step + validation / probe.train_data.steps)))
+
+
+def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
+    import denoising_diffusion_pytorch as peer
+    from ema_pytorch import EMA
+
+    unet = peer.Unet(dim=16, dim_mults=(1, 2, 4), channels=1)
+    settings = {"image_size": 28, "timesteps": 1000, "sampling_timesteps": 50, "objective": "pred_v"}
+    diffusion = peer.GaussianDiffusion(unet, **settings).to(device)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=args.lr or 1e-4, betas=(0.9, 0.99))
+    ema = {"update_every": 1, "update_after_step": 0, "power": args.ema_power} if args.ema_power else {"update_every": 10}
+    ema = EMA(diffusion, beta=0.9999 if args.ema_power else 0.995, **ema).to(device)
+
+    def step(x0: Tensor) -> None:
+        x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
+        loss = diffusion(x0 / 2 + 0.5)
+        loss.backward()
+        nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+    def sample(n: int) -> Tensor:
+        return ema.ema_model.eval().sample(batch_size=n) * 2 - 1
+
+    yield from _race(args, device, unet, lambda x0: diffusion(x0), step, sample, 50)
+
+
+def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
+    import diffusers
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    unet = diffusers.UNet2DModel(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(32, 32, 64),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    ).to(device)
+    noising = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    settings = {"lr": args.lr or 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
+    optimizer = torch.optim.AdamW(unet.parameters(), **settings)
+    warmup = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100 * 60000 // 16)
+    ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, power=args.ema_power) if args.ema_power else None
+
+    def loss_of(x0: Tensor) -> Tensor:
+        noise, t = torch.randn_like(x0), torch.randint(0, 1000, (len(x0),), device=device).long()
+        return F.mse_loss(unet(noising.add_noise(x0, noise, t), t).sample, noise)
+
+    def step(x0: Tensor) -> None:
+        loss_of(x0).backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        warmup.step()
+        optimizer.zero_grad()
+        if ema:
+            ema.step(unet.parameters())
+
+    def sample(n: int) -> Tensor:
+        kinds = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}
+        scheduler = kinds[args.diffusers_sampler].from_config(noising.config)
+        pipeline = diffusers.DDPMPipeline(unet.eval(), scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        if ema:
+            ema.store(unet.parameters())
+            ema.copy_to(unet.parameters())
+        images = pipeline(n, num_inference_steps=50, output_type="np").images
+        if ema:
+            ema.restore(unet.parameters())
+        unet.train()
+        return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+
+    yield from _race(args, device, unet, loss_of, step, sample, 50)
+
+
+def _race(args, device, net, loss_of, step, sample, calls) -> Iterator[Finish]:
+    """A peer's run: shuffled batches of 16 until each budget is used up."""
+    images, size, steps, clock = _fashion(train=True)[0], 16, 0, Clock(device)
+    x0 = from_uint8(images[:size]).to(device)
+    flops = counted(lambda: loss_of(x0).backward())
+    net.zero_grad()
+    budgets = iter(sorted(args.budget))
+    budget = next(budgets)
+    with tqdm(total=max(args.budget), desc=args.name, unit="s", bar_format="{l_bar}{bar}{r_bar}") as bar:
+        while budget:
+            for indices in torch.randperm(len(images)).split(size):
+                x0 = from_uint8(images[indices]).to(device)
+                clock.start()
+                step(x0)
+                steps += 1
+                seconds = clock.stop()
+                bar.update(round(seconds - bar.n, 2))
+                if seconds >= budget:
+                    parameters = sum(p.numel() for p in net.parameters())
+                    yield Finish(budget, seconds, steps, size, parameters, flops / 1e9, calls, sample)
+                    if not (budget := next(budgets, None)):
+                        break
+
+
+def _fashion(train: bool) -> tuple[Tensor, Tensor]:
+    data = FashionMNIST(str(ROOT / "data"), train=train)
+    return torch.from_numpy(data.images)[:, None], data.labels
+
+
+RACERS: dict[str, tuple[Callable, dict]] = {
+    "ours": (ours, {}),
+    "ddp": (ddp, {}),
+    "ddp-tuned": (ddp, {"lr": 1e-3, "ema_power": 0.75}),
+    "diffusers": (of_diffusers, {}),
+    "diffusers-tuned": (of_diffusers, {"lr": 1e-3, "ema_power": 0.75}),
+}
+
+
+# The race
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Train and sample as one racer, in this process; a line of JSON and a file of samples for each budget."""
+    device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    racer, recipe = RACERS[args.racers[0]]
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    torch.manual_seed(args.seed)
+    for finish in racer(args, device):
+        state = torch.get_rng_state()
+        torch.manual_seed(args.seed)
+        clock, batches = Clock(device), []
+        clock.start()
+        for first in tqdm(range(0, args.n, 100), desc="sampling", unit="batch"):
+            with torch.no_grad():
+                batches.append(to_uint8(finish.sample(min(100, args.n - first))).cpu())
+        seconds = clock.stop()
+        torch.set_rng_state(state)
+        path = FOLDER / f"{args.name.replace('/', '_')}_{finish.budget:g}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.cat(batches), path)
+        row = {name: value for name, value in vars(finish).items() if name != "sample"}
+        print(json.dumps(row | {"sampling s": seconds, "samples": str(path)}), flush=True)
+
+
+def classifier_and_real(device: torch.device):
+    images, labels = _fashion(train=True)
+    path = ROOT / "models" / "classifier_FashionMNIST.pth"
+    extractor = cached_classifier(path, images, labels, "FashionMNIST", device=device)
+    real = image_statistics(map(from_uint8, _fashion(train=False)[0].split(500)), extractor)
+    return extractor, real
+
+
+def distances_of_data(extractor, real, n: int) -> dict[str, float]:
+    """Both ends of the scale: n training images, and n of uniform noise."""
+    images = _fashion(train=True)[0]
+    generator = torch.Generator().manual_seed(0)
+    chosen = images[torch.randperm(len(images), generator=generator)[:n]]
+    noise = torch.randint(0, 256, chosen.shape, dtype=torch.uint8, generator=generator)
+    return {
+        name: frechet_distance(image_statistics(map(from_uint8, x.split(500)), extractor), real)
+        for name, x in (("training images", chosen), ("uniform noise", noise))
+    }
+
+
+def rows_of(args: argparse.Namespace, name: str, racer: str, extractor, real) -> Iterator[dict]:
+    """Run a racer in a process of its own, and measure what it brings."""
+    # fmt: off
+    command = [sys.executable, __file__, "--worker", "--racers", racer, "--name", name, "--device", args.device,
+               "--seed", str(args.seed), "-n", str(args.n), "--sampler", args.sampler, "--calls", str(args.calls),
+               "--diffusers-sampler", args.diffusers_sampler, "--budget", *map(str, args.budget)]
+    # fmt: on
+    for option in ("threads", "lr", "ema_power"):
+        if getattr(args, option) is not None:
+            command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
+    command += ["--set", *args.set] if args.set else []
+    environment = os.environ | ({"OMP_NUM_THREADS": str(args.threads)} if args.threads else {})
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout:
+            if not line.startswith("{"):
+                continue
+            row = json.loads(line)
+            samples = torch.load(row.pop("samples"), weights_only=True)
+            made = image_statistics(map(from_uint8, samples.split(500)), extractor)
+            yield {"racer": name, "distance": frechet_distance(made, real), "n": args.n} | row
+    if process.returncode:
+        sys.exit(f"{name}: its process failed")
+
+
+def picture(rows: list[dict], path: Path) -> None:
+    """A row of samples for each racer at the largest budget that all have."""
+    racers = [name for name in RACERS if any(row["racer"] == name for row in rows)]
+    common = set.intersection(*({row["budget"] for row in rows if row["racer"] == name} for name in racers))
+    if not common:
+        return
+    strips = [from_uint8(torch.load(FOLDER / f"{name}_{max(common):g}.pt", weights_only=True)[:14]) for name in racers]
+    drawn = grid(torch.cat(strips), 14)
+    labelled = Image.new("RGB", (drawn.width + 130, drawn.height), "white")
+    labelled.paste(drawn.convert("RGB"), (130, 0))
+    write = ImageDraw.Draw(labelled)
+    for i, name in enumerate(racers):
+        distance = next(row["distance"] for row in rows if (row["racer"], row["budget"]) == (name, max(common)))
+        write.text((4, 20 + i * drawn.height // len(racers)), f"{name}\n{distance:.1f}", fill="black")
+    save_png(path, labelled)
+
+
+def plot(rows: list[dict], ends: dict[str, float], path: Path) -> None:
+    """Distance against budget."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name in RACERS:
+        points = sorted((row["budget"], row["distance"]) for row in rows if row["racer"] == name)
+        if points:
+            axes.loglog(*zip(*points, strict=True), "o-", label=name)
+    axes.axhline(ends["training images"], color="grey", linestyle=":", label="training images")
+    budgets = sorted({row["budget"] for row in rows if row["racer"] in RACERS})
+    axes.set(xlabel="seconds of training", ylabel="Fréchet distance to the test images", xticks=budgets, xticklabels=budgets)
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--racers", nargs="+", default=list(RACERS), choices=RACERS)
+    parser.add_argument("--budget", nargs="+", type=float, default=[1500.0], help="seconds of training")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU, by default torch's own choice")
+    parser.add_argument("-n", type=int, default=1000, help="samples")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampler", default="dpm", help="ours")
+    parser.add_argument("--calls", type=int, default=25, help="network calls of our sampler, at most 50")
+    parser.add_argument("--diffusers-sampler", default="dpm", choices=["ddpm", "ddim", "dpm"])
+    parser.add_argument("--lr", type=float, help="of a peer, for the search")
+    parser.add_argument("--ema-power", type=float, help="of a peer: average the weights by 1 - (1 + step)^-POWER")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of our config")
+    parser.add_argument("--name", help="of the row, by default the racer and what is overridden")
+    parser.add_argument("--quick", action="store_true", help="10 seconds and 200 samples each")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        return worker(args)
+    if args.quick:
+        args.budget, args.n = [10.0], 200
+    device = torch.device(args.device)
+    extractor, real = classifier_and_real(device)
+    path = result_path("race", device, args.quick)
+    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    ends = distances_of_data(extractor, real, args.n)
+    changed = [*args.set, *(f"{option}={getattr(args, option)}" for option in ("lr", "ema_power") if getattr(args, option))]
+    for racer in args.racers:
+        name = args.name or " ".join([racer, *changed])
+        for row in rows_of(args, name, racer, extractor, real):
+            print(f"{name}, {row['budget']:g} s: {row['distance']:.2f}", file=sys.stderr, flush=True)
+            old = json.loads(path.read_text()) if path.exists() else old  # another race may have written meanwhile
+            kept = [each for each in old["rows"] if (each["racer"], each["budget"]) != (name, row["budget"])]
+            made = {"date": time.strftime("%Y-%m-%d"), "device": device_name(device), "versions": versions()}
+            result = {"features": extractor.name, "real images": real.count, "ends": ends, **made, "rows": [*kept, row]}
+            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    rows = json.loads(path.read_text())["rows"]
+    rows.sort(key=lambda row: (row["racer"] not in RACERS, row["racer"], row["budget"]))
+    show(f"Fréchet distance of {args.n} samples to {real.count} test images, in the features of the {extractor.name}", rows)
+    print("\n" + ", ".join(f"{name}: {value:.2f}" for name, value in ends.items()))
+    if not args.quick:
+        picture(rows, ROOT / "samples" / "race.png")
+        plot(rows, ends, ROOT / "samples" / "race_curve.png")
+
+
+if __name__ == "__main__":
+    main()
