@@ -7,18 +7,18 @@
 
 The budget is of time.process_time of the racer's own process, so that a busy machine is fair (on CUDA: seconds of the
 device, synchronised). The clock runs while the racer trains; reading and decoding the data is outside. Then -n samples are
-drawn, with at most 50 network calls each, and get the Fréchet distance to the 10,000 test images, in the features of one
+drawn, with --calls network calls each, and get the Fréchet distance to the 10,000 test images, in the features of one
 classifier for all.
 
     ours        configs/FashionMNIST_fast.json through train.py's own Trainer, validation and checkpoints included. The number
                 of steps that fits into the budget is measured first, on a copy, as the learning rate falls to 0 at the end
     ddp         denoising-diffusion-pytorch: its Unet of dim 16, multipliers 1, 2, 4, objective pred_v, and the loop and
-                defaults of its Trainer: batch 16, Adam, EMA 0.995 every 10 steps, horizontal flips; its DDIM, 50 calls
+                defaults of its Trainer: batch 16, Adam, EMA 0.995 every 10 steps, horizontal flips; its DDIM
     diffusers   UNet2DModel 32, 32, 64 (attention at the lowest resolution) and the recipe of train_unconditional.py: batch
-                16, AdamW, 500 warm-up steps, cosine decay over 100 epochs, no EMA; its DDPMPipeline with a scheduler of 50
-                calls, --diffusers-sampler
+                16, AdamW, 500 warm-up steps, cosine decay over 100 epochs, no EMA; its DDPMPipeline with
+                the scheduler --diffusers-sampler
     ddp-tuned, diffusers-tuned
-                the same with the learning rate and the EMA that did best at 375 s (README.md has the search)
+                the same with ten times the learning rate, and an EMA of decay 1 - (1 + step)^-0.75 at every step
 
 A peer's run is one run of the largest budget: its learning rate does not know the end, so samples are drawn on the way.
 """
@@ -92,10 +92,10 @@ def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     for budget in args.budget:
         folder = FOLDER / args.name.replace("/", "_") / f"{budget:g}"
         settings = [f"train_cfg.model_save_dirpath={folder}", "train_cfg.epochs=1000000", f"train_cfg.seed={args.seed}"]
-        max_steps = _steps_within(budget, load_config(FAST, [*args.set, *settings]), device)
-        settings += [f"train_cfg.max_steps={max_steps}"]
         options = {"resume": None, "overwrite": True, "deterministic": False, "device": args.device}
         with Stopper() as stopper:
+            probe = Trainer(load_config(FAST, [*args.set, *settings]), Ranks(args.device), stopper)
+            settings += [f"train_cfg.max_steps={_steps_within(budget, probe)}"]
             run = set_up(argparse.Namespace(config=FAST, set=[*args.set, *settings], **options), stopper)
             clock = Clock(device)
             clock.start()
@@ -116,9 +116,9 @@ def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
         yield Finish(budget, seconds, run.step, cfg.batch_size, size, flops / 1e9, args.calls, sample)
 
 
-def _steps_within(budget: float, config: dict, device: torch.device) -> int:
+def _steps_within(budget: float, probe: Trainer) -> int:
     """The number of steps for which training, with a validation an epoch, takes 98 % of the budget."""
-    probe, clock = Trainer(config, Ranks(str(device)), Stopper()), Clock(device)
+    clock = Clock(probe.device)
     batches = probe.train_data.epoch(0)
     for _ in range(5):
         probe.train_step(next(batches))
@@ -126,7 +126,7 @@ def _steps_within(budget: float, config: dict, device: torch.device) -> int:
     for _ in range(40):
         probe.train_step(next(batches))
     step = clock.stop() / 40
-    clock = Clock(device)
+    clock = Clock(probe.device)
     clock.start()
     probe.validate()
     validation = clock.stop()
@@ -138,7 +138,7 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     from ema_pytorch import EMA
 
     unet = peer.Unet(dim=16, dim_mults=(1, 2, 4), channels=1)
-    settings = {"image_size": 28, "timesteps": 1000, "sampling_timesteps": 50, "objective": "pred_v"}
+    settings = {"image_size": 28, "timesteps": 1000, "sampling_timesteps": args.calls, "objective": "pred_v"}
     diffusion = peer.GaussianDiffusion(unet, **settings).to(device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=args.lr or 1e-4, betas=(0.9, 0.99))
     ema = {"update_every": 1, "update_after_step": 0, "power": args.ema_power} if args.ema_power else {"update_every": 10}
@@ -156,7 +156,7 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     def sample(n: int) -> Tensor:
         return ema.ema_model.eval().sample(batch_size=n) * 2 - 1
 
-    yield from _race(args, device, unet, lambda x0: diffusion(x0), step, sample, 50)
+    yield from _race(args, device, unet, lambda x0: diffusion(x0), step, sample)
 
 
 def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
@@ -199,16 +199,16 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
         if ema:
             ema.store(unet.parameters())
             ema.copy_to(unet.parameters())
-        images = pipeline(n, num_inference_steps=50, output_type="np").images
+        images = pipeline(n, num_inference_steps=args.calls, output_type="np").images
         if ema:
             ema.restore(unet.parameters())
         unet.train()
         return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
 
-    yield from _race(args, device, unet, loss_of, step, sample, 50)
+    yield from _race(args, device, unet, loss_of, step, sample)
 
 
-def _race(args, device, net, loss_of, step, sample, calls) -> Iterator[Finish]:
+def _race(args, device, net, loss_of, step, sample) -> Iterator[Finish]:
     """A peer's run: shuffled batches of 16 until each budget is used up."""
     images, size, steps, clock = _fashion(train=True)[0], 16, 0, Clock(device)
     x0 = from_uint8(images[:size]).to(device)
@@ -227,7 +227,7 @@ def _race(args, device, net, loss_of, step, sample, calls) -> Iterator[Finish]:
                 bar.update(round(seconds - bar.n, 2))
                 if seconds >= budget:
                     parameters = sum(p.numel() for p in net.parameters())
-                    yield Finish(budget, seconds, steps, size, parameters, flops / 1e9, calls, sample)
+                    yield Finish(budget, seconds, steps, size, parameters, flops / 1e9, args.calls, sample)
                     if not (budget := next(budgets, None)):
                         break
 
@@ -366,8 +366,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-n", type=int, default=1000, help="samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", default="dpm", help="ours")
-    parser.add_argument("--calls", type=int, default=25, help="network calls of our sampler, at most 50")
-    parser.add_argument("--diffusers-sampler", default="dpm", choices=["ddpm", "ddim", "dpm"])
+    parser.add_argument("--calls", type=int, default=25, help="network calls a sample, of every racer")
+    parser.add_argument("--diffusers-sampler", default="ddim", choices=["ddpm", "ddim", "dpm"])
     parser.add_argument("--lr", type=float, help="of a peer, for the search")
     parser.add_argument("--ema-power", type=float, help="of a peer: average the weights by 1 - (1 + step)^-POWER")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of our config")
