@@ -51,6 +51,7 @@ class TrainConfig:
     model_save_dirpath: str  # folder of the run: checkpoints, log, metrics.jsonl, pictures
     record_period: int = 100  # steps between log lines
     max_steps: int | None = None  # end there if that is sooner, also inside an epoch
+    valid_images: int | None = None  # of the validation set, evenly spread over it; null for all
     save_period: int = 0  # epochs between epoch_N.pth, 0 for none
     save_best: bool = True  # keep best.pth, the least validation loss
     save_minutes: float = 10.0  # minutes between saves of last.pth, besides the one after each epoch; 0 for none
@@ -80,7 +81,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
         self._require("seed", 0 <= self.seed < 2**63, "must lie in 0..2^63 - 1")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "must be at least 0 and below 1")
-        for name in ("max_steps", "chunk_size"):
+        for name in ("max_steps", "valid_images", "chunk_size"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "must be null or at least 1")
         self._require("num_workers", self.num_workers <= 1024, "must be at most 1024")
         self._require("model_save_dirpath", self.model_save_dirpath.strip() != "", "must name a folder")

@@ -148,14 +148,18 @@ class Batches:
     """The images of a data set in an order that depends on (seed, epoch) alone, this rank's part of each batch.
 
     A set of up to cache_gb is decoded once and kept as uint8, on the device if it is a GPU with room; a larger one, or one with
-    random transforms other than flips, is decoded by worker processes as it is needed.
+    random transforms other than flips, is decoded by worker processes as it is needed. Of a set of more than `most` images, so
+    many evenly spread ones are used.
     """
 
-    def __init__(self, images: ImageDataset, cfg: TrainConfig, ranks: Ranks, shuffle: bool):
+    def __init__(self, images: ImageDataset, cfg: TrainConfig, ranks: Ranks, shuffle: bool, most: int | None = None):
         self.images, self.cfg, self.ranks, self.shuffle = images, cfg, ranks, shuffle
-        if len(images) < ranks.world:
-            raise ValueError(f"a data set of {len(images)} images: {ranks.world} ranks need at least one each")
-        whole, rest = divmod(len(images), cfg.batch_size)
+        self.numbers = torch.arange(len(images))
+        if most is not None and most < len(images):
+            self.numbers = torch.linspace(0, len(images) - 1, most, dtype=torch.float64).round().long()
+        if len(self.numbers) < ranks.world:
+            raise ValueError(f"a data set of {len(self.numbers)} images: {ranks.world} ranks need at least one each")
+        whole, rest = divmod(len(self.numbers), cfg.batch_size)
         self.steps = whole + (rest >= ranks.world)  # a pass
         self.cache = None
         if not images.is_random and len(images) * math.prod(images.shape) <= cfg.cache_gb * 1e9:
@@ -177,9 +181,10 @@ class Batches:
 
     def _indices(self, epoch: int, first: int) -> Iterator[Tensor]:
         """This rank's image numbers in each batch of an epoch, from batch `first` on."""
-        n, size, world = len(self.images), self.cfg.batch_size, self.ranks.world
-        generator = torch.Generator().manual_seed(mixed_seed(ORDER, self.cfg.seed, epoch))
-        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        size, world, order = self.cfg.batch_size, self.ranks.world, self.numbers
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mixed_seed(ORDER, self.cfg.seed, epoch))
+            order = order[torch.randperm(len(order), generator=generator)]
         for batch in order.split(size)[first : self.steps]:
             yield batch[: len(batch) // world * world][self.ranks.rank :: world]  # ranks have equal shares
 
@@ -237,7 +242,7 @@ class Trainer:
 
         self.shape = images["train"].shape
         self.train_data = Batches(images["train"], cfg, ranks, shuffle=True)
-        self.valid_data = Batches(images["valid"], cfg, ranks, shuffle=False)
+        self.valid_data = Batches(images["valid"], cfg, ranks, shuffle=False, most=cfg.valid_images)
         self.total_steps = min(cfg.epochs * self.train_data.steps, cfg.max_steps or math.inf)
         self.model.to(device)
         if len(self.shape) == 3:

@@ -380,6 +380,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.budget, args.n = [10.0], 200
     device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     extractor, real = classifier_and_real(device)
     path = result_path("race", device, args.quick)
     old = json.loads(path.read_text()) if path.exists() else {"rows": []}
