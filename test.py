@@ -30,7 +30,7 @@ from dataset import ImageDataset
 from gaussian_diffusion import Bound, GaussianDiffusion, SamplerName
 from metrics import cached_classifier, frechet_distance, image_statistics, inception_features
 from pictures import grid, save_gif, save_png
-from train import PRECISIONS, SAMPLING, STEP, VALIDATION, OneLineParser, Ranks, mixed_seed
+from train import PRECISIONS, SAMPLING, STEP, VALIDATION, OneLineParser, Ranks, compile_network, mixed_seed
 
 GIF_FRAMES = 50
 
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     if args.compile or ranks.device.type == "cuda":  # uncompiled on a CPU it is slower
         diffusion.to(memory_format=torch.channels_last)
     if args.compile:
-        diffusion.time_aware_net.compile()
+        compile_network(diffusion.time_aware_net, ranks.device, "--compile")
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
     folder = Path(args.checkpoint).with_suffix("").with_name(Path(args.checkpoint).stem + "_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling

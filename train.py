@@ -144,6 +144,15 @@ def _device(name: str | None, local_rank: int) -> torch.device:
     return device
 
 
+def compile_network(net: nn.Module, device: torch.device, option: str) -> None:
+    """Let torch compile the network at its first call. A compiler that is missing shows here, as a ValueError."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # each kind of device has its own compiler, and its own errors
+        raise ValueError(f"{option}: cannot compile here ({str(error).strip().splitlines()[0]})") from None
+    net.compile()
+
+
 class Batches:
     """The images of a data set in an order that depends on (seed, epoch) alone, this rank's part of each batch.
 
@@ -292,7 +301,7 @@ class Trainer:
         cfg, device = self.cfg, self.device
         self.model.time_aware_net.activation_checkpointing = cfg.activation_checkpointing
         if cfg.compile:
-            self.model.time_aware_net.compile()
+            compile_network(self.model.time_aware_net, device, "train_cfg.compile")
         self.parallel = self.model
         if self.ranks.world > 1:
             self.parallel = DistributedDataParallel(

@@ -288,6 +288,21 @@ def test_a_device_that_is_not_there(device, words, tmp_path, capsys, run):
         assert words in capsys.readouterr().err
 
 
+def test_compiling_without_a_compiler(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    for main, argv, option in (
+        (train.main, tiny(tmp_path / "a", "train_cfg.compile=true"), "train.py: train_cfg.compile: cannot compile here"),
+        (sampling.main, [str(run / "last.pth"), "--device", "cpu", "--compile"], "test.py: --compile: cannot compile here"),
+    ):
+        torch._dynamo.reset()
+        assert main(argv) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith(option)
+        assert "compiler" in message.removeprefix(option)
+    assert not (tmp_path / "a").exists()
+
+
 def test_an_unreadable_image_stops_the_run_by_name(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for i in range(4):
