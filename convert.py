@@ -78,6 +78,7 @@ def unet_options(kwargs: Mapping[str, Any], size: int | tuple[int, int]) -> dict
     bound = inspect.signature(TimeAwareUNet).bind(**kwargs)
     bound.apply_defaults()
     k = bound.arguments
+    _require(k["patch_size"] == 1, "patch_size", k["patch_size"], "UNet2DModel has no patches")
     groups = {module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)}
     allowed = f"its layers have {sorted(groups)} groups, and UNet2DModel has one number for all"
     _require(len(groups) == 1, "num_groups", k["num_groups"], allowed)

@@ -147,8 +147,10 @@ class TimeAwareUNet(nn.Module):
     num_heads       heads of the attention
     dropout         probability of zeroing a feature in a residual block
     num_groups      groups of every GroupNorm, None for the paper's 32, or fewer where a layer has less than 128 channels
+    patch_size      side of the squares of pixels that are the first level's channels: 2 saves the whole level of full resolution
+                    (Hoogeboom et al. 2023, section 3.2)
 
-    H and W must be multiples of 2^(levels - 1), else ValueError. `activation_checkpointing = True` computes the inside of each
+    H and W must be multiples of patch_size * 2^(levels - 1), else ValueError. `activation_checkpointing = True` computes the inside of each
     block again in the backward pass instead of keeping it.
     """
 
@@ -163,12 +165,13 @@ class TimeAwareUNet(nn.Module):
         num_heads: int = 1,
         dropout: float = 0.0,
         num_groups: int | None = None,
+        patch_size: int = 1,
     ):
         super().__init__()
         t_channels = 4 * base_channels if t_channels is None else t_channels
         _within(MOST_CHANNELS, n_channels=n_channels, base_channels=base_channels, t_channels=t_channels, num_heads=num_heads)
         _within(MOST_CHANNELS, num_groups=1 if num_groups is None else num_groups)
-        _within(MOST_LAYERS, num_res_blocks=num_res_blocks, levels=len(ch_mult))
+        _within(MOST_LAYERS, num_res_blocks=num_res_blocks, levels=len(ch_mult), patch_size=patch_size)
         if not all(1 <= multiple <= MOST_LAYERS for multiple in ch_mult):
             raise ValueError(f"ch_mult = {list(ch_mult)}: every entry must lie in 1..{MOST_LAYERS}")
         if len(attention) != len(ch_mult):
@@ -178,7 +181,8 @@ class TimeAwareUNet(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout = {dropout}: must be at least 0 and below 1")
         self.n_channels = n_channels
-        self.size_multiple = 2 ** (len(ch_mult) - 1)
+        self.patch_size = patch_size
+        self.size_multiple = patch_size * 2 ** (len(ch_mult) - 1)
         self.activation_checkpointing = False
 
         def block(c_in: int, level: int) -> Stage:
@@ -189,7 +193,7 @@ class TimeAwareUNet(nn.Module):
             return stage
 
         self.time_embedding = TimeEmbedding(base_channels, t_channels)
-        self.conv_in = nn.Conv2d(n_channels, base_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(n_channels * patch_size**2, base_channels, 3, padding=1)
 
         self.down = nn.ModuleList()
         channels = [base_channels]  # of every state that the way up takes over from the way down
@@ -217,7 +221,7 @@ class TimeAwareUNet(nn.Module):
                 self.up[-1].append(Upsample(c))
 
         self.norm_out = _norm(c, num_groups)
-        self.conv_out = nn.Conv2d(c, n_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, n_channels * patch_size**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
@@ -227,10 +231,10 @@ class TimeAwareUNet(nn.Module):
         if any(size % self.size_multiple for size in xt.shape[2:]):
             raise ValueError(
                 f"images of {xt.shape[2]} x {xt.shape[3]} pixels: height and width must be multiples of {self.size_multiple}, "
-                "2^(levels - 1)"
+                "patch_size * 2^(levels - 1)"
             )
         time = F.silu(self.time_embedding(t))
-        h = self.conv_in(xt)
+        h = self.conv_in(F.pixel_unshuffle(xt, self.patch_size))
         skips = [h]
         for stage in self.down:
             h = self._run(stage, h, time)
@@ -238,7 +242,7 @@ class TimeAwareUNet(nn.Module):
         h = self._run(self.middle, h, time)
         for stage in self.up:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), time)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
 
     def _run(self, stage: Stage, h: Tensor, time: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
