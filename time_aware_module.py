@@ -147,11 +147,11 @@ class TimeAwareUNet(nn.Module):
     num_heads       heads of the attention
     dropout         probability of zeroing a feature in a residual block
     num_groups      groups of every GroupNorm, None for the paper's 32, or fewer where a layer has less than 128 channels
-    patch_size      side of the squares of pixels that are the first level's channels: 2 saves the whole level of full resolution
+    patch_size      side of the squares of pixels that the first level sees as channels: 2 saves the level of full resolution
                     (Hoogeboom et al. 2023, section 3.2)
 
-    H and W must be multiples of patch_size * 2^(levels - 1), else ValueError. `activation_checkpointing = True` computes the inside of each
-    block again in the backward pass instead of keeping it.
+    H and W must be multiples of patch_size * 2^(levels - 1), else ValueError. `activation_checkpointing = True` computes the
+    inside of each block again in the backward pass instead of keeping it.
     """
 
     def __init__(

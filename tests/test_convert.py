@@ -151,6 +151,7 @@ def test_the_cifar10_network_has_the_options_of_google_ddpm_cifar10_32():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        (SMALL | {"patch_size": 2}, "patch_size = 2"),
         (SMALL | {"num_groups": None}, r"num_groups = null: its layers have \[8, 16, 32\]"),
         (SMALL | {"num_heads": 2, "attention": [True, False]}, r"num_heads = 2: .*\[32, 64\]"),
     ],

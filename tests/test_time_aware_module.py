@@ -31,6 +31,21 @@ def test_upsampling_and_convolution_in_one_are_the_two_one_after_the_other(size)
     torch.testing.assert_close(upsample(x, torch.zeros(3)), expected)
 
 
+def test_patches_are_pixels_as_channels():
+    """A net of patches of 2 is the net of 4 times the channels on the four images of every second row and column."""
+    net = small_unet(patch_size=2)
+    channels = small_unet(n_channels=12)
+    channels.load_state_dict(net.state_dict())
+    x, t = torch.randn(2, 3, 8, 12), torch.tensor([1, 700])
+    apart = torch.stack([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=2).flatten(1, 2)
+    expected = channels(apart, t).unflatten(1, (3, 4))
+    found = net(x, t)
+    for k, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        torch.testing.assert_close(found[:, :, i::2, j::2], expected[:, :, k])
+    with pytest.raises(ValueError, match="6 x 8 pixels.*multiples of 4"):
+        net(torch.randn(1, 3, 6, 8), torch.tensor([1]))
+
+
 def test_the_parameters_match_those_of_diffusers_network():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
