@@ -42,7 +42,7 @@ def test_patches_are_pixels_as_channels():
     found = net(x, t)
     for k, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         torch.testing.assert_close(found[:, :, i::2, j::2], expected[:, :, k])
-    with pytest.raises(ValueError, match="6 x 8 pixels.*multiples of 4"):
+    with pytest.raises(ValueError, match=r"6 x 8 pixels.*multiples of 4"):
         net(torch.randn(1, 3, 6, 8), torch.tensor([1]))
 
 
