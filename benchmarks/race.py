@@ -216,7 +216,9 @@ def _race(args, device, net, loss_of, step, sample) -> Iterator[Finish]:
     net.zero_grad()
     budgets = iter(sorted(args.budget))
     budget = next(budgets)
-    with tqdm(total=max(args.budget), desc=args.name, unit="s", bar_format="{l_bar}{bar}{r_bar}") as bar:
+    with tqdm(
+        total=max(args.budget), desc=args.name, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
+    ) as bar:
         while budget:
             for indices in torch.randperm(len(images)).split(size):
                 x0 = from_uint8(images[indices]).to(device)
@@ -224,7 +226,7 @@ def _race(args, device, net, loss_of, step, sample) -> Iterator[Finish]:
                 step(x0)
                 steps += 1
                 seconds = clock.stop()
-                bar.update(round(seconds - bar.n, 2))
+                bar.update(min(seconds, bar.total) - bar.n)
                 if seconds >= budget:
                     parameters = sum(p.numel() for p in net.parameters())
                     yield Finish(budget, seconds, steps, size, parameters, flops / 1e9, args.calls, sample)
@@ -234,7 +236,7 @@ def _race(args, device, net, loss_of, step, sample) -> Iterator[Finish]:
 
 def _fashion(train: bool) -> tuple[Tensor, Tensor]:
     data = FashionMNIST(str(ROOT / "data"), train=train)
-    return torch.from_numpy(data.images)[:, None], data.labels
+    return torch.from_numpy(data.images.copy())[:, None], data.labels
 
 
 RACERS: dict[str, tuple[Callable, dict]] = {
