@@ -323,19 +323,17 @@ def rows_of(args: argparse.Namespace, name: str, racer: str, extractor, real) ->
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """A row of samples for each racer at the largest budget that all have."""
-    racers = [name for name in RACERS if any(row["racer"] == name for row in rows)]
-    common = set.intersection(*({row["budget"] for row in rows if row["racer"] == name} for name in racers))
-    if not common:
-        return
-    strips = [from_uint8(torch.load(FOLDER / f"{name}_{max(common):g}.pt", weights_only=True)[:14]) for name in racers]
-    drawn = grid(torch.cat(strips), 14)
+    """The first samples of each racer at the largest budget that it had."""
+    last = {row["racer"]: row for row in sorted(rows, key=lambda row: row["budget"]) if row["racer"] in RACERS}
+    last = {name: last[name] for name in RACERS if name in last}
+    names = [f"{name}_{row['budget']:g}.pt" for name, row in last.items()]
+    drawn = grid(torch.cat([from_uint8(torch.load(FOLDER / name, weights_only=True)[:14]) for name in names]), 14)
     labelled = Image.new("RGB", (drawn.width + 130, drawn.height), "white")
     labelled.paste(drawn.convert("RGB"), (130, 0))
     write = ImageDraw.Draw(labelled)
-    for i, name in enumerate(racers):
-        distance = next(row["distance"] for row in rows if (row["racer"], row["budget"]) == (name, max(common)))
-        write.text((4, 20 + i * drawn.height // len(racers)), f"{name}\n{distance:.1f}", fill="black")
+    for i, (name, row) in enumerate(last.items()):
+        text = f"{name}\n{row['budget']:g} s\ndistance {row['distance']:.1f}"
+        write.text((4, 12 + i * drawn.height // len(last)), text, fill="black")
     save_png(path, labelled)
 
 
