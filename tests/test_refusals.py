@@ -176,8 +176,8 @@ CRAFTED = {
     "an evaluation": Call(eval, "open('hostile', 'w')"),
     "an array of bytes": Call(bytearray, 10**11),
     "a tensor": Call(torch.Tensor, 10**6, 10**5),
-    "an attribute": Call(getattr, os, "system"),
-    "a thousand lists": pickle.loads(b"(" * 1000 + b"l" * 1000 + b"."),
+    "an attribute": Call(getattr, "text", "upper"),
+    "lists in lists": pickle.loads(b"(" * 300 + b"l" * 300 + b"."),
 }
 
 
@@ -206,7 +206,13 @@ def good_configs() -> dict[str, dict]:
         configs["CIFAR10_den"]["dataset"][split]["download"] = False
         folder["dataset"][split] |= {"root": "images", "mode": "L", "skip_unreadable": False, "train": split == "train"}
         folder["dataset"][split]["pipeline"].insert(0, {"name": "Resize", "kwargs": {"size": [64, 64]}})
-    folder["time_aware_net"]["kwargs"] |= {"n_channels": 1, "dropout": 0.1, "num_heads": 2, "t_channels": 64}
+    folder["time_aware_net"]["kwargs"] |= {
+        "n_channels": 1,
+        "base_channels": 32,
+        "dropout": 0.1,
+        "num_heads": 2,
+        "t_channels": 64,
+    }
     folder["schedule"] = {"name": "ConstantSchedule", "kwargs": {"timesteps": 10, "constant": 0.5}}
     written_out = config.load_config(ROOT / "configs" / "Digits_rec.json")  # every default of train_cfg, too
     return configs | {"ImageFolder": folder, "written out": written_out}
@@ -377,7 +383,7 @@ SAMPLING = {
     "-s -1": "--seed",
     "-n 0": "-n",
     "--timesteps 1000000000000": "timesteps",
-    "--eta nan --sampler ddim": "eta",
+    "--timesteps 0": "timesteps",
     "1000000 1000000": "1000000",
     "1000000000000 1000000000000": "1000000000000",
     "-n 1000000000 --batch-size 1000000000": "1000000000",
