@@ -31,6 +31,7 @@ KEEN = ["train_cfg.save_minutes=1e-9", "train_cfg.save_period=1", "train_cfg.num
 
 
 class Faults(NamedTuple):
+    signal_after: tuple[float, int] | None = None  # seconds of its CPU time, and what comes then
     kill_at: int = 0  # file operation in its folder at which it is killed
     fill_at: int = 0  # file operation in its folder from which on no file grows
     signals_at: str = ""  # method of train.Trainer in whose second call SIGTERM comes twice
@@ -67,6 +68,13 @@ def drop_privileges() -> None:
     assert libc.capset(header, data) == 0
 
 
+def signal_after(seconds: float, number: int) -> None:
+    """By its CPU time, so that the moment does not depend on what else the machine does."""
+    if number != signal.SIGKILL:  # in whose place SIGPROF is as good: it ends a process that does not expect it at once
+        signal.signal(signal.SIGPROF, lambda *_: os.kill(os.getpid(), number))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
 def signal_twice_in(name: str) -> None:
     method, calls = getattr(train.Trainer, name), []
 
@@ -90,13 +98,18 @@ def _child(script: str, argv: list[str], folder: str, output: str, faults: Fault
     os.environ.update(faults.environment)
     if faults.unprivileged:
         drop_privileges()
+    if faults.signal_after:
+        signal_after(*faults.signal_after)
     if faults.kill_at:
         act_at_file_operation(folder, faults.kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
     if faults.fill_at:
         act_at_file_operation(folder, faults.fill_at, fill_disk)
     if faults.signals_at:
         signal_twice_in(faults.signals_at)
-    sys.exit(SCRIPTS[script].main(argv))
+    begin = time.process_time()
+    code = SCRIPTS[script].main(argv)
+    Path(f"{output}.seconds").write_text(str(time.process_time() - begin))
+    sys.exit(code)
 
 
 class Outcome(NamedTuple):
@@ -150,7 +163,7 @@ ENDLESS = "train_cfg.epochs=100000"
 
 class Whole(NamedTuple):
     folder: Path
-    seconds: float  # that it took
+    seconds: float  # of CPU time that it took
 
 
 def image_folder(folder: Path, count: int) -> list[str]:

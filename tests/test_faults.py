@@ -45,13 +45,12 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_run_killed_five_times_at_random_and_resumed_is_the_run_without_faults(seed, start, work, whole):
-    rng = random.Random(seed)
+    rng, codes = random.Random(seed), []
     for _ in range(5):
-        child = start("train", RESUME)
-        time.sleep(rng.uniform(0, 0.5 * whole.seconds))
-        child.send(signal.SIGKILL)
-        assert child.end().code in (-signal.SIGKILL, 0)
+        codes.append(start("train", RESUME, signal_after=(rng.uniform(0, 0.5) * whole.seconds, signal.SIGKILL)).end().code)
         assert_whole(work / "run")
+    assert set(codes) <= {-signal.SIGPROF, 0}
+    assert codes.count(-signal.SIGPROF) >= 3
     start("train", RESUME).end().assert_ended(0)
     assert_same_run(work / "run", whole.folder)
 
@@ -73,16 +72,14 @@ def test_a_run_killed_at_its_file_operations_and_resumed_is_the_run_without_faul
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_signalled_at_random_and_resumed_is_the_run_without_faults(number, start, work, whole):
-    rng = random.Random(number)
+    rng, codes = random.Random(number), []
     for _ in range(5):
-        child = start("train", RESUME)
-        child.wait_for_output("steps on")
-        time.sleep(rng.uniform(0, 0.3 * whole.seconds))
-        child.send(number)
-        outcome = child.end()
+        outcome = start("train", RESUME, signal_after=(rng.uniform(0.1, 0.5) * whole.seconds, number)).end()
+        codes.append(outcome.code)
         if outcome.code:
-            outcome.assert_ended(128 + number, "--resume")
+            outcome.assert_ended(128 + number, "stopped")
         assert_whole(work / "run")
+    assert codes.count(128 + number) >= 3
     start("train", RESUME).end().assert_ended(0)
     assert_same_run(work / "run", whole.folder)
 
@@ -150,17 +147,18 @@ def test_two_ranks_stopped_at_random_and_resumed_are_the_run_without_faults(numb
     assert [rank.end().code for rank in start_two(start)] == [0, 0]
     seconds = time.monotonic() - begin
     (work / "run").rename(tmp_path / "whole")
-    rng = random.Random(number)
+    rng, stopped = random.Random(number), 0
     for _ in range(3):
         ranks = start_two(start, "--resume")
-        if number == signal.SIGTERM:  # before that there is no handler
-            ranks[0].wait_for_output("steps on")
-        time.sleep(rng.uniform(0, 0.3 * seconds))
+        ranks[0].wait_for_output("steps on")
+        time.sleep(rng.uniform(0, 0.1 * seconds))
         for rank in ranks if number == signal.SIGKILL else ranks[1:]:  # one rank's word is enough to stop
             rank.send(number)
         codes = {rank.end().code for rank in ranks}
         assert codes <= ({-signal.SIGKILL, 0} if number == signal.SIGKILL else {128 + number, 0})
+        stopped += codes != {0}
         assert_whole(work / "run")
+    assert stopped
     assert [rank.end().code for rank in start_two(start, "--resume")] == [0, 0]
     assert_same_run(work / "run", tmp_path / "whole")
 
