@@ -224,11 +224,12 @@ def _dataset(path: str, value: Any) -> dict:
 
 
 def _check_sizes(path: str, name: str, kwargs: dict) -> None:
-    """ValueError if a transform is given a number that no image has memory for."""
+    """ValueError if a transform is given a size below 1, or a number that no image has memory for."""
     for key, value in kwargs.items():
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and abs(number) > MOST_PIXELS:
-                raise ValueError(f"{path}.kwargs.{key} = {shown(value)}: must be at most {MOST_PIXELS}")
+            least = 1 if key == "size" else -MOST_PIXELS
+            if isinstance(number, int | float) and not least <= number <= MOST_PIXELS:
+                raise ValueError(f"{path}.kwargs.{key} = {shown(value)}: must lie in {least}..{MOST_PIXELS}")
 
 
 def resolve(config: Any) -> dict:

@@ -31,9 +31,9 @@ KEEN = ["train_cfg.save_minutes=1e-9", "train_cfg.save_period=1", "train_cfg.num
 
 
 class Faults(NamedTuple):
-    signal_after: tuple[float, int] | None = None  # seconds of its CPU time, and what comes then
+    signal_after: tuple[float, int] | None = None  # seconds of CPU time from set-up on, and what comes then
     kill_at: int = 0  # file operation in its folder at which it is killed
-    fill_at: int = 0  # file operation in its folder from which on no file grows
+    fill_at: int = 0  # file operation in its folder from which on no file grows beyond 16 KiB
     signals_at: str = ""  # method of train.Trainer in whose second call SIGTERM comes twice
     unprivileged: bool = False  # let root, too, be bound by permissions
     environment: tuple[tuple[str, str], ...] = ()
@@ -56,7 +56,7 @@ def act_at_file_operation(folder: str, at: int, act: Callable[[], None]) -> None
 
 def fill_disk() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # a write beyond raises OSError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))  # a checkpoint's write beyond raises OSError, the output fits
 
 
 def drop_privileges() -> None:
@@ -98,17 +98,24 @@ def _child(script: str, argv: list[str], folder: str, output: str, faults: Fault
     os.environ.update(faults.environment)
     if faults.unprivileged:
         drop_privileges()
-    if faults.signal_after:
-        signal_after(*faults.signal_after)
     if faults.kill_at:
         act_at_file_operation(folder, faults.kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
     if faults.fill_at:
         act_at_file_operation(folder, faults.fill_at, fill_disk)
     if faults.signals_at:
         signal_twice_in(faults.signals_at)
-    begin = time.process_time()
+    begun, open_folder = [], train.open_folder
+
+    def opening(*args):
+        begun.append(time.process_time())
+        if faults.signal_after:
+            signal_after(*faults.signal_after)
+        open_folder(*args)
+
+    train.open_folder = opening
     code = SCRIPTS[script].main(argv)
-    Path(f"{output}.seconds").write_text(str(time.process_time() - begin))
+    if begun:
+        Path(f"{output}.seconds").write_text(str(time.process_time() - begun[0]))
     sys.exit(code)
 
 
@@ -163,7 +170,7 @@ ENDLESS = "train_cfg.epochs=100000"
 
 class Whole(NamedTuple):
     folder: Path
-    seconds: float  # of CPU time that it took
+    seconds: float  # of CPU time that it took once its folder was open
 
 
 def image_folder(folder: Path, count: int) -> list[str]:
