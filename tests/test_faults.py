@@ -74,7 +74,7 @@ def test_a_run_killed_at_its_file_operations_and_resumed_is_the_run_without_faul
 def test_a_run_signalled_at_random_and_resumed_is_the_run_without_faults(number, start, work, whole):
     rng, codes = random.Random(number), []
     for _ in range(5):
-        outcome = start("train", RESUME, signal_after=(rng.uniform(0, 0.5) * whole.seconds, number)).end()
+        outcome = start("train", RESUME, signal_after=(rng.uniform(0, 0.25) * whole.seconds, number)).end()
         codes.append(outcome.code)
         if outcome.code:
             outcome.assert_ended(128 + number, "stopped")
