@@ -3,7 +3,10 @@
 A checkpoint is one dictionary of tensors and plain values; train.py says what is in it. `FORMAT` marks it as ours.
 """
 
+import math
 import os
+import pickletools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +15,14 @@ from typing import IO
 
 import torch
 
-from config import build_diffusion, resolve
+from config import build_diffusion, network_without_memory, resolve, shown
 from gaussian_diffusion import GaussianDiffusion
 
 FORMAT = "pytorch-gaussian-diffusion"
 VERSION = 1
+MOST_VALUES = 2**28  # in the images worked on at a time: 1 GiB of float32
+# What torch.save writes of tensors and plain values; what torch allows beyond that may ask for any amount of memory.
+SAVED = re.compile(r"torch [A-Z]\w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
 
 
 @contextmanager
@@ -30,10 +36,11 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save hides a full disk behind its own error
-        if not isinstance(error.__context__, OSError):
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides a full disk behind its own error
+        if not isinstance(cause, OSError):
             raise
-        raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -54,39 +61,58 @@ def load(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                raise ValueError("it is packed, and could hold any amount")
-            if damaged := archive.testzip():
-                raise ValueError(f"its part {damaged} is damaged")
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: cut short, damaged, or not a checkpoint ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this library")
-    if state.get("version") != VERSION:
-        raise ValueError(f"{path}: of version {state.get('version')}, where this library reads version {VERSION}")
+    version = state.get("version")
+    if not isinstance(version, int) or version != VERSION:
+        raise ValueError(f"{path}: of version {shown(version)}, where this library reads version {VERSION}")
     try:
         state["config"] = resolve(state.get("config"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     shape = state.get("shape")
-    if (
-        not isinstance(shape, list)
-        or len(shape) != 3
-        or not all(isinstance(size, int) and 1 <= size <= 2**16 for size in shape)
-    ):
-        raise ValueError(f"{path}: shape = {str(shape)[:80]}: must be a list of sizes, each in 1..65536")
+    sizes = shape if isinstance(shape, list) and all(isinstance(size, int) and size >= 1 for size in shape) else []
+    if len(sizes) != 3 or math.prod(sizes) > MOST_VALUES:
+        raise ValueError(f"{path}: shape = {shown(shape)}: must be [C, H, W], at most {MOST_VALUES:,} values")
     return state
+
+
+def _check_archive(path: str | Path) -> None:
+    """ValueError if a part is packed, damaged, or names what save never writes."""
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is packed, and could hold any amount")
+        if damaged := archive.testzip():
+            raise ValueError(f"its part {damaged} is damaged")
+        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        for opcode, argument, _ in pickletools.genops(archive.read(pickled)):
+            if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not SAVED.fullmatch(str(argument)):
+                raise ValueError(f"it names {argument}")
+
+
+def _check_weights(state: Mapping, weights: Mapping) -> None:
+    """ValueError if weights are not of the config's network, or it takes no images of the shape; takes no memory."""
+    net = network_without_memory(state["config"])
+    for name, expected in net.state_dict(prefix="time_aware_net.").items():
+        found = getattr(weights.get(name), "shape", None)
+        if found != expected.shape:
+            raise ValueError(f"{name}: of shape {found and list(found)}, which the config makes {list(expected.shape)}")
+    net(torch.empty(1, *state["shape"], device="meta"), torch.ones(1, dtype=torch.long, device="meta"))
 
 
 def load_diffusion(path: str | Path, ema: bool = True) -> tuple[GaussianDiffusion, dict]:
     """The model of a checkpoint, with its averaged weights (ema) or the raw ones, in eval mode; and the checkpoint's state."""
     state = load(path)
     try:
+        weights = state["ema" if ema else "model"]
+        _check_weights(state, weights)
         diffusion = build_diffusion(state["config"])
-        diffusion.load_state_dict(state["ema" if ema else "model"])
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        diffusion.load_state_dict(weights)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     return diffusion.eval(), state

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
+from torch import nn
 
 import beta_schedule
 import dataset
@@ -39,6 +40,7 @@ NETWORKS = _by_name(time_aware_module.TimeAwareUNet, time_aware_module.TimeAware
 DATASETS = _by_name(dataset.Digits, dataset.FashionMNIST, dataset.CIFAR10, dataset.CelebA_HQ_256, dataset.ImageFolder)
 TRANSFORMS = _by_name(*dataset.TRANSFORMS)
 MOST_PARAMETERS = 4 * 10**9  # of a network: 16 GB in float32
+MOST_PIXELS = 2**14  # and the most of every other number that a transform takes
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "record_period", "sample_timesteps", "grad_accum", "max_bad_steps"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("lr", "variance_lr"):
-            self._require(name, 0 < getattr(self, name) < float("inf"), "must be above 0")
+            self._require(name, 0 < getattr(self, name) <= 1, "must be above 0 and at most 1")
         for name in ("save_period", "save_minutes", "sample_period", "warmup_steps", "grad_clip", "cache_gb", "num_workers"):
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
         self._require("seed", 0 <= self.seed < 2**63, "must lie in 0..2^63 - 1")
@@ -84,7 +86,8 @@ class TrainConfig:
         for name in ("max_steps", "valid_images", "chunk_size"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "must be null or at least 1")
         self._require("num_workers", self.num_workers <= 1024, "must be at most 1024")
-        self._require("model_save_dirpath", self.model_save_dirpath.strip() != "", "must name a folder")
+        name = self.model_save_dirpath
+        self._require("model_save_dirpath", name.strip() != "" and "\0" not in name, "must name a folder")
 
     def _require(self, name: str, good: bool, allowed: str) -> None:
         if not good:
@@ -149,10 +152,14 @@ def _describe(kind: Any) -> str:
     return words.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def _shown(value: Any) -> str:
-    """A value as JSON, in one line that is not long; a checkpoint's config may hold what JSON cannot."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 80 else text[:80] + "..."
+def shown(value: Any) -> str:
+    """A value as JSON, in one line that is not long; a checkpoint may hold what JSON cannot, and lists of lists without end."""
+    text = ""
+    for part in json.JSONEncoder(default=repr, skipkeys=True, check_circular=False).iterencode(value):
+        text += part
+        if len(text) > 80:
+            return text[:80] + "..."
+    return text
 
 
 def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[str] = ()) -> dict:
@@ -162,7 +169,8 @@ def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[s
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in (*required, *optional):
-            raise ValueError(f"{prefix}{str(key)[:80]}: unknown key; {_nearest(str(key), (*required, *optional))}")
+            name = shown(str(key))[1:-1]  # in one line
+            raise ValueError(f"{prefix}{name}: unknown key; {_nearest(str(key)[:80], (*required, *optional))}")
     for key in required:
         if key not in value:
             raise ValueError(f"{prefix}{key}: missing")
@@ -178,7 +186,7 @@ def _arguments(path: str, function: Callable, given: Any, without: Sequence[str]
     for name, value in given.items():
         kind = hints.get(name, Any)
         if not _matches(value, kind):
-            raise ValueError(f"{path}.{name} = {_shown(value)}: must be {_describe(kind)}")
+            raise ValueError(f"{path}.{name} = {shown(value)}: must be {_describe(kind)}")
     return {name: given[name] if name in given else _plain(p.default) for name, p in parameters.items()}
 
 
@@ -189,7 +197,7 @@ def _plain(default: Any) -> Any:
 
 def _from_registry(path: str, name: Any, registry: Mapping[str, Callable]) -> Callable:
     if not isinstance(name, str) or name not in registry:
-        raise ValueError(f"{path} = {_shown(name)}: unknown; {_nearest(str(name), list(registry))}")
+        raise ValueError(f"{path} = {shown(name)}: unknown; {_nearest(str(name)[:80], list(registry))}")
     return registry[name]
 
 
@@ -210,9 +218,18 @@ def _dataset(path: str, value: Any) -> dict:
             continue
         section = _arguments(f"{path}.{split}", cls, value[split])
         for i, transform in enumerate(section["pipeline"]):
-            _named(f"{path}.{split}.pipeline.{i}", transform, TRANSFORMS)
+            _check_sizes(**_named(f"{path}.{split}.pipeline.{i}", transform, TRANSFORMS), path=f"{path}.{split}.pipeline.{i}")
         resolved[split] = section
     return resolved
+
+
+def _check_sizes(path: str, name: str, kwargs: dict) -> None:
+    """ValueError if a transform is given a size below 1, or a number that no image has memory for."""
+    for key, value in kwargs.items():
+        for number in value if isinstance(value, list) else [value]:
+            least = 1 if key == "size" else -MOST_PIXELS
+            if isinstance(number, int | float) and not least <= number <= MOST_PIXELS:
+                raise ValueError(f"{path}.kwargs.{key} = {shown(value)}: must lie in {least}..{MOST_PIXELS}")
 
 
 def resolve(config: Any) -> dict:
@@ -247,13 +264,15 @@ def _override(config: Any, assignment: str) -> None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:  # too many digits, too deep
+        raise ValueError(f"--set {path}: {error}") from None
     *parents, last = path.split(".")
     try:
         for key in parents:
             config = config.setdefault(key, {}) if isinstance(config, dict) else config[int(key)]
         config[last if isinstance(config, dict) else int(last)] = value
     except (TypeError, ValueError, IndexError):
-        raise ValueError(f"--set {assignment}: the config has no such place") from None
+        raise ValueError(f"--set {assignment[:80]}: the config has no such place") from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
@@ -264,7 +283,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except ValueError as error:  # a key twice, bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # a key twice, bytes that are not UTF-8, brackets too deep
         raise ValueError(f"{path}: {error}") from None
     for assignment in overrides:
         _override(config, assignment)
@@ -280,7 +299,7 @@ def _build(path: str, function: Callable, kwargs: Mapping[str, Any], **more: Any
         return function(**kwargs, **more)
     except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        separator = "." if line.split(" ")[0] in kwargs else ": "
+        separator = "." if line.split(" ")[0].split(".")[0] in kwargs else ": "
         raise ValueError(f"{path}{separator}{line}") from None
 
 
@@ -299,15 +318,23 @@ def build_dataset(config: Mapping, split: str) -> dataset.ImageDataset:
     return _build(path, DATASETS[config["dataset"]["name"]], section)
 
 
-def build_diffusion(config: Mapping) -> GaussianDiffusion:
-    """The process and its network, with new weights drawn from the global generator."""
-    schedule, net = config["schedule"], config["time_aware_net"]
-    schedule = _build("schedule.kwargs", SCHEDULES[schedule["name"]], schedule["kwargs"])
-    with torch.device("meta"):  # takes no memory
-        size = sum(p.numel() for p in _build("time_aware_net.kwargs", NETWORKS[net["name"]], net["kwargs"]).parameters())
+def network_without_memory(config: Mapping) -> nn.Module:
+    """The network on the device meta, where only shapes are known."""
+    net = config["time_aware_net"]
+    with torch.device("meta"):
+        net = _build("time_aware_net.kwargs", NETWORKS[net["name"]], net["kwargs"])
+    size = sum(p.numel() for p in net.parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(
             f"time_aware_net.kwargs: a network of {size:.3g} parameters; at most {MOST_PARAMETERS:.3g} are allowed"
         )
+    return net
+
+
+def build_diffusion(config: Mapping) -> GaussianDiffusion:
+    """The process and its network, with new weights drawn from the global generator."""
+    schedule, net = config["schedule"], config["time_aware_net"]
+    schedule = _build("schedule.kwargs", SCHEDULES[schedule["name"]], schedule["kwargs"])
+    network_without_memory(config)  # is it too large?
     net = _build("time_aware_net.kwargs", NETWORKS[net["name"]], net["kwargs"])
     return _build("diffusion", GaussianDiffusion, config["diffusion"], schedule=schedule, time_aware_net=net)

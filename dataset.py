@@ -65,7 +65,9 @@ class ImageDataset(Dataset):
                 image = transform(image)
             except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
                 reason = " ".join(str(error).split())
-                raise ImageError(f"{self.name_of(i)}: cannot be transformed by pipeline.{number} ({reason})") from None
+                raise ImageError(f"pipeline.{number} cannot transform {self.name_of(i)} ({reason})") from None
+            if 0 in image.size:
+                raise ImageError(f"pipeline.{number} leaves no pixel of {self.name_of(i)}")
         pixels = v2.functional.pil_to_tensor(image)
         if self.shape not in (None, pixels.shape):
             raise ImageError(
@@ -198,7 +200,7 @@ def _image_paths(root: str) -> list[str]:
     if not Path(root).is_dir():
         raise ValueError(f"root = {root!r}: no such folder")
     paths, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(folder)
         if real in seen:  # a link that leads back
             subfolders.clear()
@@ -208,6 +210,10 @@ def _image_paths(root: str) -> list[str]:
         names = (name for name in files if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."))
         paths += [os.path.join(folder, name) for name in names]
     return sorted(paths)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ImageError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
 def _read_image(path: str) -> Image.Image:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_diffusion, save, whole_file
+from checkpoint import MOST_VALUES, load_diffusion, save, whole_file
 from config import build_dataset
 from dataset import ImageDataset
 from gaussian_diffusion import Bound, GaussianDiffusion, SamplerName
@@ -140,6 +140,9 @@ def run(args: argparse.Namespace) -> None:
     if args.compile:
         compile_network(diffusion.time_aware_net, ranks.device, "--compile")
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
+    count = min(args.n, args.batch_size)
+    if count * math.prod(shape) > MOST_VALUES:
+        raise ValueError(f"{count} images of {shape} at a time: must be at most {MOST_VALUES:,} values; see --batch-size")
     folder = Path(args.checkpoint).with_suffix("").with_name(Path(args.checkpoint).stem + "_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
     folder.parent.joinpath(f".{folder.name}.part").unlink()
@@ -219,6 +222,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print("test.py:", error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("test.py: stopped by SIGINT", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -14,6 +14,7 @@ In the folder of the run: last.pth, best.pth, epoch_N.pth, train.log, metrics.js
 import argparse
 import contextlib
 import copy
+import fcntl
 import itertools
 import json
 import logging
@@ -22,7 +23,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import checkpoint
-from config import MAY_CHANGE, TrainConfig, build_dataset, build_diffusion, build_train_config, load_config
+from config import MAY_CHANGE, TrainConfig, build_dataset, build_diffusion, build_train_config, load_config, shown
 from dataset import ArrayDataset, ImageDataset, ImageError
 from gaussian_diffusion import GaussianDiffusion
 from pictures import grid, save_png
@@ -53,11 +54,11 @@ def mixed_seed(purpose: int, *parts: int) -> int:
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop."""
+    """A signal, whose number this holds, asked the run to stop."""
 
 
 class BadNumbers(Exception):
-    """Loss or gradient was not finite for too many steps."""
+    """Loss or gradient was not finite for too many steps, or the weights are not."""
 
 
 class Stopper:
@@ -158,11 +159,19 @@ class Batches:
 
     A set of up to cache_gb is decoded once and kept as uint8, on the device if it is a GPU with room; a larger one, or one with
     random transforms other than flips, is decoded by worker processes as it is needed. Of a set of more than `most` images, so
-    many evenly spread ones are used.
+    many evenly spread ones are used. heed_signals is called while images are decoded.
     """
 
-    def __init__(self, images: ImageDataset, cfg: TrainConfig, ranks: Ranks, shuffle: bool, most: int | None = None):
-        self.images, self.cfg, self.ranks, self.shuffle = images, cfg, ranks, shuffle
+    def __init__(
+        self,
+        images: ImageDataset,
+        cfg: TrainConfig,
+        ranks: Ranks,
+        shuffle: bool,
+        most: int | None = None,
+        heed_signals: Callable[[], object] = lambda: None,
+    ):
+        self.images, self.cfg, self.ranks, self.shuffle, self.heed_signals = images, cfg, ranks, shuffle, heed_signals
         self.numbers = torch.arange(len(images))
         if most is not None and most < len(images):
             self.numbers = torch.linspace(0, len(images) - 1, most, dtype=torch.float64).round().long()
@@ -183,6 +192,7 @@ class Batches:
             tqdm(loader, desc="decoding images", unit="batch", leave=False, disable=self.ranks.rank > 0)
         ):
             cache[256 * i : 256 * i + len(pixels)] = pixels
+            self.heed_signals()
         device = self.ranks.device
         if device.type == "cuda" and cache.numel() < torch.cuda.mem_get_info(device)[0] / 4:
             cache = cache.to(device)
@@ -250,8 +260,9 @@ class Trainer:
         self.folder = Path(cfg.model_save_dirpath)
 
         self.shape = images["train"].shape
-        self.train_data = Batches(images["train"], cfg, ranks, shuffle=True)
-        self.valid_data = Batches(images["valid"], cfg, ranks, shuffle=False, most=cfg.valid_images)
+        heed = self._heed_signals
+        self.train_data = Batches(images["train"], cfg, ranks, shuffle=True, heed_signals=heed)
+        self.valid_data = Batches(images["valid"], cfg, ranks, shuffle=False, most=cfg.valid_images, heed_signals=heed)
         self.total_steps = min(cfg.epochs * self.train_data.steps, cfg.max_steps or math.inf)
         self.model.to(device)
         if len(self.shape) == 3:
@@ -372,9 +383,9 @@ class Trainer:
                         bar.update()
                         self._after_step(bar)
                     self.close_epoch(bar)
-        except Stopped:
+        except Stopped as stopped:
             self.save("last.pth")
-            number = int(self.ranks.largest(self.stopper.signal))
+            (number,) = stopped.args
             log.info(f"stopped at step {self.step} by {signal.Signals(number).name}; to go on, add --resume")
             return 128 + number
         log.info(f"finished: {self.epoch} epochs, {self.step} steps; the checkpoints are in {self.folder}")
@@ -394,7 +405,7 @@ class Trainer:
         """Raise Stopped if any rank got a signal; else, does any rank want to save?"""
         word = self.ranks.largest(self.stopper.signal or 0.5 * save)
         if word >= 1:
-            raise Stopped
+            raise Stopped(int(word))
         return word > 0
 
     def _check_numbers(self) -> None:
@@ -404,11 +415,10 @@ class Trainer:
         t = torch.randint(1, self.model.T + 1, (len(self.x0),), device=self.device)
         with torch.no_grad():
             losses = self.model.loss(self.x0, t).nan_to_num(nan=math.inf)
-        last = self.folder / "last.pth"
         raise BadNumbers(
             f"loss or gradient was not finite in the last {in_row} steps, up to step {self.step}: gradient norm "
             f"{self.norm.item():g}, loss scale {self.scaler.get_scale():g}, largest loss {losses.max():g} at t = "
-            f"{t[losses.argmax()]}; the last good checkpoint is {last if last.exists() else 'none yet'}"
+            f"{t[losses.argmax()]}; the last good checkpoint is {self.folder / 'last.pth'}"
         )
 
     def _timed(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -505,6 +515,9 @@ class Trainer:
         """Write everything that resuming and sampling need. Every rank calls this; rank 0 writes."""
         sums = self.ranks.sum(torch.stack([self.loss_sum, self.loss_count])).tolist()
         self.last_save = time.monotonic()
+        norms = torch.stack(torch._foreach_norm([*self.model.parameters(), *self.ema.parameters()]))
+        if not norms.isfinite().all():
+            raise BadNumbers(f"the weights at step {self.step} are not finite, and {self.folder / name} was not written")
         if self.ranks.rank:
             return
         state = {
@@ -521,17 +534,15 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "scaler": self.scaler.state_dict(),
         }
         checkpoint.save(self.folder / name, state)
 
     def restore(self, state: dict) -> None:
-        """Become the run that save wrote, in the same folder."""
+        """Become the run that save wrote, in the same folder; any of several errors if save did not write it."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        self._restore_optimizer(state["optimizer"]["state"], state["step"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.closed, self.records = state["step"], state["closed"], state["records"]
         self.best_loss = state["best_loss"]
@@ -542,6 +553,17 @@ class Trainer:
         self.bad_in_row.fill_(state["bad_steps"][1])
         if self.ranks.world != state["world"]:
             log.warning(f"the run had {state['world']} ranks and has {self.ranks.world} now: its draws will differ")
+
+    def _restore_optimizer(self, moments: dict, step: int) -> None:
+        """The moments are the checkpoint's; rates and all else follow from the config and the step."""
+        for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            shapes = {name: value.shape for name, value in moments.get(i, {}).items()}
+            if shapes != ({"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} if step else {}):
+                raise ValueError(f"optimizer: moments of shapes {shapes} for a weight of shape {list(p.shape)}")
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.scheduler.last_epoch = step
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = rate * self._lr_factor(step)
 
 
 def _check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None:
@@ -564,6 +586,31 @@ def _check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> Non
 
 # The folder of a run
 
+_held: dict[Path, int] = {}  # folders that this process has locked, and their handles
+
+
+def hold(folder: Path) -> None:
+    """Lock a folder until let_go or the end of the process; ValueError if another process has locked it."""
+    if folder.resolve() in _held:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{folder}: another process trains there") from None
+    except OSError as error:
+        log.warning(f"{folder}: cannot be locked ({error.strerror}): nothing keeps a second process from training there")
+    _held[folder.resolve()] = handle
+
+
+def let_go() -> None:
+    while _held:
+        os.close(_held.popitem()[1])
+
+
+os.register_at_fork(after_in_child=let_go)  # or a worker process would hold the lock for a while after this one is killed
+
 RUN_FILES = ("last.pth", "best.pth", "epoch_*.pth", "epoch_*.png", "metrics.jsonl", "train.log", ".*.part")
 
 
@@ -578,20 +625,36 @@ def _flat(value: object, path: str = "") -> dict[str, object]:
     return {path: value}
 
 
+def _check_counters(state: dict) -> None:
+    """ValueError if a plain value is not such as save writes."""
+    for name, least in {"step": 0, "closed": 0, "records": 0, "world": 1}.items():
+        if type(state.get(name)) is not int or not least <= state[name] < 2**63:
+            raise ValueError(f"{name}: must be a whole number of at least {least}")
+    if type(state.get("best_loss")) is not float or math.isnan(state["best_loss"]):
+        raise ValueError("best_loss: must be a number")
+    for name in ("loss_sums", "bad_steps"):
+        pair = state.get(name)
+        if not isinstance(pair, list) or [type(value) in (int, float) for value in pair] != [True, True]:
+            raise ValueError(f"{name}: must be two numbers")
+
+
 def read_state(path: Path, config: dict) -> dict:
     """The state to resume from, if its config differs from this one only where a run may change."""
     try:
         state = checkpoint.load(path)
     except ValueError as error:
         raise ValueError(f"{error}; {_newest_good(path)}") from None
+    try:
+        _check_counters(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     old, new = _flat(state["config"]), _flat(config)
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     refused = [key for key in changed if key.removeprefix("train_cfg.") not in MAY_CHANGE]
     if refused:
-        differences = ", ".join(f"{key} ({json.dumps(old.get(key))} then, {json.dumps(new.get(key))} now)" for key in refused)
-        raise ValueError(
-            f"--resume: the config is not the run's: {differences}; only these may change: {', '.join(sorted(MAY_CHANGE))}"
-        )
+        differences = ", ".join(f"{key} ({shown(old.get(key))} then, {shown(new.get(key))} now)" for key in refused)
+        may = ", ".join(sorted(MAY_CHANGE))
+        raise ValueError(f"--resume {path}: the config is not the run's: {differences}; only these may change: {may}")
     return state
 
 
@@ -615,6 +678,7 @@ def open_folder(trainer: Trainer, args: argparse.Namespace, state: dict | None) 
     """Make the folder ready: empty for a new run, cut back to the state's last record for a resumed one."""
     folder = trainer.folder
     folder.mkdir(parents=True, exist_ok=True)
+    hold(folder)
     if state is None:
         for path in run_files(folder):
             path.unlink()
@@ -632,9 +696,11 @@ def set_up(args: argparse.Namespace, stopper: Stopper) -> Trainer:
     config = load_config(args.config, args.set)
     ranks = Ranks(args.device)
     folder = Path(config["train_cfg"]["model_save_dirpath"])
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = _first_existing(folder)
     if not there.is_dir():
         raise ValueError(f"train_cfg.model_save_dirpath = {folder}: {there} is not a folder")
+    if ranks.rank == 0 and folder.exists():
+        hold(folder)  # before anything in it is read
     if args.resume and run_files(folder) and Path(args.resume).resolve().parent != folder.resolve():
         raise ValueError(f"--resume {args.resume}: is of another folder than {folder}, which holds a run already")
     if run_files(folder) and args.resume is None and not args.overwrite:
@@ -646,9 +712,8 @@ def set_up(args: argparse.Namespace, stopper: Stopper) -> Trainer:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    state = None
+    state, path = None, Path(args.resume or folder / "last.pth")
     if args.resume is not None:
-        path = Path(args.resume or folder / "last.pth")
         if path.exists() or args.resume or (folder / "best.pth").exists():
             state = read_state(path, config)
         else:
@@ -657,12 +722,22 @@ def set_up(args: argparse.Namespace, stopper: Stopper) -> Trainer:
     if state:
         try:
             trainer.restore(state)
-        except (ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError, ArithmeticError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ValueError(f"{args.resume or folder / 'last.pth'}: is not the state of a run ({reason})") from None
+            raise ValueError(f"{path}: is not the state of a run ({reason})") from None
     if ranks.rank == 0:
         open_folder(trainer, args, state)
+    if state is None or path.resolve() != (folder / "last.pth").resolve():
+        trainer.save("last.pth")  # so that --resume always finds one
     return trainer
+
+
+def _first_existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    try:
+        return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:  # too long a name
+        raise ValueError(f"train_cfg.model_save_dirpath = {str(folder)[:80]}: {error.strerror}") from None
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -675,7 +750,9 @@ class OneLineParser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(description="Train a diffusion model.", epilog="See the head of train.py for examples.")
     parser.add_argument("config", help="JSON file")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the config")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the config"
+    )
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="go on from last.pth, or from CHECKPOINT")
@@ -692,6 +769,9 @@ def main(argv: list[str] | None = None) -> int:
                 trainer = set_up(args, stopper)
             except ValueError as error:
                 return _mistake(error)
+            except Stopped as stopped:
+                log.info(f"stopped before the first step by {signal.Signals(stopped.args[0]).name}; nothing was written")
+                return 128 + stopped.args[0]
             where = f"{trainer.device}, {trainer.ranks.world} ranks" if trainer.ranks.world > 1 else trainer.device
             size = sum(p.numel() for p in trainer.net_parameters)
             images = f"{len(trainer.train_data.images)} images {list(trainer.shape)}"
@@ -703,6 +783,11 @@ def main(argv: list[str] | None = None) -> int:
         print("train.py:", error, file=sys.stderr)
         return 1
     finally:
+        let_go()
+        for handler in log.handlers[1:]:
+            with contextlib.suppress(OSError):
+                handler.close()
+        log.handlers = [console]
         if dist.is_initialized():
             dist.destroy_process_group()
 

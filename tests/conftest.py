@@ -1,5 +1,14 @@
+import os
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+
 import pytest
 import torch
+from children import SERVER, Child, Faults, Whole, run_argv
+from test_train import ROOT
+
+import checkpoint
 
 torch.set_num_threads(1)  # the tensors of the tests are small: more threads only wait for each other on a shared machine
 
@@ -7,3 +16,54 @@ torch.set_num_threads(1)  # the tensors of the tests are small: more threads onl
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+# For the tests of faults
+
+
+@pytest.fixture(scope="session")
+def server() -> None:
+    """The fork server, with the scripts imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        SERVER.set_forkserver_preload(["children"])
+        forkserver.ensure_running()
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """An empty folder, which is the current one."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def start(work, server) -> Iterator[Callable[..., Child]]:
+    """start(script, argv, faults...) in the folder work, or another."""
+    children = []
+
+    def start(script: str, argv: list[str], folder: Path = work, **faults) -> Child:
+        children.append(Child(script, [str(arg) for arg in argv], folder, Faults(**faults)))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.process.kill()
+        child.process.join()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, server) -> Whole:
+    """The run without faults."""
+    work = tmp_path_factory.mktemp("whole") / "work"
+    work.mkdir()
+    child = Child("train", run_argv(), work, Faults())
+    child.end().assert_ended(0)
+    return Whole(work / "run", float(Path(f"{child.output}.seconds").read_text()))
+
+
+@pytest.fixture(scope="session")
+def state(whole) -> dict:
+    return checkpoint.load(whole.folder / "last.pth")
