@@ -64,8 +64,9 @@ class BadNumbers(Exception):
 class Stopper:
     """Turns the first SIGINT or SIGTERM into a number that the run looks at between steps; the second acts at once."""
 
+    signal = 0  # none yet
+
     def __enter__(self) -> "Stopper":
-        self.signal = 0
         self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
