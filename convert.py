@@ -272,8 +272,6 @@ def to_diffusers(source: str | Path, folder: str | Path, ema: bool = True) -> No
     diffusers = _diffusers()
     diffusion, state = checkpoint.load_diffusion(source, ema)
     config, net = state["config"], diffusion.time_aware_net
-    if not isinstance(net, TimeAwareUNet):
-        raise ValueError(f"time_aware_net.name = {config['time_aware_net']['name']!r}: only TimeAwareUNet is a UNet2DModel")
     options = scheduler_options(config)
     _check_not_fitted(diffusion, config)
     height, width = state["shape"][1:]

@@ -430,13 +430,13 @@ def test_bad_arguments_are_one_line(tmp_path, monkeypatch, capsys, args):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_network_is_refused(tmp_path, capsys):
+def test_a_network_that_takes_no_images_is_refused(tmp_path, capsys):
     config = config_of() | {"time_aware_net": {"name": "TimeAwareMLP", "kwargs": {"n_features": 4}}}
     weights = build_diffusion(resolve(config)).state_dict()
     checkpoint.save(tmp_path / "a.pth", {"config": config, "shape": [4, 1, 1], "model": weights, "ema": weights})
     code, said = run(capsys, "--to-diffusers", tmp_path / "a.pth", tmp_path / "folder")
     assert code == 2
-    assert "time_aware_net.name = 'TimeAwareMLP'" in said
+    assert "a.pth: vectors of shape [1, 4, 1, 1]: this network takes [B, 4]" in said
 
 
 def test_without_diffusers_it_says_what_to_install(tmp_path, monkeypatch, capsys):
