@@ -47,7 +47,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 def test_a_run_killed_five_times_at_random_and_resumed_is_the_run_without_faults(seed, start, work, whole):
     rng, codes = random.Random(seed), []
     for _ in range(5):
-        codes.append(start("train", RESUME, signal_after=(rng.uniform(0, 0.5) * whole.seconds, signal.SIGKILL)).end().code)
+        codes.append(start("train", RESUME, signal_after=(rng.uniform(0, 0.2) * whole.seconds, signal.SIGKILL)).end().code)
         assert_whole(work / "run")
     assert set(codes) <= {-signal.SIGPROF, 0}
     assert codes.count(-signal.SIGPROF) >= 3
@@ -74,7 +74,7 @@ def test_a_run_killed_at_its_file_operations_and_resumed_is_the_run_without_faul
 def test_a_run_signalled_at_random_and_resumed_is_the_run_without_faults(number, start, work, whole):
     rng, codes = random.Random(number), []
     for _ in range(5):
-        outcome = start("train", RESUME, signal_after=(rng.uniform(0, 0.25) * whole.seconds, number)).end()
+        outcome = start("train", RESUME, signal_after=(rng.uniform(0, 0.2) * whole.seconds, number)).end()
         codes.append(outcome.code)
         if outcome.code:
             outcome.assert_ended(128 + number, "stopped")
