@@ -187,7 +187,7 @@ def write(name: str, args: argparse.Namespace, device: torch.device, tables: dic
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
         "versions": versions(),
-        "settings": vars(args),
+        "settings": {name: value for name, value in vars(args).items() if name != "results"},
         "tables": tables,
     }
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
