@@ -49,7 +49,7 @@ class TrainConfig:
 
     epochs: int  # passes over the training data
     batch_size: int  # images a step, over all ranks and all of grad_accum
-    lr: float  # Adam's learning rate, once warm
+    lr: float  # the optimizer's learning rate, once warm
     model_save_dirpath: str  # folder of the run: checkpoints, log, metrics.jsonl, pictures
     record_period: int = 100  # steps between log lines
     max_steps: int | None = None  # end there if that is sooner, also inside an epoch
@@ -60,6 +60,7 @@ class TrainConfig:
     sample_period: int = 1  # epochs between pictures of samples, 0 for none
     sample_timesteps: int = 20  # network calls of such a picture (DPM-Solver++)
     seed: int = 0  # of the weights, the data's order and every draw
+    optimizer: Literal["adam", "muon"] = "adam"  # muon: for the weights of hidden layers, Adam for the rest
     warmup_steps: int = 0  # steps over which the learning rate rises from 0
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after that; the latter two end at 0
     variance_lr: float = 1e-3  # learning rate of a learnable reverse variance, in log sigma^2 a step

@@ -40,6 +40,7 @@ import checkpoint
 from config import MAY_CHANGE, TrainConfig, build_dataset, build_diffusion, build_train_config, load_config, shown
 from dataset import ArrayDataset, ImageDataset, ImageError
 from gaussian_diffusion import GaussianDiffusion
+from muon import Muon
 from pictures import grid, save_png
 
 log = logging.getLogger("train")
@@ -296,12 +297,20 @@ class Trainer:
 
     def _set_up_optimizer(self) -> None:
         cfg = self.cfg
-        groups = [{"params": self.net_parameters, "lr": cfg.lr}]
+        hidden = self._hidden_matrices() if cfg.optimizer == "muon" else {}
+        rest = [p for p in self.net_parameters if p not in hidden]
+        groups = [{"params": rest}, {"params": list(hidden), "orthogonal": True}]
         if self.config["diffusion"]["reverse_variance"] == "learnable":
             groups.append({"params": [self.model.log_sigma_square], "lr": cfg.variance_lr})
-        self.optimizer = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
+        self.optimizer = Muon(groups, cfg.lr, fused=self.device.type in ("cpu", "cuda"))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
+
+    def _hidden_matrices(self) -> dict[nn.Parameter, None]:
+        """The network's weights of two dimensions or more, from hidden layer to hidden layer."""
+        net = self.model.time_aware_net
+        layers = [getattr(net, name) for name in net.hidden_layers]
+        return {p: None for layer in layers for p in layer.parameters() if p.ndim >= 2}
 
     def _lr_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at a step, counted from 0."""
@@ -343,7 +352,7 @@ class Trainer:
 
     def _update(self, loss: Tensor) -> None:
         """Step the optimizer and the average; where a gradient is not finite, the fused step leaves everything as it is."""
-        gradients = [group["params"][-1].grad.sum() for group in self.optimizer.param_groups[1:]]  # of the variance
+        gradients = [group["params"][-1].grad.sum() for group in self.optimizer.param_groups[2:]]  # of the variance
         bad = (~(sum(gradients, self.norm)).isfinite()).float()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         self.scaler.step(self.optimizer)
@@ -557,9 +566,14 @@ class Trainer:
 
     def _restore_optimizer(self, moments: dict, step: int) -> None:
         """The moments are the checkpoint's; rates and all else follow from the config and the step."""
-        for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+        averages = [
+            (p, ("momentum",) if "orthogonal" in group else ("exp_avg", "exp_avg_sq"))
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        ]
+        for i, (p, names) in enumerate(averages):
             shapes = {name: value.shape for name, value in moments.get(i, {}).items()}
-            if shapes != ({"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} if step else {}):
+            if shapes != ({"step": (), **dict.fromkeys(names, p.shape)} if step else {}):
                 raise ValueError(f"optimizer: moments of shapes {shapes} for a weight of shape {list(p.shape)}")
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.scheduler.last_epoch = step

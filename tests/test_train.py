@@ -115,6 +115,7 @@ MORE = {
     "plain": [],
     "learnable": ["diffusion.reverse_variance=learnable"],
     "grad_accum": ["train_cfg.grad_accum=2"],
+    "muon": ["train_cfg.optimizer=muon"],
     "random crops by workers": [
         'dataset.train.pipeline=[{"name":"RandomCrop","kwargs":{"size":4,"padding":1}},{"name":"RandomHorizontalFlip"}]'
     ],
@@ -141,6 +142,7 @@ def stop_at(monkeypatch, place: str, call: int) -> None:
         ("train_step", 4, "plain"),
         ("train_step", 5, "learnable"),
         ("train_step", 6, "grad_accum"),
+        ("train_step", 3, "muon"),
         ("train_step", 7, "random crops by workers"),
         ("validate", 1, "plain"),
         ("save_picture", 2, "plain"),
@@ -332,7 +334,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
     assert (tmp_path / "a" / "last.pth").read_bytes() == good
 
 
-def test_a_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_bad_step_is_skipped_and_counted(optimizer, tmp_path, monkeypatch):
     forward, calls = train.GaussianDiffusion.forward, []
 
     def sometimes_nan(self, x0, chunk_size):
@@ -340,11 +343,12 @@ def test_a_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
         return forward(self, x0, chunk_size) * (torch.nan if len(calls) == 2 else 1)
 
     monkeypatch.setattr(train.GaussianDiffusion, "forward", sometimes_nan)
-    assert train.main(tiny(tmp_path / "a", "diffusion.reverse_variance=learnable")) == 0
+    more = ("diffusion.reverse_variance=learnable", f"train_cfg.optimizer={optimizer}")
+    assert train.main(tiny(tmp_path / "a", *more)) == 0
     assert metrics(tmp_path / "a")[-1]["bad_steps"] == 1
     state = checkpoint.load(tmp_path / "a" / "last.pth")
     assert all(weights.isfinite().all() for part in ("model", "ema") for weights in state[part].values())
-    assert state["optimizer"]["state"][0]["step"] == 7
+    assert {moments["step"].item() for moments in state["optimizer"]["state"].values()} == {7}
 
 
 def test_the_prior_is_warned_of_when_it_is_not_pure_noise(tmp_path, caplog):
