@@ -20,7 +20,8 @@ classifier for all.
     ddp-tuned   the same with ten times the learning rate, an EMA of decay 1 - (1 + step)^-0.75 at every step, no flips (every
                 shoe looks to the left) and bfloat16, in which its step is faster
     diffusers-tuned
-                the same with ten times the learning rate, that EMA, and groups of at least 4 channels in its normalisations
+                the same with ten times the learning rate, that EMA, groups of at least 4 channels in its normalisations, and its
+                DDPMScheduler
 
 A peer's run is one run of the largest budget: its learning rate does not know the end, so samples are drawn on the way.
 """
@@ -200,7 +201,7 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
 
     def sample(n: int) -> Tensor:
         kinds = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}
-        scheduler = kinds[args.diffusers_sampler].from_config(noising.config)
+        scheduler = kinds[args.diffusers_sampler or "ddim"].from_config(noising.config)
         pipeline = diffusers.DDPMPipeline(unet.eval(), scheduler)
         pipeline.set_progress_bar_config(disable=True)
         if ema:
@@ -251,9 +252,9 @@ RACERS: dict[str, tuple[Callable, dict]] = {
     "ddp": (ddp, {}),
     "ddp-tuned": (ddp, {"lr": 1e-3, "ema_power": 0.75, "no_flips": 1, "bf16": 1}),
     "diffusers": (of_diffusers, {}),
-    "diffusers-tuned": (of_diffusers, {"lr": 1e-3, "ema_power": 0.75, "groups": 8}),
+    "diffusers-tuned": (of_diffusers, {"lr": 1e-3, "ema_power": 0.75, "groups": 8, "diffusers_sampler": "ddpm"}),
 }
-SEARCHED = ("lr", "ema_power", "no_flips", "bf16", "groups")  # options of the peers' recipes
+SEARCHED = ("lr", "ema_power", "no_flips", "bf16", "groups", "diffusers_sampler")  # options of the peers' recipes
 
 
 # The race
@@ -311,7 +312,7 @@ def rows_of(args: argparse.Namespace, name: str, racer: str, extractor, real) ->
     # fmt: off
     command = [sys.executable, __file__, "--worker", "--racers", racer, "--name", name, "--device", args.device,
                "--seed", str(args.seed), "-n", str(args.n), "--sampler", args.sampler, "--calls", str(args.calls),
-               "--diffusers-sampler", args.diffusers_sampler, "--budget", *map(str, args.budget)]
+               "--budget", *map(str, args.budget)]
     # fmt: on
     for option in ("threads", *SEARCHED):
         if getattr(args, option) is not None:
@@ -375,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", default="dpm", help="ours")
     parser.add_argument("--calls", type=int, default=25, help="network calls a sample, of every racer")
-    parser.add_argument("--diffusers-sampler", default="ddim", choices=["ddpm", "ddim", "dpm"])
+    parser.add_argument("--diffusers-sampler", choices=["ddpm", "ddim", "dpm"], help="by default ddim")
     parser.add_argument("--lr", type=float, help="of a peer, for the search")
     parser.add_argument("--ema-power", type=float, help="of a peer: average the weights by 1 - (1 + step)^-POWER")
     parser.add_argument("--no-flips", type=int, choices=[0, 1], help="of ddp")
