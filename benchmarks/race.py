@@ -20,8 +20,7 @@ classifier for all.
     ddp-tuned   the same with ten times the learning rate, an EMA of decay 1 - (1 + step)^-0.75 at every step, no flips (every
                 shoe looks to the left) and bfloat16, in which its step is faster
     diffusers-tuned
-                the same with ten times the learning rate, that EMA, groups of at least 4 channels in its normalisations, and its
-                DDPMScheduler
+                the same with ten times the learning rate, that EMA, normalisations in 8 groups, and its DDPMScheduler
 
 A peer's run is one run of the largest budget: its learning rate does not know the end, so samples are drawn on the way.
 """
