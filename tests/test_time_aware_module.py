@@ -174,3 +174,24 @@ def test_the_mlp_learns_the_weights_and_means_of_a_mixture():
         assert (nearest == k).double().mean().item() == pytest.approx(MIXTURE.weights[k].item(), abs=0.05)
         torch.testing.assert_close(x[nearest == k].mean(0), MIXTURE.means[k], rtol=0, atol=0.1)
         assert x[nearest == k].var(0).mean().item() == pytest.approx(MIXTURE.variances[k].item(), abs=0.025)
+
+
+def test_under_autocast_normalisation_and_attention_stay_in_float32():
+    net, seen = small_unet(num_heads=2), []
+    for module in net.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    attend = nn.functional.scaled_dot_product_attention
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 700])
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        seen.extend([q.dtype, attend(q, k, v).dtype])
+        return attend(q, k, v)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(nn.functional, "scaled_dot_product_attention", attention)
+        low = net(x, t)
+    assert low.dtype == torch.bfloat16  # of the convolutions
+    assert set(seen) == {torch.float32}
+    exact = net(x, t)
+    assert (low - exact).norm() < 0.03 * exact.norm()
