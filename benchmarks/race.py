@@ -124,10 +124,14 @@ def _steps_within(budget: float, probe: Trainer) -> int:
     batches = probe.train_data.epoch(0)
     for _ in range(5):
         probe.train_step(next(batches))
-    clock.start()
-    for _ in range(40):
-        probe.train_step(next(batches))
-    step = clock.stop() / 40
+    steps = 0
+    while clock.total < 0.02 * budget:
+        clock.start()
+        for _ in range(40):
+            probe.train_step(next(batches))
+        clock.stop()
+        steps += 40
+    step = clock.total / steps
     clock = Clock(probe.device)
     clock.start()
     probe.validate()
