@@ -402,6 +402,7 @@ def main(argv: list[str] | None = None) -> None:
     old = json.loads(path.read_text()) if path.exists() else {"rows": []}
     ends = distances_of_data(extractor, real, args.n)
     changed = [*args.set, *(f"{name}={getattr(args, name)}" for name in SEARCHED if getattr(args, name) is not None)]
+    changed += [f"seed={args.seed}"] if args.seed else []
     for racer in args.racers:
         name = args.name or " ".join([racer, *changed])
         for row in rows_of(args, name, racer, extractor, real):
