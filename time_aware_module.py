@@ -184,7 +184,7 @@ class TimeAwareUNet(nn.Module):
         t_channels = 4 * base_channels if t_channels is None else t_channels
         _within(MOST_CHANNELS, n_channels=n_channels, base_channels=base_channels, t_channels=t_channels, num_heads=num_heads)
         _within(MOST_CHANNELS, num_groups=1 if num_groups is None else num_groups)
-        _within(MOST_LAYERS, num_res_blocks=num_res_blocks, levels=len(ch_mult), patch_size=patch_size)
+        _within(MOST_LAYERS, num_res_blocks=num_res_blocks, patch_size=patch_size, **{"entries of ch_mult": len(ch_mult)})
         if not all(1 <= multiple <= MOST_LAYERS for multiple in ch_mult):
             raise ValueError(f"ch_mult = {list(ch_mult)}: every entry must lie in 1..{MOST_LAYERS}")
         if len(attention) != len(ch_mult):
