@@ -87,7 +87,7 @@ def test_wrong_channels_are_refused(shape):
         ({"n_channels": 0}, "n_channels = 0"),
         ({"num_res_blocks": 0}, "num_res_blocks = 0"),
         ({"ch_mult": (1, 0)}, "every entry must lie in 1.."),
-        ({"ch_mult": (), "attention": ()}, "levels = 0"),
+        ({"ch_mult": (), "attention": ()}, "entries of ch_mult = 0"),
         ({"attention": (True,)}, "attention = .*one entry a level"),
         ({"base_channels": 15}, "base_channels = 15.*even"),
         ({"dropout": 1.0}, "dropout = 1"),
