@@ -184,9 +184,9 @@ class TimeAwareUNet(nn.Module):
         t_channels = 4 * base_channels if t_channels is None else t_channels
         _within(MOST_CHANNELS, n_channels=n_channels, base_channels=base_channels, t_channels=t_channels, num_heads=num_heads)
         _within(MOST_CHANNELS, num_groups=1 if num_groups is None else num_groups)
-        _within(MOST_LAYERS, num_res_blocks=num_res_blocks, patch_size=patch_size, **{"entries of ch_mult": len(ch_mult)})
-        if not all(1 <= multiple <= MOST_LAYERS for multiple in ch_mult):
-            raise ValueError(f"ch_mult = {list(ch_mult)}: every entry must lie in 1..{MOST_LAYERS}")
+        _within(MOST_LAYERS, num_res_blocks=num_res_blocks, patch_size=patch_size)
+        if not 1 <= len(ch_mult) <= MOST_LAYERS or not all(1 <= multiple <= MOST_LAYERS for multiple in ch_mult):
+            raise ValueError(f"ch_mult = {list(ch_mult[:9])}: must be 1 to {MOST_LAYERS} numbers, each in 1..{MOST_LAYERS}")
         if len(attention) != len(ch_mult):
             raise ValueError(f"attention = {list(attention)}: must have one entry a level, as ch_mult = {list(ch_mult)} has")
         if base_channels % 2:
