@@ -36,11 +36,11 @@ class Muon(torch.optim.Adam):
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self) -> None:
         for group in self.param_groups:
             if group.get("orthogonal"):
                 self._step_orthogonal(group)
-        return super().step(closure)  # passes over weights without a gradient
+        super().step()  # passes over weights without a gradient
 
     def _step_orthogonal(self, group: dict) -> None:
         by_shape = {}
