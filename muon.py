@@ -1,5 +1,5 @@
-"""Muon: an optimizer that steps equally far in every direction of a weight matrix (Jordan et al. 2024,
-kellerjordan.github.io/posts/muon), beside Adam for what is not one."""
+"""Muon: an optimizer that steps equally far in every direction of a hidden layer's weight matrix (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon), beside Adam for the rest."""
 
 import torch
 from torch import Tensor
@@ -13,17 +13,19 @@ def orthogonalized(x: Tensor) -> Tensor:
     """About U V^T of each x = U S V^T, [B, m, n]: the same singular vectors, with every singular value near 1.
 
     Five Newton-Schulz steps X <- (a + b X X^T + c (X X^T)^2) X on X = x / ||x||. All factors are polynomials of one m x m
-    matrix, so that they commute and x itself is multiplied only twice; m is the smaller side.
+    matrix, so that they commute and x itself is multiplied only twice; m is the smaller side. Needs the full precision of
+    float32: an error in a product of the small matrices grows 12-fold a step.
     """
     if x.shape[-2] > x.shape[-1]:
         return orthogonalized(x.mT).mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    gram, factor, one = x @ x.mT, None, torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    a, b, c = QUINTIC
-    for _ in range(STEPS):
-        polynomial = a * one + b * gram + c * (gram @ gram)
-        factor = polynomial if factor is None else polynomial @ factor
+    (a, b, c), one = QUINTIC, torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    gram = x @ x.mT
+    factor = polynomial = a * one + b * gram + c * (gram @ gram)
+    for _ in range(STEPS - 1):
         gram = polynomial @ gram @ polynomial
+        polynomial = a * one + b * gram + c * (gram @ gram)
+        factor = polynomial @ factor
     return factor @ x
 
 
@@ -37,9 +39,12 @@ class Muon(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self) -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
         for group in self.param_groups:
             if group.get("orthogonal"):
                 self._step_orthogonal(group)
+        torch.set_float32_matmul_precision(before)
         super().step()  # passes over weights without a gradient
 
     def _step_orthogonal(self, group: dict) -> None:
@@ -47,9 +52,11 @@ class Muon(torch.optim.Adam):
         for p in group["params"]:
             if p.grad is not None:
                 by_shape.setdefault((p.shape[0], p[0].numel()), []).append(p)
+        if not by_shape:
+            return
+        found = getattr(self, "found_inf", None)
+        bad = torch.zeros((), device=group["params"][0].device) if found is None else found.squeeze()
         for shape, weights in by_shape.items():
-            bad = getattr(self, "found_inf", None)
-            bad = torch.zeros((), device=weights[0].device) if bad is None else bad.squeeze()
             directions = torch.stack([self._average(p, bad).flatten(1) for p in weights])
             updates = orthogonalized(directions) * ((1 - bad) * (-0.2 * group["lr"] * max(shape) ** 0.5))
             for p, update in zip(weights, updates, strict=True):

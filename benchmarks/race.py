@@ -26,6 +26,7 @@ A peer's run is one run of the largest budget: its learning rate does not know t
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -121,7 +122,7 @@ def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
 def _steps_within(budget: float, probe: Trainer) -> int:
     """The number of steps for which training, with a validation an epoch, takes 98 % of the budget."""
     clock = Clock(probe.device)
-    batches = probe.train_data.epoch(0)
+    batches = itertools.chain.from_iterable(map(probe.train_data.epoch, itertools.count()))
     for _ in range(5):
         probe.train_step(next(batches))
     steps = 0
@@ -408,14 +409,16 @@ def main(argv: list[str] | None = None) -> None:
         for row in rows_of(args, name, racer, extractor, real):
             print(f"{name}, {row['budget']:g} s: {row['distance']:.2f}", file=sys.stderr, flush=True)
             old = json.loads(path.read_text()) if path.exists() else old  # another race may have written meanwhile
-            kept = [each for each in old["rows"] if (each["racer"], each["budget"]) != (name, row["budget"])]
+            kept = [each for each in old["rows"] if any(each[key] != row[key] for key in ("racer", "budget", "n", "calls"))]
             made = {"date": time.strftime("%Y-%m-%d"), "device": device_name(device), "versions": versions()}
-            result = {"features": extractor.name, "real images": real.count, "ends": ends, **made, "rows": [*kept, row]}
+            scale = old.get("ends", {}) | {str(args.n): ends}
+            result = {"features": extractor.name, "real images": real.count, "ends": scale, **made, "rows": [*kept, row]}
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     rows = json.loads(path.read_text())["rows"]
     rows.sort(key=lambda row: (row["racer"] not in RACERS, row["racer"], row["budget"]))
-    show(f"Fréchet distance of {args.n} samples to {real.count} test images, in the features of the {extractor.name}", rows)
-    print("\n" + ", ".join(f"{name}: {value:.2f}" for name, value in ends.items()))
+    show(f"Fréchet distance of n samples to {real.count} test images, in the features of the {extractor.name}", rows)
+    print(f"\nof {args.n} " + ", ".join(f"{name}: {value:.2f}" for name, value in ends.items()))
+    rows = [row for row in rows if (row["n"], row["calls"]) == (args.n, args.calls)]
     if not args.quick:
         picture(rows, ROOT / "samples" / "race.png")
         plot(rows, ends, ROOT / "samples" / "race_curve.png")

@@ -8,6 +8,7 @@ import checkpoint
 import train
 from beta_schedule import LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
+from muon import Muon
 from time_aware_module import TimeAwareUNet
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -17,9 +18,11 @@ def on_gpu(argv: list[str]) -> list[str]:
     return ["cuda" if word == "cpu" else word for word in argv]
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
-def test_every_precision_trains(precision, tmp_path):
+def test_every_precision_trains(precision, optimizer, tmp_path):
     more = (f"train_cfg.precision={precision}", "train_cfg.epochs=30", "train_cfg.batch_size=64", "train_cfg.sample_period=0")
+    more += (f"train_cfg.optimizer={optimizer}",)
     assert train.main(on_gpu(tiny(tmp_path / "a", *more))) == 0
     lines = metrics(tmp_path / "a")
     assert lines[-1]["valid_loss"] < 0.7 * lines[0]["train_loss"]
@@ -38,6 +41,20 @@ def test_resuming_is_exact_with_deterministic_kernels(precision, tmp_path, monke
     assert run("parts", "--resume") == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert_same_state(checkpoint.load(tmp_path / "whole" / "last.pth"), checkpoint.load(tmp_path / "parts" / "last.pth"))
+
+
+def test_muon_steps_as_on_a_cpu_where_the_network_runs_in_tf32():
+    torch.set_float32_matmul_precision("high")
+    gradient = torch.randn(64, 576) * torch.logspace(-3, 0, 64)[:, None]
+    steps = []
+    for device in ("cpu", "cuda"):
+        p = torch.nn.Parameter(torch.zeros(64, 576, device=device))
+        p.grad = gradient.to(device)
+        Muon([{"params": [p], "orthogonal": True}], lr=1.0, fused=True).step()
+        steps.append(p.detach().cpu())
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
+    assert (steps[1] - steps[0]).norm() < 1e-3 * steps[0].norm()
 
 
 @pytest.fixture
