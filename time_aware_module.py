@@ -99,7 +99,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
         qkv = self.qkv(pixels)
-        if x.device.type == "cpu":  # where attention in bfloat16 takes 3 to 8 times as long as in float32
+        if x.device.type == "cpu":  # where attention in bfloat16 takes up to 7 times as long as in float32
             qkv = qkv.to(pixels.dtype)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         with torch.autocast("cpu", enabled=False):

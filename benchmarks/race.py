@@ -264,6 +264,10 @@ SEARCHED = ("lr", "ema_power", "no_flips", "bf16", "groups", "diffusers_sampler"
 # The race
 
 
+def samples_path(name: str, budget: float) -> Path:
+    return FOLDER / f"{name.replace('/', '_')}_{budget:g}.pt"
+
+
 def worker(args: argparse.Namespace) -> None:
     """Train and sample as one racer, in this process; a line of JSON and a file of samples for each budget."""
     device = torch.device(args.device)
@@ -284,7 +288,7 @@ def worker(args: argparse.Namespace) -> None:
                 batches.append(to_uint8(finish.sample(min(100, args.n - first))).cpu())
         seconds = clock.stop()
         torch.set_rng_state(state)
-        path = FOLDER / f"{args.name.replace('/', '_')}_{finish.budget:g}.pt"
+        path = samples_path(args.name, finish.budget)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(torch.cat(batches), path)
         row = {name: value for name, value in vars(finish).items() if name != "sample"}
@@ -336,11 +340,12 @@ def rows_of(args: argparse.Namespace, name: str, racer: str, extractor, real) ->
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """The first samples of each racer at the largest budget that it had."""
-    last = {row["racer"]: row for row in sorted(rows, key=lambda row: row["budget"]) if row["racer"] in RACERS}
+    """The first samples of each racer at the largest budget of which there are some here."""
+    rows = [row for row in rows if samples_path(row["racer"], row["budget"]).exists()]
+    last = {row["racer"]: row for row in sorted(rows, key=lambda row: (row["budget"], row["n"]))}
     last = {name: last[name] for name in RACERS if name in last}
-    names = [f"{name}_{row['budget']:g}.pt" for name, row in last.items()]
-    drawn = grid(torch.cat([from_uint8(torch.load(FOLDER / name, weights_only=True)[:14]) for name in names]), 14)
+    samples = [torch.load(samples_path(name, row["budget"]), weights_only=True)[:14] for name, row in last.items()]
+    drawn = grid(from_uint8(torch.cat(samples)), 14)
     labelled = Image.new("RGB", (drawn.width + 130, drawn.height), "white")
     labelled.paste(drawn.convert("RGB"), (130, 0))
     write = ImageDraw.Draw(labelled)
@@ -350,20 +355,22 @@ def picture(rows: list[dict], path: Path) -> None:
     save_png(path, labelled)
 
 
-def plot(rows: list[dict], ends: dict[str, float], path: Path) -> None:
-    """Distance against budget."""
+def plot(rows: list[dict], ends: dict[str, dict[str, float]], path: Path) -> None:
+    """Distance against budget, of the rows with the most samples and calls: distances of other numbers do not compare."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    n, calls = max((row["n"], row["calls"]) for row in rows)
+    rows = [row for row in rows if (row["n"], row["calls"]) == (n, calls)]
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for name in RACERS:
         points = sorted((row["budget"], row["distance"]) for row in rows if row["racer"] == name)
         if points:
             axes.loglog(*zip(*points, strict=True), "o-", label=name)
-    axes.axhline(ends["training images"], color="grey", linestyle=":", label="training images")
-    budgets = sorted({row["budget"] for row in rows if row["racer"] in RACERS})
+    axes.axhline(ends[str(n)]["training images"], color="grey", linestyle=":", label="training images")
+    budgets = sorted({row["budget"] for row in rows})
     axes.set(xlabel="seconds of training", ylabel="Fréchet distance to the test images", xticks=budgets, xticklabels=budgets)
     axes.minorticks_off()
     axes.legend()
@@ -418,10 +425,10 @@ def main(argv: list[str] | None = None) -> None:
     rows.sort(key=lambda row: (row["racer"] not in RACERS, row["racer"], row["budget"]))
     show(f"Fréchet distance of n samples to {real.count} test images, in the features of the {extractor.name}", rows)
     print(f"\nof {args.n} " + ", ".join(f"{name}: {value:.2f}" for name, value in ends.items()))
-    rows = [row for row in rows if (row["n"], row["calls"]) == (args.n, args.calls)]
-    if not args.quick:
+    rows = [row for row in rows if row["racer"] in RACERS]
+    if not args.quick and name in RACERS:  # and not a variant of one
         picture(rows, ROOT / "samples" / "race.png")
-        plot(rows, ends, ROOT / "samples" / "race_curve.png")
+        plot(rows, json.loads(path.read_text())["ends"], ROOT / "samples" / "race_curve.png")
 
 
 if __name__ == "__main__":

@@ -22,16 +22,22 @@ def test_a_zero_gradient_moves_nothing():
     assert not orthogonalized(torch.zeros(2, 4, 8)).any()
 
 
-def test_the_first_step_is_the_nearest_orthogonal_matrix_in_the_size_of_adams():
-    """One matrix with a gradient of singular values 1, where U V^T is the gradient itself."""
-    gradient = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0].float()
+def test_three_steps_are_those_of_the_singular_value_decomposition():
+    """Jordan et al. 2024 in float64: the average, Nesterov's step ahead, the quintic on the singular values; Liu's scale."""
     p = torch.nn.Parameter(torch.zeros(64, 16, 2, 2))
-    p.grad = gradient.view(p.shape).clone()
-    Muon([{"params": [p], "orthogonal": True}], lr=0.1, fused=True).step()
-    direction = (-p.detach().flatten(1) * gradient).sum() / p.norm() / gradient.norm()
-    assert direction > 0.999
-    size = p.detach().square().mean().sqrt() / (0.2 * 0.1)  # Liu et al. 2025: Adam's steps are of 0.2 to 0.4 lr
-    assert 0.65 < size < 1.2
+    expected, average = torch.zeros(64, 64, dtype=torch.float64), torch.zeros(64, 64, dtype=torch.float64)
+    optimizer = Muon([{"params": [p], "orthogonal": True}], lr=0.1, fused=True)
+    for _ in range(3):
+        gradient = torch.randn(64, 64)
+        p.grad = gradient.view(p.shape).clone()
+        optimizer.step()
+        average = 0.95 * average + 0.05 * gradient.double()
+        u, s, vh = torch.linalg.svd(0.05 * gradient.double() + 0.95 * average)
+        s = s / s.norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        expected -= 0.1 * 0.2 * 8 * u @ s.diag() @ vh
+    assert (p.detach().view(64, 64) - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_an_ill_conditioned_quadratic_is_minimised_in_every_direction_at_once():

@@ -162,6 +162,16 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_run_never_stopped(place, call
         assert_same_state(checkpoint.load(whole / name), checkpoint.load(tmp_path / "parts" / name))
 
 
+def test_muon_steps_the_matrices_of_hidden_layers_and_adam_the_rest(tmp_path):
+    settings = [*TINY, f"train_cfg.model_save_dirpath={tmp_path / 'a'}", "train_cfg.optimizer=muon"]
+    run = train.Trainer(train.load_config(ROOT / "configs" / "Digits_den.json", settings), train.Ranks("cpu"), train.Stopper())
+    run.train_step(next(run.train_data.epoch(0)))
+    for name, p in run.model.time_aware_net.named_parameters():
+        hidden_matrix = name.split(".")[0] in ("down", "middle", "up") and p.ndim > 1
+        assert ("momentum" in run.optimizer.state[p]) == hidden_matrix, name
+        assert ("exp_avg_sq" in run.optimizer.state[p]) != hidden_matrix, name
+
+
 def test_resume_refuses_another_config_by_its_keys(run, capsys):
     assert train.main(tiny(run, "train_cfg.lr=0.5", "schedule.kwargs.timesteps=30", flags=("--resume",))) == 2
     message = capsys.readouterr().err
