@@ -46,7 +46,7 @@ from tqdm import tqdm
 from checkpoint import load_diffusion
 from config import load_config
 from dataset import FashionMNIST
-from metrics import cached_classifier, frechet_distance, from_uint8, image_statistics, to_uint8
+from metrics import N_FEATURES, cached_classifier, frechet_distance, from_uint8, image_statistics, to_uint8
 from pictures import grid, save_png
 from train import Ranks, Stopper, Trainer, set_up
 
@@ -402,6 +402,8 @@ def main(argv: list[str] | None = None) -> None:
         return worker(args)
     if args.quick:
         args.budget, args.n = [10.0], 200
+    if args.n <= N_FEATURES:
+        parser.error(f"-n {args.n}: the distance needs more samples than features, at least {N_FEATURES + 1}")
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -24,20 +24,20 @@ def test_a_zero_gradient_moves_nothing():
 
 def test_three_steps_are_those_of_the_singular_value_decomposition():
     """Jordan et al. 2024 in float64: the average, Nesterov's step ahead, the quintic on the singular values; Liu's scale."""
-    p = torch.nn.Parameter(torch.zeros(64, 16, 2, 2))
-    expected, average = torch.zeros(64, 64, dtype=torch.float64), torch.zeros(64, 64, dtype=torch.float64)
+    p = torch.nn.Parameter(torch.zeros(64, 9, 2, 2))
+    expected, average = torch.zeros(64, 36, dtype=torch.float64), torch.zeros(64, 36, dtype=torch.float64)
     optimizer = Muon([{"params": [p], "orthogonal": True}], lr=0.1, fused=True)
     for _ in range(3):
-        gradient = torch.randn(64, 64)
+        gradient = torch.randn(64, 36)
         p.grad = gradient.view(p.shape).clone()
         optimizer.step()
         average = 0.95 * average + 0.05 * gradient.double()
-        u, s, vh = torch.linalg.svd(0.05 * gradient.double() + 0.95 * average)
+        u, s, vh = torch.linalg.svd(0.05 * gradient.double() + 0.95 * average, full_matrices=False)
         s = s / s.norm()
         for _ in range(5):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
         expected -= 0.1 * 0.2 * 8 * u @ s.diag() @ vh
-    assert (p.detach().view(64, 64) - expected).norm() < 1e-3 * expected.norm()
+    assert (p.detach().view(64, 36) - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_an_ill_conditioned_quadratic_is_minimised_in_every_direction_at_once():
