@@ -4,18 +4,16 @@ A checkpoint is one dictionary of tensors and plain values; train.py says what i
 """
 
 import math
-import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from config import build_diffusion, network_without_memory, resolve, shown
+from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
 
 FORMAT = "pytorch-gaussian-diffusion"
@@ -23,31 +21,6 @@ VERSION = 1
 MOST_VALUES = 2**28  # in the images worked on at a time: 1 GiB of float32
 # What torch.save writes of tensors and plain values; what torch allows beyond that may ask for any amount of memory.
 SAVED = re.compile(r"torch [A-Z]\w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open path for writing so that it appears, or replaces what was there, only once everything is on the disk."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides a full disk behind its own error
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renaming, too
-    finally:
-        os.close(folder)
 
 
 def save(path: str | Path, state: Mapping) -> None:

@@ -24,12 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import MOST_VALUES, load_diffusion, save, whole_file
+from checkpoint import MOST_VALUES, load_diffusion, save
 from config import build_dataset
 from dataset import ImageDataset
+from evaluation.metrics import cached_classifier, frechet_distance, image_statistics, inception_features
+from evaluation.pictures import grid, save_gif, save_png
+from files import whole_file
 from gaussian_diffusion import Bound, GaussianDiffusion, SamplerName
-from metrics import cached_classifier, frechet_distance, image_statistics, inception_features
-from pictures import grid, save_gif, save_png
 from train import PRECISIONS, SAMPLING, STEP, VALIDATION, OneLineParser, Ranks, compile_network, mixed_seed
 
 GIF_FRAMES = 50

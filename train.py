@@ -39,9 +39,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import checkpoint
 from config import MAY_CHANGE, TrainConfig, build_dataset, build_diffusion, build_train_config, load_config, shown
 from dataset import ArrayDataset, ImageDataset, ImageError
+from evaluation.pictures import grid, save_png
+from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
-from muon import Muon
-from pictures import grid, save_png
+from training.muon import Muon
 
 log = logging.getLogger("train")
 SAMPLES = 64  # in a picture
@@ -699,7 +700,7 @@ def open_folder(trainer: Trainer, args: argparse.Namespace, state: dict | None) 
             path.unlink()
     elif (metrics := Path(args.resume or folder / "last.pth").with_name("metrics.jsonl")).exists():
         lines = metrics.read_bytes().splitlines(keepends=True)[: state["records"]]
-        with checkpoint.whole_file(folder / "metrics.jsonl") as file:
+        with whole_file(folder / "metrics.jsonl") as file:
             file.writelines(lines)
     handler = LogFile(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

@@ -46,8 +46,8 @@ from tqdm import tqdm
 from checkpoint import load_diffusion
 from config import load_config
 from dataset import FashionMNIST
-from metrics import N_FEATURES, cached_classifier, frechet_distance, from_uint8, image_statistics, to_uint8
-from pictures import grid, save_png
+from evaluation.metrics import N_FEATURES, cached_classifier, frechet_distance, from_uint8, image_statistics, to_uint8
+from evaluation.pictures import grid, save_png
 from train import Ranks, Stopper, Trainer, set_up
 
 FAST = ROOT / "configs" / "FashionMNIST_fast.json"

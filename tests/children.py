@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from test_train import tiny
+from runs import tiny
 
 import test as sampling
 import train

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import SERVER, Child, Faults, Whole, run_argv
-from test_train import ROOT
+from runs import ROOT
 
 import checkpoint
 

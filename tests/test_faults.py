@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 from children import ENDLESS, KEEN, PATIENCE, RESUME, Child, files, image_folder, run_argv
-from test_train import ROOT, assert_same_state, losses, tiny
+from runs import ROOT, assert_same_state, losses, tiny
 
 import checkpoint
 import dataset
 import train
+from files import whole_file
 
 
 def assert_whole(folder: Path) -> None:
@@ -293,7 +294,7 @@ def test_a_disk_full_at_any_moment_spares_the_files_and_with_room_the_run_goes_o
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), None])
 def test_a_file_that_cannot_be_written_is_named(error, work):
     path = work / "a" if error else work / "nowhere" / "a"
-    with pytest.raises(OSError, match=f"{path}'$") as raised, checkpoint.whole_file(path):
+    with pytest.raises(OSError, match=f"{path}'$") as raised, whole_file(path):
         raise error
     assert raised.value.errno == (errno.ENOSPC if error else errno.ENOENT)
     assert list(work.iterdir()) == []

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from test_train import assert_same_state, losses, metrics, stop_at, tiny
+from runs import assert_same_state, losses, metrics, stop_at, tiny
 
 import checkpoint
 import train
 from beta_schedule import LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
-from muon import Muon
 from time_aware_module import TimeAwareUNet
+from training.muon import Muon
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

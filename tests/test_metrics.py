@@ -10,8 +10,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-import metrics
-from metrics import (
+from evaluation import metrics
+from evaluation.metrics import (
     FeatureStatistics,
     cached_classifier,
     classifier_accuracy,

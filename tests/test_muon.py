@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonalized
+from training.muon import Muon, orthogonalized
 
 
 @pytest.mark.parametrize("shape", [(64, 576), (96, 64), (32, 32), (1, 7)])

@@ -22,7 +22,7 @@ import pytest
 import torch
 from children import RESUME, SCRIPTS, files, image_folder, run_argv
 from PIL import Image
-from test_train import ROOT, losses
+from runs import ROOT, losses
 
 import checkpoint
 import config

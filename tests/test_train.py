@@ -1,7 +1,6 @@
 """The trainer and the sampler as a user runs them: files, resuming, mistakes, signals, ranks."""
 
 import json
-import os
 import pickle
 import signal
 import subprocess
@@ -13,58 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import ROOT, TINY, assert_same_state, losses, metrics, stop_at, tiny, torchrun
 
 import checkpoint
 import test as sampling
 import train
 from dataset import Digits
-
-ROOT = Path(__file__).parent.parent
-CROP = '{"name": "CenterCrop", "kwargs": {"size": 4}}'
-TINY = [
-    f"dataset.train.pipeline=[{CROP}]",
-    f"dataset.valid.pipeline=[{CROP}]",
-    "time_aware_net.kwargs.base_channels=8",
-    "time_aware_net.kwargs.num_res_blocks=1",
-    "time_aware_net.kwargs.dropout=0.1",
-    "schedule.kwargs.timesteps=20",
-    "train_cfg.epochs=2",
-    "train_cfg.batch_size=512",
-    "train_cfg.record_period=3",
-    "train_cfg.sample_period=1",
-    "train_cfg.sample_timesteps=3",
-]
-
-
-def tiny(folder: Path, *more: str, flags: tuple[str, ...] = ()) -> list[str]:
-    """Arguments of a run of eight steps in two epochs."""
-    settings = [*TINY, f"train_cfg.model_save_dirpath={folder}", *more]
-    return [str(ROOT / "configs" / "Digits_den.json"), "--device", "cpu", *flags, "--set", *settings]
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> list[tuple]:
-    return [(line["step"], line["epoch"], line["train_loss"], line["valid_loss"], line["lr"]) for line in metrics(folder)]
-
-
-def assert_same_state(a: object, b: object, path: str = "") -> None:
-    """Bitwise equality of nested dictionaries, lists, tensors and plain values."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            if key != "model_save_dirpath":
-                assert_same_state(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_state(x, y, f"{path}.{i}")
-    else:
-        assert a == b, path
+from files import whole_file
 
 
 @pytest.fixture(scope="module")
@@ -120,19 +74,6 @@ MORE = {
         'dataset.train.pipeline=[{"name":"RandomCrop","kwargs":{"size":4,"padding":1}},{"name":"RandomHorizontalFlip"}]'
     ],
 }
-
-
-def stop_at(monkeypatch, place: str, call: int) -> None:
-    """Deliver SIGTERM to this process as the trainer enters a method for the call-th time."""
-    method, calls = getattr(train.Trainer, place), []
-
-    def stopping(self, *args):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return method(self, *args)
-
-    monkeypatch.setattr(train.Trainer, place, stopping)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +201,7 @@ def test_a_checkpoint_of_something_else_or_of_a_bad_config_is_refused(run, tmp_p
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"before")
-    with pytest.raises(TypeError), checkpoint.whole_file(path) as file:
+    with pytest.raises(TypeError), whole_file(path) as file:
         file.writelines([b"half of it", None])
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
@@ -466,13 +407,6 @@ def test_metrics_are_printed_and_written_with_their_settings_and_the_fitted_vari
 
 
 # Ranks
-
-
-def torchrun(*argv: str, ranks: int = 2) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_ranks_share_an_epoch_without_overlap():

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from checkpoint import whole_file
+from files import whole_file
 
 LEAST_SIDE = 64  # pixels, of an image in a picture
 

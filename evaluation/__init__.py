@@ -1,0 +1,1 @@
+"""What looks at a model: samples and bounds, the Fréchet distance, pictures."""

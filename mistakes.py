@@ -1,0 +1,55 @@
+"""A user's mistake ends a script in one line; whatever else goes wrong is a bug, and keeps its traceback.
+
+The library's files raise ValueError for a bad argument. Where the argument came from a user (a config, a flag, a file),
+`as_mistake` makes that a Mistake. Only Mistakes, and what the system says of files, come out as one line.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+
+class Mistake(ValueError):
+    """What the user can mend; the message says where it is and what is allowed."""
+
+
+@contextlib.contextmanager
+def as_mistake(where: str = "") -> Iterator[None]:
+    """Turn a ValueError into a Mistake, its message after the words of where."""
+    try:
+        yield
+    except ValueError as error:
+        raise Mistake(f"{where}{error}") from error
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def run_script(work: Callable[[], int | None]) -> int:
+    """work's exit code (None is 0); 2 with one line for a Mistake, 1 for an error of the system's, 130 for Ctrl-C."""
+    script = Path(sys.argv[0]).name
+    try:
+        return work() or 0
+    except Mistake as mistake:
+        print(f"{script}: {_one_line(mistake)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{script}: stopped by SIGINT", file=sys.stderr)
+        return 130
+
+
+def _one_line(mistake: Mistake) -> str:
+    """The message; of a mistake found in a worker process, whose message is a traceback, the traceback's last line."""
+    lines = str(mistake).strip().splitlines() or [type(mistake).__name__]
+    marker = f"{Mistake.__module__}.{Mistake.__qualname__}: "
+    return lines[-1].removeprefix(marker) if lines[-1].startswith(marker) else lines[0]
