@@ -1,0 +1,64 @@
+"""The optimizer of a run, and the moments that a resumed run takes over.
+
+Its groups of parameters have names: "network", with Muon also "hidden", and "variance" where sigma_t^2 is learnable.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gaussian_diffusion import GaussianDiffusion
+from mistakes import Mistake
+from training.muon import Muon
+
+
+def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> torch.optim.Optimizer:
+    """Adam, or Muon for the hidden layers' matrices and Adam for the rest; cfg has optimizer, lr and variance_lr.
+
+    A Mistake where cfg.optimizer is "muon" and the network does not say which of its layers are hidden.
+    """
+    network = list(diffusion.time_aware_net.parameters())
+    hidden = _hidden_matrices(diffusion.time_aware_net) if cfg.optimizer == "muon" else []
+    inside = set(hidden)
+    groups: list[dict[str, Any]] = [{"name": "network", "params": [p for p in network if p not in inside]}]
+    if cfg.optimizer == "muon":
+        groups.append({"name": "hidden", "params": hidden, "orthogonal": True})
+    if diffusion.reverse_variance == "learnable":
+        groups.append({"name": "variance", "params": [diffusion.log_sigma_square], "lr": cfg.variance_lr})
+    kind = {"adam": torch.optim.Adam, "muon": Muon}[cfg.optimizer]
+    return kind(groups, cfg.lr, fused=device.type in ("cpu", "cuda"))  # the fused step heeds found_inf
+
+
+def _hidden_matrices(net: nn.Module) -> list[nn.Parameter]:
+    """The network's weights of two dimensions or more, from hidden layer to hidden layer."""
+    if not hasattr(net, "hidden_layers"):
+        raise Mistake(
+            f'train_cfg.optimizer = "muon": {type(net).__name__} must name the modules that are its hidden layers, as in '
+            'hidden_layers = ("down", "middle", "up")'
+        )
+    layers = [getattr(net, name) for name in net.hidden_layers]
+    return list(dict.fromkeys(p for layer in layers for p in layer.parameters() if p.ndim >= 2))
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, moments: Any, step: int) -> None:
+    """Take over what an optimizer of the same parameters had after `step` steps: its state_dict()["state"].
+
+    moments[i] is of the i-th parameter, counted through all groups: "step" [], and of the parameter's shape "momentum" (Muon)
+    or "exp_avg" and "exp_avg_sq" (Adam). A parameter that never had a gradient has none. ValueError where that is not so.
+    Rates stay as they are.
+    """
+    averages = [
+        (p, ("momentum",) if group.get("orthogonal") else ("exp_avg", "exp_avg_sq"))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    if not isinstance(moments, Mapping) or bool(moments) != bool(step) or not moments.keys() <= set(range(len(averages))):
+        raise ValueError(f"optimizer: no moments of these {len(averages)} parameters after {step} steps")
+    for i, found in moments.items():
+        p, names = averages[i]
+        shapes = {name: getattr(value, "shape", None) for name, value in found.items()} if isinstance(found, Mapping) else None
+        if shapes != {"step": (), **dict.fromkeys(names, p.shape)}:
+            raise ValueError(f"optimizer: moments of shapes {shapes} for a weight of shape {list(p.shape)}")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
