@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.muon import Muon, orthogonalized
 
@@ -10,7 +12,7 @@ from training.muon import Muon, orthogonalized
 def test_singular_vectors_stay_and_singular_values_become_about_one(shape):
     x = torch.randn(3, *shape) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
     u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
-    inside = u.mT @ orthogonalized(x).double() @ vh.mT
+    inside = u.mT @ orthogonalized([x])[0].double() @ vh.mT
     values = inside.diagonal(dim1=-2, dim2=-1)
     large = s > 0.01 * s.norm(dim=-1, keepdim=True)
     assert values[large].min() > 0.65
@@ -19,7 +21,7 @@ def test_singular_vectors_stay_and_singular_values_become_about_one(shape):
 
 
 def test_a_zero_gradient_moves_nothing():
-    assert not orthogonalized(torch.zeros(2, 4, 8)).any()
+    assert not orthogonalized([torch.zeros(2, 4, 8)])[0].any()
 
 
 def test_three_steps_are_those_of_the_singular_value_decomposition():
@@ -79,3 +81,47 @@ def test_a_bad_step_changes_nothing():
         assert torch.equal(before, p) == bool(bad)
         assert torch.equal(average, optimizer.state[p]["momentum"]) == bool(bad)
     assert optimizer.state[p]["step"] == optimizer.state[q]["step"] == 2
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that are called, without those that only look at a tensor in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not any(result.alias_info and not result.alias_info.is_write for result in function._schema.returns):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def stepped(weights, device="cpu"):
+    weights = [torch.nn.Parameter(weight.to(device)) for weight in weights]
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer = Muon([{"params": weights, "orthogonal": True}], lr=0.1, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = None, torch.zeros((), device=device)
+    optimizer.step()
+    return weights
+
+
+def test_many_weights_of_one_shape_take_as_many_calls_as_one():
+    shapes = [(8, 4, 3, 3), (8, 20), (30, 8)]
+    counts = []
+    for copies in (1, 5):
+        weights = [torch.zeros(*shape) for shape in shapes * copies]
+        weights = [w.to(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights]
+        with Calls() as calls:
+            stepped(weights)
+        counts.append([name for name in calls.names if not name.startswith(("aten.zeros", "aten.ones"))])  # state, gradients
+    assert counts[0] == counts[1]
+    assert (
+        sum("bmm" in name for name in counts[0]) == 2 * 3 + 1 + 4 * 4
+    )  # X X^T and the factor times X of three shapes; five steps
+
+
+def test_a_step_on_a_device_waits_for_nothing():
+    """A fake tensor has no values: to read one, on the host, is an error."""
+    with FakeTensorMode():
+        assert stepped([torch.zeros(8, 20), torch.zeros(20, 8)], "cuda")[0].device.type == "cuda"
