@@ -116,9 +116,7 @@ def test_many_weights_of_one_shape_take_as_many_calls_as_one():
             stepped(weights)
         counts.append([name for name in calls.names if not name.startswith(("aten.zeros", "aten.ones"))])  # state, gradients
     assert counts[0] == counts[1]
-    assert (
-        sum("bmm" in name for name in counts[0]) == 2 * 3 + 1 + 4 * 4
-    )  # X X^T and the factor times X of three shapes; five steps
+    assert sum("bmm" in name for name in counts[0]) == 2 * 3 + 1 + 4 * 4  # X X^T, factor X; five steps
 
 
 def test_a_step_on_a_device_waits_for_nothing():
