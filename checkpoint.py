@@ -15,6 +15,7 @@ import torch
 from config import build_diffusion, network_without_memory, resolve, shown
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
+from mistakes import Mistake, as_mistake
 
 FORMAT = "pytorch-gaussian-diffusion"
 VERSION = 1
@@ -32,26 +33,26 @@ def save(path: str | Path, state: Mapping) -> None:
 def load(path: str | Path) -> dict:
     """The state that save wrote, on the CPU; ValueError names a file that is missing, damaged or not ours."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint")
+        raise Mistake(f"{path}: no such checkpoint")
     try:
         _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: cut short, damaged, or not a checkpoint ({reason})") from None
+        raise Mistake(f"{path}: cut short, damaged, or not a checkpoint ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this library")
+        raise Mistake(f"{path}: not a checkpoint of this library")
     version = state.get("version")
     if not isinstance(version, int) or version != VERSION:
-        raise ValueError(f"{path}: of version {shown(version)}, where this library reads version {VERSION}")
+        raise Mistake(f"{path}: of version {shown(version)}, where this library reads version {VERSION}")
     try:
         state["config"] = resolve(state.get("config"))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise Mistake(f"{path}: {error}") from None
     shape = state.get("shape")
     sizes = shape if isinstance(shape, list) and all(isinstance(size, int) and size >= 1 for size in shape) else []
     if len(sizes) != 3 or math.prod(sizes) > MOST_VALUES:
-        raise ValueError(f"{path}: shape = {shown(shape)}: must be [C, H, W], at most {MOST_VALUES:,} values")
+        raise Mistake(f"{path}: shape = {shown(shape)}: must be [C, H, W], at most {MOST_VALUES:,} values")
     return state
 
 
@@ -59,13 +60,13 @@ def _check_archive(path: str | Path) -> None:
     """ValueError if a part is packed, damaged, or names what save never writes."""
     with zipfile.ZipFile(path) as archive:
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise ValueError("it is packed, and could hold any amount")
+            raise Mistake("it is packed, and could hold any amount")
         if damaged := archive.testzip():
-            raise ValueError(f"its part {damaged} is damaged")
+            raise Mistake(f"its part {damaged} is damaged")
         pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         for opcode, argument, _ in pickletools.genops(archive.read(pickled)):
             if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not SAVED.fullmatch(str(argument)):
-                raise ValueError(f"it names {argument}")
+                raise Mistake(f"it names {argument}")
 
 
 def _check_weights(state: Mapping, weights: Mapping) -> None:
@@ -74,18 +75,21 @@ def _check_weights(state: Mapping, weights: Mapping) -> None:
     for name, expected in net.state_dict(prefix="time_aware_net.").items():
         found = getattr(weights.get(name), "shape", None)
         if found != expected.shape:
-            raise ValueError(f"{name}: of shape {found and list(found)}, which the config makes {list(expected.shape)}")
+            raise Mistake(f"{name}: of shape {found and list(found)}, which the config makes {list(expected.shape)}")
     net(torch.empty(1, *state["shape"], device="meta"), torch.ones(1, dtype=torch.long, device="meta"))
 
 
 def load_diffusion(path: str | Path, ema: bool = True) -> tuple[GaussianDiffusion, dict]:
     """The model of a checkpoint, with its averaged weights (ema) or the raw ones, in eval mode; and the checkpoint's state."""
     state = load(path)
-    try:
-        weights = state["ema" if ema else "model"]
+    weights = state.get("ema" if ema else "model")
+    with as_mistake(f"{path}: "):
+        if not isinstance(weights, Mapping):
+            raise Mistake(f"{'ema' if ema else 'model'}: missing")
         _check_weights(state, weights)
         diffusion = build_diffusion(state["config"])
+    try:
         diffusion.load_state_dict(weights)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise Mistake(f"{path}: {' '.join(str(error).split())[:300]}") from error
     return diffusion.eval(), state

@@ -21,6 +21,7 @@ import beta_schedule
 import dataset
 import time_aware_module
 from gaussian_diffusion import GaussianDiffusion
+from mistakes import Mistake
 
 
 def _by_name(*classes: type) -> dict[str, type]:
@@ -56,7 +57,7 @@ class TrainConfig:
     valid_images: int | None = None  # of the validation set, evenly spread over it; null for all
     save_period: int = 0  # epochs between epoch_N.pth, 0 for none
     save_best: bool = True  # keep best.pth, the least validation loss
-    save_minutes: float = 10.0  # minutes between saves of last.pth, besides the one after each epoch; 0 for none
+    save_minutes: float = 5.0  # minutes between saves of last.pth and best.pth; 0: after each epoch
     sample_period: int = 1  # epochs between pictures of samples, 0 for none
     sample_timesteps: int = 20  # network calls of such a picture (DPM-Solver++)
     seed: int = 0  # of the weights, the data's order and every draw
@@ -67,8 +68,8 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the network's gradient, 0 for any
     grad_accum: int = 1  # parts that a batch is split into, one forward and backward pass each
     ema_decay: float = 0.9999  # of the averaged weights, per step; shorter at first
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"  # of the network; the maths is float32 always
-    compile: bool = False  # torch.compile the network
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of the network; the maths is float32 always
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the network
     activation_checkpointing: bool = False  # trade time for memory in the U-Net
     chunk_size: int | None = None  # timesteps in one network call of the full loss, null for as many as make 128 rows
     cache_gb: float = 4.0  # a data set up to this size is decoded once and kept, in GB
@@ -92,7 +93,7 @@ class TrainConfig:
 
     def _require(self, name: str, good: bool, allowed: str) -> None:
         if not good:
-            raise ValueError(f"{name} = {getattr(self, name)!r}: {allowed}")
+            raise Mistake(f"{name} = {getattr(self, name)!r}: {allowed}")
 
 
 # What --resume may change: nothing that the weights depend on.
@@ -166,15 +167,15 @@ def shown(value: Any) -> str:
 def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[str] = ()) -> dict:
     """value, if it is a JSON object with all the required keys and none but the optional ones besides."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"{path or 'the config'}: must be an object with the keys {', '.join(required)}")
+        raise Mistake(f"{path or 'the config'}: must be an object with the keys {', '.join(required)}")
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in (*required, *optional):
             name = shown(str(key))[1:-1]  # in one line
-            raise ValueError(f"{prefix}{name}: unknown key; {_nearest(str(key)[:80], (*required, *optional))}")
+            raise Mistake(f"{prefix}{name}: unknown key; {_nearest(str(key)[:80], (*required, *optional))}")
     for key in required:
         if key not in value:
-            raise ValueError(f"{prefix}{key}: missing")
+            raise Mistake(f"{prefix}{key}: missing")
     return dict(value)
 
 
@@ -187,7 +188,7 @@ def _arguments(path: str, function: Callable, given: Any, without: Sequence[str]
     for name, value in given.items():
         kind = hints.get(name, Any)
         if not _matches(value, kind):
-            raise ValueError(f"{path}.{name} = {shown(value)}: must be {_describe(kind)}")
+            raise Mistake(f"{path}.{name} = {shown(value)}: must be {_describe(kind)}")
     return {name: given[name] if name in given else _plain(p.default) for name, p in parameters.items()}
 
 
@@ -198,7 +199,7 @@ def _plain(default: Any) -> Any:
 
 def _from_registry(path: str, name: Any, registry: Mapping[str, Callable]) -> Callable:
     if not isinstance(name, str) or name not in registry:
-        raise ValueError(f"{path} = {shown(name)}: unknown; {_nearest(str(name)[:80], list(registry))}")
+        raise Mistake(f"{path} = {shown(name)}: unknown; {_nearest(str(name)[:80], list(registry))}")
     return registry[name]
 
 
@@ -230,7 +231,7 @@ def _check_sizes(path: str, name: str, kwargs: dict) -> None:
         for number in value if isinstance(value, list) else [value]:
             least = 1 if key == "size" else -MOST_PIXELS
             if isinstance(number, int | float) and not least <= number <= MOST_PIXELS:
-                raise ValueError(f"{path}.kwargs.{key} = {shown(value)}: must lie in {least}..{MOST_PIXELS}")
+                raise Mistake(f"{path}.kwargs.{key} = {shown(value)}: must lie in {least}..{MOST_PIXELS}")
 
 
 def resolve(config: Any) -> dict:
@@ -252,7 +253,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"{key}: stands twice in one object")
+            raise Mistake(f"{key}: stands twice in one object")
     return dict(pairs)
 
 
@@ -260,20 +261,20 @@ def _override(config: Any, assignment: str) -> None:
     """Carry out `section.key=value`; a value that is not JSON is a string, a number in the path counts the items of a list."""
     path, equals, text = assignment.partition("=")
     if not equals or not path:
-        raise ValueError(f"--set {assignment}: must look like train_cfg.lr=1e-4")
+        raise Mistake(f"--set {assignment}: must look like train_cfg.lr=1e-4")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
     except (ValueError, RecursionError) as error:  # too many digits, too deep
-        raise ValueError(f"--set {path}: {error}") from None
+        raise Mistake(f"--set {path}: {error}") from None
     *parents, last = path.split(".")
     try:
         for key in parents:
             config = config.setdefault(key, {}) if isinstance(config, dict) else config[int(key)]
         config[last if isinstance(config, dict) else int(last)] = value
     except (TypeError, ValueError, IndexError):
-        raise ValueError(f"--set {assignment[:80]}: the config has no such place") from None
+        raise Mistake(f"--set {assignment[:80]}: the config has no such place") from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
@@ -281,11 +282,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+        raise Mistake(f"{path}: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        raise Mistake(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a key twice, bytes that are not UTF-8, brackets too deep
-        raise ValueError(f"{path}: {error}") from None
+        raise Mistake(f"{path}: {error}") from None
     for assignment in overrides:
         _override(config, assignment)
     return resolve(config)
@@ -301,7 +302,7 @@ def _build(path: str, function: Callable, kwargs: Mapping[str, Any], **more: Any
     except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         separator = "." if line.split(" ")[0].split(".")[0] in kwargs else ": "
-        raise ValueError(f"{path}{separator}{line}") from None
+        raise Mistake(f"{path}{separator}{line}") from None
 
 
 def build_train_config(config: Mapping) -> TrainConfig:
@@ -326,9 +327,7 @@ def network_without_memory(config: Mapping) -> nn.Module:
         net = _build("time_aware_net.kwargs", NETWORKS[net["name"]], net["kwargs"])
     size = sum(p.numel() for p in net.parameters())
     if size > MOST_PARAMETERS:
-        raise ValueError(
-            f"time_aware_net.kwargs: a network of {size:.3g} parameters; at most {MOST_PARAMETERS:.3g} are allowed"
-        )
+        raise Mistake(f"time_aware_net.kwargs: a network of {size:.3g} parameters; at most {MOST_PARAMETERS:.3g} are allowed")
     return net
 
 

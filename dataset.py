@@ -21,13 +21,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from mistakes import Mistake
+
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 FLIPS = {v2.RandomHorizontalFlip: -1, v2.RandomVerticalFlip: -2}  # the dimension that is turned round
 RANDOM_TRANSFORMS = (*FLIPS, v2.RandomCrop, v2.RandomResizedCrop, v2.RandomRotation, v2.RandomAffine, v2.ColorJitter)
 TRANSFORMS = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Grayscale, *RANDOM_TRANSFORMS)
 
 
-class ImageError(ValueError):
+class ImageError(Mistake):
     """An image that cannot be read or does not fit the others."""
 
 

@@ -7,9 +7,12 @@ The library's files raise ValueError for a bad argument. Where the argument came
 import argparse
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NoReturn
+
+LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "gaussian_diffusion", "dataset", "config", "checkpoint"}
+LIBRARY |= {"evaluation", "training", "mistakes"}  # whose ValueErrors are about their arguments
 
 
 class Mistake(ValueError):
@@ -18,11 +21,21 @@ class Mistake(ValueError):
 
 @contextlib.contextmanager
 def as_mistake(where: str = "") -> Iterator[None]:
-    """Turn a ValueError into a Mistake, its message after the words of where."""
+    """Turn a ValueError of the library's own into a Mistake, its message after the words of where.
+
+    One that was raised in other code, such as a researcher's network, is a bug there and passes.
+    """
     try:
         yield
     except ValueError as error:
+        if not _raised_by_the_library(error):
+            raise
         raise Mistake(f"{where}{error}") from error
+
+
+def _raised_by_the_library(error: ValueError) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").split(".")[0] in LIBRARY
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -32,9 +45,8 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def run_script(work: Callable[[], int | None]) -> int:
+def run_script(script: str, work: Callable[[], int | None]) -> int:
     """work's exit code (None is 0); 2 with one line for a Mistake, 1 for an error of the system's, 130 for Ctrl-C."""
-    script = Path(sys.argv[0]).name
     try:
         return work() or 0
     except Mistake as mistake:

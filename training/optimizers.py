@@ -3,6 +3,7 @@
 Its groups of parameters have names: "network", with Muon also "hidden", and "variance" where sigma_t^2 is learnable.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,17 @@ def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> 
         groups.append({"name": "variance", "params": [diffusion.log_sigma_square], "lr": cfg.variance_lr})
     kind = {"adam": torch.optim.Adam, "muon": Muon}[cfg.optimizer]
     return kind(groups, cfg.lr, fused=device.type in ("cpu", "cuda"))  # the fused step heeds found_inf
+
+
+def lr_schedule(cfg, total_steps: int, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate at each step, counted from 0: a rise over cfg.warmup_steps, then cfg.lr_schedule."""
+
+    def factor(step: int) -> float:
+        warm = min(1, (step + 1) / (cfg.warmup_steps + 1))
+        done = max(0, step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
+        return warm * {"constant": 1, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[cfg.lr_schedule]
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _hidden_matrices(net: nn.Module) -> list[nn.Parameter]:

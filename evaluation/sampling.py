@@ -1,0 +1,72 @@
+"""Samples of a model in batches, each with a generator of its own: the same seed and batch size give the same samples."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gaussian_diffusion import GaussianDiffusion
+from training.ranks import Ranks
+from training.seeds import SAMPLING, mixed_seed
+
+GIF_FRAMES = 50
+
+
+class Drawn(NamedTuple):
+    """Samples, and the states on the way to the first of them, on the CPU."""
+
+    samples: Tensor  # [n, ...]
+    strips: Tensor  # [pictures, frames, ...], from x_T to x_0
+    animation: Tensor  # [pictures, GIF_FRAMES, ...]
+
+
+def sample(diffusion: GaussianDiffusion, n: int, shape: Sequence[int], **options) -> Tensor:
+    """n samples [n, *shape] on the CPU; the options are draw's."""
+    return draw(diffusion, n, shape, **options).samples
+
+
+def draw(
+    diffusion: GaussianDiffusion,
+    n: int,
+    shape: Sequence[int],
+    sampler: str = "ddpm",
+    timesteps: int | Sequence[int] | None = None,
+    eta: float = 0.0,
+    clip_x0: bool = True,
+    batch_size: int = 64,
+    seed: int = 0,
+    pictures: int = 0,
+    frames: int = 11,
+    ranks: Ranks | None = None,
+) -> Drawn:
+    """n samples, and `frames` states of the first `pictures` of them; all of them on rank 0 if ranks share the work out.
+
+    sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory.
+    """
+    device, rank, world = diffusion.signal.device, ranks.rank if ranks else 0, ranks.world if ranks else 1
+    steps = len(diffusion.steps(timesteps, sampler))
+    strip_at, gif_at = evenly(frames, steps + 1), evenly(GIF_FRAMES, steps + 1)
+    batches = range(0, n, batch_size)[rank::world]
+    drawn = []
+    with tqdm(total=len(batches) * steps, desc="sampling", unit="step", disable=rank > 0) as bar:
+        for first in batches:
+            generator = torch.Generator(device).manual_seed(mixed_seed(SAMPLING, seed, first))
+            states = diffusion.trajectory(
+                (min(batch_size, n - first), *shape), sampler, timesteps, eta, clip_x0, generator=generator
+            )
+            strip, animation, x = [], [], None
+            for i, (_, x) in enumerate(states):
+                kept = x[: max(0, pictures - first)]
+                strip += [kept.cpu()] if i in strip_at else []
+                animation += [kept.cpu()] if i in gif_at else []
+                bar.update(i > 0)
+            drawn.append((first, Drawn(x.cpu(), torch.stack(strip, 1), torch.stack(animation, 1))))
+    drawn = sorted(ranks.gather(drawn) if ranks else drawn, key=lambda part: part[0])
+    return Drawn(*(torch.cat(parts) for parts in zip(*(part for _, part in drawn), strict=True)))
+
+
+def evenly(count: int, among: int) -> list[int]:
+    """At most `count` indices spread evenly over 0..among - 1, both ends included."""
+    return torch.linspace(0, among - 1, min(count, among), dtype=torch.float64).round().int().tolist()

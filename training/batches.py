@@ -1,0 +1,128 @@
+"""Batches of images: in an order that the seed fixes, shared out between ranks, decoded once or by worker processes."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from config import TrainConfig
+from dataset import ArrayDataset, ImageDataset
+from mistakes import Mistake
+from training.ranks import Ranks
+from training.seeds import ORDER, TRANSFORMS, mixed_seed
+
+
+class Batches:
+    """The images of a data set in an order that depends on (seed, epoch) alone, this rank's part of each batch.
+
+    A set of up to cache_gb is decoded once and kept as uint8, on the device if it is a GPU with room; a larger one, or one with
+    random transforms other than flips, is decoded by worker processes as it is needed. Of a set of more than max_images, so
+    many evenly spread ones are used. check_signals is called while images are decoded.
+    """
+
+    def __init__(
+        self,
+        images: ImageDataset,
+        cfg: TrainConfig,
+        ranks: Ranks,
+        shuffle: bool,
+        max_images: int | None = None,
+        check_signals: Callable[[], object] = lambda: None,
+    ):
+        self.images, self.cfg, self.ranks, self.shuffle, self.check_signals = images, cfg, ranks, shuffle, check_signals
+        self.numbers = torch.arange(len(images))
+        if max_images is not None and max_images < len(images):
+            self.numbers = torch.linspace(0, len(images) - 1, max_images, dtype=torch.float64).round().long()
+        if len(self.numbers) < ranks.world:
+            raise Mistake(f"a data set of {len(self.numbers)} images: {ranks.world} ranks need at least one each")
+        whole, rest = divmod(len(self.numbers), cfg.batch_size)
+        self.steps = whole + (rest >= ranks.world)  # a pass
+        self.cache, self.loader = None, None
+        if not images.is_random and len(images) * math.prod(images.shape) <= cfg.cache_gb * 1e9:
+            self.cache = self._decode_all()
+
+    def _decode_all(self) -> Tensor:
+        at_hand = isinstance(self.images, ArrayDataset) and not self.images.pipeline
+        workers = 0 if at_hand else self.cfg.num_workers
+        loader = DataLoader(_Pixels(self.images), 256, num_workers=workers)
+        cache = torch.empty(len(self.images), *self.images.shape, dtype=torch.uint8)
+        for i, pixels in enumerate(
+            tqdm(loader, desc="decoding images", unit="batch", leave=False, disable=self.ranks.rank > 0)
+        ):
+            cache[256 * i : 256 * i + len(pixels)] = pixels
+            self.check_signals()
+        device = self.ranks.device
+        if device.type == "cuda" and cache.numel() < torch.cuda.mem_get_info(device)[0] / 4:
+            cache = cache.to(device)
+        return cache
+
+    def indices(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
+        """This rank's image numbers in each batch of an epoch, from batch `first` on."""
+        size, world, order = self.cfg.batch_size, self.ranks.world, self.numbers
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mixed_seed(ORDER, self.cfg.seed, epoch))
+            order = order[torch.randperm(len(order), generator=generator)]
+        for batch in order.split(size)[first : self.steps]:
+            yield batch[: len(batch) // world * world][self.ranks.rank :: world]  # ranks have equal shares
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
+        """The uint8 batches of an epoch on the device, from batch `first` on."""
+        if self.cache is None:
+            yield from self._decoded(epoch, first)
+            return
+        for indices in self.indices(epoch, first):
+            if self.cache.device == self.ranks.device:
+                yield self.cache[self._to_device(indices)]
+            else:
+                yield self._to_device(self.cache[indices])
+
+    def _decoded(self, epoch: int, first: int) -> Iterator[Tensor]:
+        """The same from the worker processes, which live as long as this object does."""
+        if self.loader is None:
+            self.loader = DataLoader(
+                _Pixels(self.images, self.cfg.seed),
+                batch_sampler=_Numbers(),
+                num_workers=self.cfg.num_workers,
+                pin_memory=self.ranks.device.type == "cuda",
+                persistent_workers=self.cfg.num_workers > 0,
+            )
+        self.loader.batch_sampler.batches = [[(epoch, i) for i in part.tolist()] for part in self.indices(epoch, first)]
+        for pixels in self.loader:
+            yield pixels.to(self.ranks.device, non_blocking=True)
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        """x on the device, without waiting for it."""
+        device = self.ranks.device
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+class _Numbers:
+    """What a DataLoader asks for its batches, of an epoch that changes while its workers stay."""
+
+    def __init__(self):
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Pixels(torch.utils.data.Dataset):
+    """A data set's uint8 images, by number or (epoch, number), on which two alone an image's random transforms depend."""
+
+    def __init__(self, images: ImageDataset, seed: int = 0):
+        self.images, self.seed = images, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        if self.images.is_random:
+            torch.manual_seed(mixed_seed(TRANSFORMS, self.seed, epoch, i))
+        return self.images.pixels(i)

@@ -1,0 +1,105 @@
+"""The processes that work together: one, or those that torchrun started."""
+
+import inspect
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mistakes import Mistake
+
+
+class Ranks:
+    """This process among those that torchrun started; one process without it.
+
+    device  cpu, cuda, cuda:1, ...; None for CUDA where there is one, else the CPU. cuda is the card of the local rank
+    alone   leave the other processes out of it
+    """
+
+    def __init__(self, device: str | None = None, alone: bool = False):
+        self.world, self.rank = (1, 0) if alone else (int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
+        local_rank, local_world = (int(os.environ.get(name, default)) for name, default in _LOCAL.items())
+        self.device = _device(device, local_rank, 1 if alone else local_world)
+        self.cpu_group = None
+        if self.world > 1:
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.cpu_group = dist.new_group(backend="gloo")  # for words that must not wait for the GPU
+
+    def largest(self, value: float) -> float:
+        """The largest of the ranks' values, known to all."""
+        if self.world == 1:
+            return value
+        values = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.cpu_group)
+        return values.item()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model, with its gradients averaged over the ranks."""
+        if self.world == 1:
+            return model
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # the older name is deprecated
+        buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None, **buffers)
+
+    def gather(self, items: list) -> list:
+        """The items of all ranks, on rank 0; on the others, their own."""
+        if self.world == 1:
+            return items
+        gathered = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(items, gathered, group=self.cpu_group)
+        return [item for part in gathered for item in part] if self.rank == 0 else items
+
+    def gather_tensor(self, x: Tensor) -> Tensor:
+        """x of every rank, one after the other, on every rank; all of one shape."""
+        if self.world == 1:
+            return x
+        shares = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(shares, x.contiguous())
+        return torch.cat(shares)
+
+
+_LOCAL = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+
+
+def leave_ranks() -> None:
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str | None, local_rank: int, local_world: int) -> torch.device:
+    """The device of a name, by default CUDA where there is one; Mistake if it is not to be had."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise Mistake(f"--device {name}: no such kind of device; try cuda or cpu") from error
+    if device.type == "cuda":
+        return _cuda_device(device, local_rank, local_world)
+    try:
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # each kind of device has its own way to be missing
+        raise Mistake(f"--device {name}: is not available here; try --device cpu") from error
+    return device
+
+
+def _cuda_device(device: torch.device, local_rank: int, local_world: int) -> torch.device:
+    if not torch.cuda.is_available():
+        raise Mistake(f"--device {device}: CUDA is not available here; try --device cpu")
+    if device.index is not None and local_world > 1:
+        raise Mistake(f"--device {device}: would put all {local_world} processes on one card; give --device cuda")
+    device = torch.device("cuda", local_rank if device.index is None else device.index)
+    if device.index >= torch.cuda.device_count():
+        raise Mistake(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,119 @@
+"""The folder of a run: who may write there, what is in it, its log and its records."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from pathlib import Path
+
+from files import whole_file
+from mistakes import Mistake
+
+log = logging.getLogger("train")
+PATTERNS = ("last.pth", "best.pth", "epoch_*.pth", "epoch_*.png", "metrics.jsonl", "train.log", ".*.part")
+
+_locked: dict[Path, int] = {}  # folders that this process has locked, and their handles
+
+
+def _unlock_all() -> None:
+    while _locked:
+        os.close(_locked.popitem()[1])
+
+
+os.register_at_fork(after_in_child=_unlock_all)  # or a worker process would keep the lock for a while after this one is killed
+
+
+class RunFolder:
+    """The folder train_cfg.model_save_dirpath, which one process at a time may write to.
+
+    resume     None: a new run. "": go on from last.pth. A path: go on from that checkpoint
+    overwrite  delete the run that is there
+    writes     is this the rank that writes?
+    """
+
+    def __init__(self, path: str, resume: str | None, overwrite: bool, writes: bool):
+        self.path, self.writes, self.log_file = Path(path), writes, None
+        there = _first_existing(self.path)
+        if not there.is_dir():
+            raise Mistake(f"train_cfg.model_save_dirpath = {path}: {there} is not a folder")
+        if writes and self.path.exists():
+            self.lock()  # before anything in it is read
+        if resume and self.files() and Path(resume).resolve().parent != self.path.resolve():
+            raise Mistake(f"--resume {resume}: is of another folder than {path}, which holds a run already")
+        if self.files() and resume is None and not overwrite:
+            raise Mistake(
+                f"{path} holds a run already: add --resume to go on with it, --overwrite to delete it and start anew, or "
+                "--set train_cfg.model_save_dirpath=FOLDER for another folder"
+            )
+        self.resume_from = None if resume is None else Path(resume) if resume else self.path / "last.pth"
+        if resume == "" and not any((self.path / name).exists() for name in ("last.pth", "best.pth")):
+            log.warning(f"{self.resume_from} is not there: starting at step 0")
+            self.resume_from = None
+
+    def files(self) -> list[Path]:
+        return [path for pattern in PATTERNS for path in self.path.glob(pattern)]
+
+    def lock(self) -> None:
+        """Keep every other process out until unlock, or the end of this one; Mistake if one is in."""
+        if self.path.resolve() in _locked:
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise Mistake(f"{self.path}: another process trains there") from None
+        except OSError as error:
+            log.warning(f"{self.path}: cannot be locked ({error.strerror}): nothing keeps a second process from training there")
+        _locked[self.path.resolve()] = handle
+
+    def open(self, records: int | None) -> None:
+        """Make it ready: empty for a new run (records None), metrics.jsonl cut back to so many lines for one that goes on."""
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        if records is None:
+            for path in self.files():
+                path.unlink()
+        elif (metrics := self.resume_from.with_name("metrics.jsonl")).exists():
+            lines = metrics.read_bytes().splitlines(keepends=True)[:records]
+            with whole_file(self.path / "metrics.jsonl") as file:
+                file.writelines(lines)
+        self.log_file = _LogFile(self.path / "train.log", encoding="utf-8")
+        self.log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(self.log_file)
+
+    def add_record(self, record: dict) -> None:
+        """Append a line to metrics.jsonl, and see it to the disk: before the checkpoint that counts it."""
+        if not self.writes:
+            return
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Close the log and let other processes in."""
+        if self.log_file:
+            log.removeHandler(self.log_file)
+            with contextlib.suppress(OSError):
+                self.log_file.close()
+        if handle := _locked.pop(self.path.resolve(), None):
+            os.close(handle)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that stops the run when it cannot be written, as any other file does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
+def _first_existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    try:
+        return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:  # too long a name
+        raise Mistake(f"train_cfg.model_save_dirpath = {str(folder)[:80]}: {error.strerror}") from error

@@ -1,0 +1,49 @@
+"""SIGINT and SIGTERM, looked at between steps."""
+
+import os
+import signal
+
+from training.ranks import Ranks
+
+RANKS_PERIOD = 10  # looks between two words of the ranks to each other: a word costs more than a look
+
+
+class Stopped(Exception):
+    """A signal, whose number this holds, asked the run to stop."""
+
+    @property
+    def number(self) -> int:
+        return self.args[0]
+
+
+class Stopper:
+    """Turns the first SIGINT or SIGTERM into a number that the run looks at between steps; the second acts at once."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.signal, self.looks = ranks, 0, 0  # signal 0: none yet
+
+    def __enter__(self) -> "Stopper":
+        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame: object) -> None:
+        if "TORCHELASTIC_RUN_ID" in os.environ and not self.signal:
+            self.signal = number
+            return  # torchrun passes on what a terminal has sent to every process already: the next one is the same
+        self.signal = self.signal or number
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+
+    def check(self, save: bool = False) -> bool:
+        """Raise Stopped if any rank got a signal; else, does any rank want to save? All ranks call this equally often."""
+        self.looks += 1
+        if self.ranks.world > 1 and self.looks % RANKS_PERIOD:
+            return False
+        word = self.ranks.largest(self.signal or 0.5 * save)
+        if word >= 1:
+            raise Stopped(int(word))
+        return word > 0
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,180 @@
+"""How the network runs on this machine: its precision, TF32, compiling. What is "auto" is decided here, once a run.
+
+Only the network runs low: the mathematics and the weights are float32 always.
+"""
+
+import contextlib
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mistakes import Mistake
+from training.ranks import Ranks
+
+log = logging.getLogger("train")
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what the network runs in
+PROBE_ROWS = 16  # images in a step of the probe
+PROBE_SECONDS = 2.0  # after which it takes no further turn
+COMPILE_PAYS = 1800.0  # seconds of training from which on minutes of compiling are worth their tenth or more of each step
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Let the network, and nothing else, run in the precision."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def set_flags(precision: str, deterministic: bool = False) -> None:
+    """torch's switches for the whole process: TF32 unless float32 is asked for; the fastest kernels, or repeatable ones."""
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def prepare(run, deterministic: bool) -> None:
+    """Set torch and the networks of a Trainer up, and put what was "auto" into its cfg and config."""
+    cfg, net = run.cfg, run.model.time_aware_net
+    x0 = torch.rand(min(PROBE_ROWS, cfg.batch_size // run.ranks.world), *run.shape, device=run.device)
+    step = probe_step(run.model, x0, run.device)
+    set_flags("bf16", deterministic)
+    precision = choose_precision(cfg.precision, step, run.ranks, "train_cfg.precision")
+    set_flags(precision, deterministic)
+    net.activation_checkpointing = cfg.activation_checkpointing
+    compiling = choose_compile(cfg.compile, step, precision, run.total_steps, run.ranks)
+    if compiling:
+        check_compiler(run.device, "train_cfg.compile")
+        net.compile()
+        run.ema.time_aware_net.compile()
+    run.cfg = replace(cfg, precision=precision, compile=compiling)
+    run.config["train_cfg"] |= {"precision": precision, "compile": compiling}
+
+
+# Precision
+
+
+def choose_precision(asked: str, step: Callable[[str], object], ranks: Ranks, key: str) -> str:
+    """What was asked for by name, or for "auto":
+
+    bf16 on CUDA where the card has it in hardware, and on a CPU where its instructions exist and step(precision), timed in
+    turns, is faster in it; else fp32. The choice is logged; bf16 by name on a CPU where it is slower is a warning.
+    """
+    device = ranks.device
+    if asked == "fp16" and device.type != "cuda":
+        raise Mistake(f"{key} = 'fp16': needs CUDA; bf16 and fp32 run on a CPU")
+    if device.type == "cuda":
+        if asked == "auto":
+            has = torch.cuda.is_bf16_supported(including_emulation=False)
+            return _logged(key, "bf16" if has else "fp32", f"this card has {'' if has else 'no '}bfloat16")
+        return asked
+    if asked == "auto" and not has_bfloat16(device):
+        return _logged(key, "fp32", f"this {device.type} has no instructions for bfloat16")
+    if asked not in ("auto", "bf16"):
+        return asked
+    factor = ranks.largest(_slowdown(step))
+    words = f"a step takes {factor:.2f} times as long in bf16 as in fp32 here"
+    if asked == "auto":
+        return _logged(key, "bf16" if factor < 1 else "fp32", words)
+    if factor > 1:
+        log.warning(f"{key} = bf16: {words}")
+    return asked
+
+
+def _logged(key: str, choice: object, why: str) -> Any:
+    log.info(f"{key} = auto: {choice}, since {why}")
+    return choice
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Does a CPU have instructions for products of bfloat16 (AVX512-BF16 or AMX of x86, those of Arm)?"""
+    if device.type != "cpu":
+        return False
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None), getattr(torch.cpu, "_is_amx_tile_supported", None)
+    x86 = any(check() for check in supported if check)
+    arm = "AVX" not in torch.backends.cpu.get_cpu_capability() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return x86 or arm
+
+
+def _slowdown(step: Callable[[str], object]) -> float:
+    """Seconds of a step in bf16 over those in fp32: the median of at most three turns after one to warm up."""
+    ratios, begin = [], time.perf_counter()
+    while len(ratios) < 4 and (not ratios or time.perf_counter() - begin < PROBE_SECONDS):
+        seconds = []
+        for precision in ("bf16", "fp32"):
+            start = time.perf_counter()
+            step(precision)
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios[1:] or ratios)
+
+
+def probe_step(model: nn.Module, x0: Tensor, device: torch.device) -> Callable[[str], None]:
+    """A step of choose_precision: forward and backward pass of the model's loss, which leaves no trace in it."""
+
+    def step(precision: str) -> None:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            with autocast(device, precision):
+                loss = model.loss(x0, _spread(len(x0), model.T, device)).mean()
+            loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def probe_call(model: nn.Module, x0: Tensor, device: torch.device) -> Callable[[str], None]:
+    """A step of choose_precision for sampling: one call of the network."""
+
+    @torch.no_grad()
+    def step(precision: str) -> None:
+        with autocast(device, precision):
+            model.predict(x0, _spread(len(x0), model.T, device))
+
+    return step
+
+
+def _spread(count: int, T: int, device: torch.device) -> Tensor:
+    return torch.linspace(1, T, count, device=device).long()
+
+
+# Compiling
+
+
+def choose_compile(asked: bool | str, step: Callable[[str], object], precision: str, steps: int, ranks: Ranks) -> bool:
+    """What was asked for, or for "auto": on CUDA, with a compiler, whether so many steps take long enough to pay for it.
+
+    On a CPU the answer is no: there compiling took more than 200 s to save 7 % of a step.
+    """
+    if asked != "auto":
+        return asked
+    if ranks.device.type != "cuda":
+        return _logged("train_cfg.compile", False, f"compiling for a {ranks.device.type} takes minutes and saves little")
+    try:
+        check_compiler(ranks.device, "train_cfg.compile")
+    except Mistake as mistake:
+        return _logged("train_cfg.compile", False, str(mistake))
+    seconds = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step(precision)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    expected = ranks.largest(steps * statistics.median(seconds[1:]))
+    return _logged("train_cfg.compile", expected > COMPILE_PAYS, f"the run would take about {expected / 60:.0f} minutes")
+
+
+def check_compiler(device: torch.device, option: str) -> None:
+    """Mistake if torch.compile has no compiler that works here."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # each kind of device has its own compiler, and its own errors
+        raise Mistake(f"{option}: cannot compile here ({str(error).strip().splitlines()[0]})") from error

@@ -1,0 +1,146 @@
+"""The state of a run: taken, taken over, read from a checkpoint and held against the config of now.
+
+`run` is train.py's Trainer. Every rank takes and takes over; what is written is rank 0's.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import checkpoint
+from config import MAY_CHANGE, shown
+from mistakes import Mistake, as_mistake
+from training.optimizers import restore_moments
+
+log = logging.getLogger("train")
+
+
+def take_state(run) -> dict | None:
+    """A copy, on the CPU, of everything that resuming and sampling need; None on the ranks that do not write."""
+    sums = run.meter.loss_sums(run.ranks)
+    norms = torch.stack(torch._foreach_norm([*run.averages, *run.averaged]))
+    if not norms.isfinite().all():
+        raise Mistake(f"the weights at step {run.step} are not finite, and were not written to {run.folder.path}")
+    if run.ranks.rank:
+        return None
+    return _copied(
+        {
+            "config": run.config,
+            "shape": list(run.shape),
+            "step": run.step,
+            "epoch": run.epoch,
+            "closed": run.closed,
+            "world": run.ranks.world,
+            "records": run.records,
+            "best_loss": run.best_loss,
+            "loss_sums": sums,
+            "bad_steps": [int(run.meter.bad_steps), int(run.meter.bad_in_row)],
+            "model": run.model.state_dict(),
+            "ema": run.ema.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
+        }
+    )
+
+
+def _copied(state: Any) -> Any:
+    """Nested dictionaries and lists with every tensor copied to the CPU; from a GPU without waiting for it."""
+    if isinstance(state, Tensor):
+        copy = torch.empty_like(state, device="cpu", pin_memory=state.device.type == "cuda")
+        return copy.copy_(state, non_blocking=True)
+    if isinstance(state, Mapping):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(value) for value in state)
+    return state
+
+
+def restore_state(run, state: dict) -> None:
+    """Make run the one that this state was taken of."""
+    try:
+        run.model.load_state_dict(state["model"])
+        run.ema.load_state_dict(state["ema"])
+        restore_moments(run.optimizer, state["optimizer"]["state"], state["step"])
+        run.scaler.load_state_dict(state["scaler"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise Mistake(f"{run.folder.resume_from}: is not the state of a run ({reason})") from error
+    run.step, run.closed, run.records = state["step"], state["closed"], state["records"]
+    run.best_loss = state["best_loss"]
+    run.meter.restore(state["loss_sums"], state["bad_steps"], run.ranks.rank)
+    run.scheduler.last_epoch = run.step
+    for group, rate, factor in zip(run.optimizer.param_groups, run.scheduler.base_lrs, run.scheduler.lr_lambdas, strict=True):
+        group["lr"] = rate * factor(run.step)
+    if run.ranks.world != state["world"]:
+        log.warning(f"the run had {state['world']} ranks and has {run.ranks.world} now: its draws will differ")
+
+
+# Reading
+
+
+def read_state(path: Path, config: dict) -> dict:
+    """The state to resume from, if its config differs from this one only where a run may change.
+
+    Where config says "auto", it takes what the run has, in place.
+    """
+    try:
+        state = checkpoint.load(path)
+    except Mistake as error:
+        raise Mistake(f"{error}; {_newest_good(path)}") from None
+    with as_mistake(f"{path}: "):
+        _check_counters(state)
+    for section, values in config.items():
+        _settle(values, state["config"][section])
+    old, new = _flat(state["config"]), _flat(config)
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    refused = [key for key in changed if key.removeprefix("train_cfg.") not in MAY_CHANGE]
+    if refused:
+        differences = ", ".join(f"{key} ({shown(old.get(key))} then, {shown(new.get(key))} now)" for key in refused)
+        may = ", ".join(sorted(MAY_CHANGE))
+        raise Mistake(f"--resume {path}: the config is not the run's: {differences}; only these may change: {may}")
+    return state
+
+
+def _settle(config: object, run: object) -> None:
+    """Put the run's value in the place of every "auto"."""
+    if not isinstance(config, dict) or not isinstance(run, dict):
+        return
+    for key, value in config.items():
+        if value == "auto" and key in run:
+            config[key] = run[key]
+        _settle(value, run.get(key))
+
+
+def _flat(value: object, path: str = "") -> dict[str, object]:
+    """A nested config as {path: value}."""
+    if isinstance(value, dict) and value:
+        return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{path}.{name}".lstrip(".")).items()}
+    return {path: value}
+
+
+def _check_counters(state: dict) -> None:
+    """ValueError if a plain value is not such as a run saves."""
+    for name, least in {"step": 0, "closed": 0, "records": 0, "world": 1}.items():
+        if type(state.get(name)) is not int or not least <= state[name] < 2**63:
+            raise ValueError(f"{name}: must be a whole number of at least {least}")
+    if type(state.get("best_loss")) is not float or math.isnan(state["best_loss"]):
+        raise ValueError("best_loss: must be a number")
+    for name in ("loss_sums", "bad_steps"):
+        pair = state.get(name)
+        if not isinstance(pair, list) or [type(value) in (int, float) for value in pair] != [True, True]:
+            raise ValueError(f"{name}: must be two numbers")
+
+
+def _newest_good(broken: Path) -> str:
+    """What to resume from instead of a broken checkpoint."""
+    for path in sorted(broken.parent.glob("*.pth"), key=lambda path: -path.stat().st_mtime):
+        with contextlib.suppress(Mistake):
+            checkpoint.load(path)
+            return f"the newest good one is {path}: to go on from there, --resume {path}"
+    return "there is no good one beside it"
