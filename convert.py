@@ -78,6 +78,7 @@ def unet_options(kwargs: Mapping[str, Any], size: int | tuple[int, int]) -> dict
     bound = inspect.signature(TimeAwareUNet).bind(**kwargs)
     bound.apply_defaults()
     k = bound.arguments
+    attention = k["attention"] or [False] * len(k["ch_mult"])
     _require(k["patch_size"] == 1, "patch_size", k["patch_size"], "UNet2DModel has no patches")
     groups = {module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)}
     allowed = f"its layers have {sorted(groups)} groups, and UNet2DModel has one number for all"
@@ -90,8 +91,8 @@ def unet_options(kwargs: Mapping[str, Any], size: int | tuple[int, int]) -> dict
         "in_channels": k["n_channels"],
         "out_channels": k["n_channels"],
         "block_out_channels": [k["base_channels"] * multiple for multiple in k["ch_mult"]],
-        "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in k["attention"]],
-        "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(k["attention"])],
+        "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in attention],
+        "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
         "layers_per_block": k["num_res_blocks"],
         "time_embedding_dim": k["t_channels"],
         "attention_head_dim": None if k["num_heads"] == 1 else widths.pop() // k["num_heads"],

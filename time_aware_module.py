@@ -6,21 +6,30 @@ the samples of a batch: what a sample gets does not depend on its batch mates (n
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+MAX_CHANNELS, MAX_LAYERS = 2**16, 2**8
 
-def _within(most: int, **values: int) -> None:
-    """Each value lies in 1..most: a larger one is a mistake, and would run out of memory before it were seen."""
+
+def _check_range(maximum: int, **values: int) -> None:
+    """Each value lies in 1..maximum: a larger one is a mistake, and would run out of memory before it were seen."""
     for name, value in values.items():
-        if not 1 <= value <= most:
-            raise ValueError(f"{name} = {value}: must lie in 1..{most}")
+        if not 1 <= value <= maximum:
+            raise ValueError(f"{name} = {value}: must lie in 1..{maximum}")
 
 
-MOST_CHANNELS, MOST_LAYERS = 2**16, 2**8
+def _groups_of_all(base_channels: int) -> int:
+    """The most of 32, 16, 8, ... groups that part base_channels evenly, with at least 4 channels each, or 1 group."""
+    groups = math.gcd(32, base_channels)
+    while groups > 1 and base_channels // groups < 4:
+        groups //= 2
+    return groups
 
 
 class TimeEmbedding(nn.Module):
@@ -50,7 +59,7 @@ class _GroupNorm(nn.GroupNorm):
 
 
 def _norm(channels: int, num_groups: int | None) -> nn.GroupNorm:
-    """GroupNorm; by default of 32 groups as in the paper, or fewer so that a group has at least 4 channels.
+    """GroupNorm of num_groups, or for None of 32 as in the paper, or fewer so that a group has at least 4 channels.
 
     With a channel a group the normalisation would erase each channel's mean, and with it the brightness of the image.
     """
@@ -59,6 +68,13 @@ def _norm(channels: int, num_groups: int | None) -> nn.GroupNorm:
     if channels % num_groups:
         raise ValueError(f"num_groups = {num_groups}: must divide the channels of every layer, of which one has {channels}")
     return _GroupNorm(num_groups, channels, eps=1e-6)
+
+
+def _zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    """The layer, starting at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ResidualBlock(nn.Module):
@@ -71,10 +87,8 @@ class ResidualBlock(nn.Module):
         self.time = nn.Linear(t_channels, c_out)
         self.norm2 = _norm(c_out, num_groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = _zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -92,9 +106,7 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.norm = _norm(channels, num_groups)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        self.proj = _zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
@@ -146,6 +158,17 @@ class Stage(nn.Sequential):
         return x
 
 
+def _check_unet(base_channels: int, ch_mult: Sequence[int], attention: Sequence[bool], dropout: float) -> None:
+    if not 1 <= len(ch_mult) <= MAX_LAYERS or not all(1 <= multiple <= MAX_LAYERS for multiple in ch_mult):
+        raise ValueError(f"ch_mult = {list(ch_mult[:9])}: must be 1 to {MAX_LAYERS} numbers, each in 1..{MAX_LAYERS}")
+    if len(attention) != len(ch_mult):
+        raise ValueError(f"attention = {list(attention)}: must have one entry a level, as ch_mult = {list(ch_mult)} has")
+    if base_channels % 2:
+        raise ValueError(f"base_channels = {base_channels}: must be even, half sines and half cosines of t")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout = {dropout}: must be at least 0 and below 1")
+
+
 class TimeAwareUNet(nn.Module):
     """The U-Net of Ho et al. 2020, appendix B: [B, n_channels, H, W], t [B] -> [B, n_channels, H, W].
 
@@ -154,10 +177,12 @@ class TimeAwareUNet(nn.Module):
     t_channels      width of the time embedding, None for 4 * base_channels
     ch_mult         one factor a level; each level but the last halves height and width
     num_res_blocks  residual blocks a level on the way down (one more on the way up)
-    attention       for each level: self-attention after each of its residual blocks? (the lowest point always has one)
+    attention       for each level: self-attention after each of its residual blocks? None for no level. (The middle, between
+                    the way down and the way up, always has one.) The paper's: at 16 x 16 pixels, of 32 x 32 the second level
     num_heads       heads of the attention
     dropout         probability of zeroing a feature in a residual block
-    num_groups      groups of every GroupNorm, None for the paper's 32, or fewer where a layer has less than 128 channels
+    num_groups      groups of every GroupNorm; "auto": the paper's 32, or fewer so that at the first level, and so everywhere, a
+                    group has at least 4 channels; None: each layer by itself 32, or fewer by that rule (as before "auto")
     patch_size      side of the squares of pixels that the first level sees as channels: 2 saves the level of full resolution
                     (Hoogeboom et al. 2023, section 3.2)
 
@@ -174,35 +199,31 @@ class TimeAwareUNet(nn.Module):
         t_channels: int | None = None,
         ch_mult: Sequence[int] = (1, 2, 2, 2),
         num_res_blocks: int = 2,
-        attention: Sequence[bool] = (False, True, False, False),
+        attention: Sequence[bool] | None = None,
         num_heads: int = 1,
         dropout: float = 0.0,
-        num_groups: int | None = None,
+        num_groups: int | Literal["auto"] | None = "auto",
         patch_size: int = 1,
     ):
         super().__init__()
         t_channels = 4 * base_channels if t_channels is None else t_channels
-        _within(MOST_CHANNELS, n_channels=n_channels, base_channels=base_channels, t_channels=t_channels, num_heads=num_heads)
-        _within(MOST_CHANNELS, num_groups=1 if num_groups is None else num_groups)
-        _within(MOST_LAYERS, num_res_blocks=num_res_blocks, patch_size=patch_size)
-        if not 1 <= len(ch_mult) <= MOST_LAYERS or not all(1 <= multiple <= MOST_LAYERS for multiple in ch_mult):
-            raise ValueError(f"ch_mult = {list(ch_mult[:9])}: must be 1 to {MOST_LAYERS} numbers, each in 1..{MOST_LAYERS}")
-        if len(attention) != len(ch_mult):
-            raise ValueError(f"attention = {list(attention)}: must have one entry a level, as ch_mult = {list(ch_mult)} has")
-        if base_channels % 2:
-            raise ValueError(f"base_channels = {base_channels}: must be even, half sines and half cosines of t")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout = {dropout}: must be at least 0 and below 1")
+        attention = (False,) * len(ch_mult) if attention is None else attention
+        num_groups = _groups_of_all(base_channels) if num_groups == "auto" else num_groups
+        _check_range(MAX_CHANNELS, n_channels=n_channels, base_channels=base_channels, t_channels=t_channels)
+        _check_range(MAX_CHANNELS, num_heads=num_heads, num_groups=1 if num_groups is None else num_groups)
+        _check_range(MAX_LAYERS, num_res_blocks=num_res_blocks, patch_size=patch_size)
+        _check_unet(base_channels, ch_mult, attention, dropout)
         self.n_channels = n_channels
         self.patch_size = patch_size
         self.size_multiple = patch_size * 2 ** (len(ch_mult) - 1)
         self.activation_checkpointing = False
+        widths = [base_channels * multiple for multiple in ch_mult]
+        residual = partial(ResidualBlock, t_channels=t_channels, dropout=dropout, num_groups=num_groups)
 
         def block(c_in: int, level: int) -> Stage:
-            c_out = base_channels * ch_mult[level]
-            stage = Stage(ResidualBlock(c_in, c_out, t_channels, dropout, num_groups))
+            stage = Stage(residual(c_in, widths[level]))
             if attention[level]:
-                stage.append(SelfAttention(c_out, num_heads, num_groups))
+                stage.append(SelfAttention(widths[level], num_heads, num_groups))
             return stage
 
         self.time_embedding = TimeEmbedding(base_channels, t_channels)
@@ -213,30 +234,24 @@ class TimeAwareUNet(nn.Module):
         for level in range(len(ch_mult)):
             for _ in range(num_res_blocks):
                 self.down.append(block(channels[-1], level))
-                channels.append(base_channels * ch_mult[level])
+                channels.append(widths[level])
             if level < len(ch_mult) - 1:
                 self.down.append(Stage(Downsample(channels[-1])))
                 channels.append(channels[-1])
 
         c = channels[-1]
-        self.middle = Stage(
-            ResidualBlock(c, c, t_channels, dropout, num_groups),
-            SelfAttention(c, num_heads, num_groups),
-            ResidualBlock(c, c, t_channels, dropout, num_groups),
-        )
+        self.middle = Stage(residual(c, c), SelfAttention(c, num_heads, num_groups), residual(c, c))
 
         self.up = nn.ModuleList()
         for level in reversed(range(len(ch_mult))):
             for _ in range(num_res_blocks + 1):
                 self.up.append(block(c + channels.pop(), level))
-                c = base_channels * ch_mult[level]
+                c = widths[level]
             if level > 0:
                 self.up[-1].append(Upsample(c))
 
         self.norm_out = _norm(c, num_groups)
-        self.conv_out = nn.Conv2d(c, n_channels * patch_size**2, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        self.conv_out = _zeroed(nn.Conv2d(c, n_channels * patch_size**2, 3, padding=1))
 
     def forward(self, xt: Tensor, t: Tensor) -> Tensor:
         if xt.ndim != 4 or xt.shape[1] != self.n_channels:
@@ -275,8 +290,8 @@ class TimeAwareMLP(nn.Module):
 
     def __init__(self, n_features: int, hidden: int = 128, depth: int = 3, t_channels: int = 64):
         super().__init__()
-        _within(MOST_CHANNELS, n_features=n_features, hidden=hidden, t_channels=t_channels)
-        _within(MOST_LAYERS, depth=depth)
+        _check_range(MAX_CHANNELS, n_features=n_features, hidden=hidden, t_channels=t_channels)
+        _check_range(MAX_LAYERS, depth=depth)
         if t_channels % 2:
             raise ValueError(f"t_channels = {t_channels}: must be even, half sines and half cosines of t")
         self.n_features = n_features

@@ -23,7 +23,8 @@ NETWORKS = {
     "attention everywhere, three levels": SMALL | {"ch_mult": [1, 1, 1], "attention": [True] * 3, "num_heads": 2},
     "one block a level, odd widths": SMALL | {"num_res_blocks": 1, "ch_mult": [1, 3, 2], "attention": [True, False, False]},
     "one level, narrow time, dropout": SMALL | {"ch_mult": [1], "attention": [False], "t_channels": 24, "dropout": 0.2},
-    "default groups": {"n_channels": 3, "base_channels": 128, "ch_mult": [1, 1], "attention": [False, True]},
+    "as many groups as the paper's": {"n_channels": 3, "base_channels": 128, "ch_mult": [1, 1], "num_groups": 32},
+    "groups by default": {"n_channels": 3, "base_channels": 24, "ch_mult": [1, 2]},
 }
 FOUND = {  # the options of google/ddpm-cifar10-32, narrow and of two levels
     "sample_size": 8,
@@ -124,7 +125,7 @@ def test_a_network_of_diffusers_comes_here(options):
 
 
 def test_the_cifar10_network_has_the_options_of_google_ddpm_cifar10_32():
-    options = convert.unet_options({"n_channels": 3}, 32)
+    options = convert.unet_options({"n_channels": 3, "attention": [False, True, False, False]}, 32)
     published = {  # its config.json
         "act_fn": "silu",
         "attention_head_dim": None,

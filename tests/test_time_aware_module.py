@@ -5,7 +5,7 @@ from torch import nn
 
 from beta_schedule import LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
-from time_aware_module import TimeAwareMLP, TimeAwareUNet, Upsample
+from time_aware_module import SelfAttention, TimeAwareMLP, TimeAwareUNet, Upsample
 
 
 def small_unet(**kwargs):
@@ -17,10 +17,44 @@ def small_unet(**kwargs):
     return net
 
 
+CIFAR10 = {"n_channels": 3, "attention": (False, True, False, False)}  # of Ho et al. 2020, appendix B
+
+
+def size(net):
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
 def test_the_cifar10_unet_has_the_35_7_million_parameters_of_ho_et_al():
     with torch.device("meta"):
-        net = TimeAwareUNet(3)
-    assert sum(parameter.numel() for parameter in net.parameters()) == 35_746_307
+        assert size(TimeAwareUNet(**CIFAR10)) == 35_746_307
+
+
+@pytest.mark.parametrize("ch_mult", [(1,), (1, 2, 2, 2), (1, 1, 2, 2, 4, 4)])
+def test_without_attention_named_a_unet_of_any_depth_has_it_in_the_middle_alone(ch_mult):
+    with torch.device("meta"):
+        net = TimeAwareUNet(3, 8, ch_mult=ch_mult)
+    assert [name for name, module in net.named_modules() if isinstance(module, SelfAttention)] == ["middle.1"]
+
+
+def groups_of(net):
+    return [(module.num_groups, module.num_channels) for module in net.modules() if isinstance(module, nn.GroupNorm)]
+
+
+@pytest.mark.parametrize(
+    ("base_channels", "groups"), [(128, 32), (64, 16), (32, 8), (96, 16), (40, 8), (24, 4), (8, 2), (6, 1), (2, 1), (256, 32)]
+)
+def test_auto_is_one_number_of_groups_for_all_layers_of_at_least_4_channels_each(base_channels, groups):
+    with torch.device("meta"):
+        net = TimeAwareUNet(3, base_channels, ch_mult=(1, 3), num_res_blocks=1)
+    assert {number for number, _ in groups_of(net)} == {groups}
+    assert all(channels % groups == 0 for _, channels in groups_of(net))
+    assert min(channels // groups for _, channels in groups_of(net)) >= min(4, base_channels)
+
+
+def test_null_groups_are_those_of_each_layer_as_in_older_checkpoints():
+    with torch.device("meta"):
+        net = TimeAwareUNet(3, 32, ch_mult=(1, 2, 4), num_res_blocks=1, num_groups=None)
+    assert {channels: groups for groups, channels in groups_of(net)} == {32: 8, 64: 16, 96: 8, 128: 32, 192: 16, 256: 32}
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 7)])
@@ -46,9 +80,11 @@ def test_patches_are_pixels_as_channels():
         net(torch.randn(1, 3, 6, 8), torch.tensor([1]))
 
 
-def test_the_parameters_match_those_of_diffusers_network():
+def test_the_parameters_are_as_many_as_those_of_diffusers_network():
+    """Of every shape, too; its attention has three matrices where ours has one of three times the height."""
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
+        net = TimeAwareUNet(**CIFAR10)
         peer = diffusers.UNet2DModel(
             sample_size=32,
             block_out_channels=(128, 256, 256, 256),
@@ -59,7 +95,9 @@ def test_the_parameters_match_those_of_diffusers_network():
             flip_sin_to_cos=False,
             freq_shift=1,
         )
-    assert sum(parameter.numel() for parameter in peer.parameters()) == 35_746_307
+    assert size(net) == size(peer) == 35_746_307
+    parts = [part for name, p in net.named_parameters() for part in (p.chunk(3) if ".qkv." in name else [p])]
+    assert sorted(p.shape for p in parts) == sorted(p.shape for p in peer.parameters())
 
 
 @pytest.mark.parametrize(("channels", "height", "width"), [(1, 8, 8), (3, 4, 12), (5, 16, 2)])
@@ -93,6 +131,7 @@ def test_wrong_channels_are_refused(shape):
         ({"dropout": 1.0}, "dropout = 1"),
         ({"num_heads": 5}, "num_heads = 5.*divide"),
         ({"num_groups": 7}, "num_groups = 7.*divide"),
+        ({"num_groups": 0}, "num_groups = 0"),
     ],
 )
 def test_bad_unet_arguments_are_refused_by_name(kwargs, message):
