@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from samplers import SAMPLERS
+from torch import Tensor
 
 from checkpoint import MOST_VALUES, load_diffusion, save
 from config import network_without_memory

@@ -70,9 +70,17 @@ class Trainer:
         self.ranks = Ranks(device)
         self.device = self.ranks.device
         self.stopper = Stopper(self.ranks)
-        self.folder = RunFolder(config["train_cfg"]["model_save_dirpath"], resume, overwrite, writes=self.ranks.rank == 0)
-        state = read_state(self.folder.resume_from, config) if self.folder.resume_from else None
-        self.cfg = build_train_config(config)
+        self.folder = RunFolder(config["train_cfg"]["model_save_dirpath"], writes=self.ranks.rank == 0)
+        try:
+            self.folder.claim(resume, overwrite)
+            self._set_up(deterministic)
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _set_up(self, deterministic: bool) -> None:
+        state = read_state(self.folder.resume_from, self.config) if self.folder.resume_from else None
+        self.cfg = build_train_config(self.config)
         self._check_batch()
         with self.stopper:
             self._build_model_and_data()

@@ -23,6 +23,7 @@ from runs import tiny
 
 import test as sampling
 import train
+from training import run_folder
 
 SCRIPTS = {"train": train, "test": sampling}
 SERVER = multiprocessing.get_context("forkserver")
@@ -104,7 +105,7 @@ def _child(script: str, argv: list[str], folder: str, output: str, faults: Fault
         act_at_file_operation(folder, faults.fill_at, fill_disk)
     if faults.signals_at:
         signal_twice_in(faults.signals_at)
-    begun, open_folder = [], train.open_folder
+    begun, open_folder = [], run_folder.RunFolder.open
 
     def opening(*args):
         begun.append(time.process_time())
@@ -112,7 +113,7 @@ def _child(script: str, argv: list[str], folder: str, output: str, faults: Fault
             signal_after(*faults.signal_after)
         open_folder(*args)
 
-    train.open_folder = opening
+    run_folder.RunFolder.open = opening
     code = SCRIPTS[script].main(argv)
     if begun:
         Path(f"{output}.seconds").write_text(str(time.process_time() - begun[0]))

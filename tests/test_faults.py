@@ -23,6 +23,8 @@ import checkpoint
 import dataset
 import train
 from files import whole_file
+from training import run_folder
+from training.run_folder import RunFolder
 
 
 def assert_whole(folder: Path) -> None:
@@ -358,13 +360,14 @@ def test_a_run_locks_its_folder_and_lets_go_at_its_end(work, monkeypatch, capsys
 
 def test_a_worker_process_does_not_hold_the_lock(work):
     """Else --resume right after a kill would be refused until the workers notice."""
-    train.hold(work)
+    folder = RunFolder(str(work), writes=True)
+    folder.lock()
     pid = os.fork()
     if not pid:
-        os._exit(len(train._held))
+        os._exit(len(run_folder._locked))
     assert os.waitpid(pid, 0)[1] == 0
-    train.let_go()
-    assert train._held == {}
+    folder.close()
+    assert run_folder._locked == {}
 
 
 def test_a_file_system_without_locks_is_warned_of(work, monkeypatch, caplog):
@@ -373,6 +376,7 @@ def test_a_file_system_without_locks_is_warned_of(work, monkeypatch, caplog):
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     train.log.propagate = True
-    train.hold(work)
-    train.let_go()
+    folder = RunFolder(str(work), writes=True)
+    folder.lock()
+    folder.close()
     assert "cannot be locked (No locks available)" in caplog.text

@@ -438,7 +438,7 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(work, monkeypatch,
     def overflowing(self, pixels):
         step(self, pixels)
         if self.step == 3:
-            self.net_parameters[0].data.view(-1)[0] = torch.inf
+            self.parameters[0].data.view(-1)[0] = torch.inf
 
     monkeypatch.setattr(train.Trainer, "train_step", overflowing)
     assert train.main(run_argv()) == 2

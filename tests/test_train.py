@@ -19,6 +19,9 @@ import test as sampling
 import train
 from dataset import Digits
 from files import whole_file
+from training.batches import Batches
+from training.ranks import Ranks
+from training.seeds import WEIGHTS, mixed_seed
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def test_training_lowers_the_loss_and_the_average_follows_the_weights(tmp_path):
     lines = metrics(tmp_path / "a")
     assert lines[-1]["valid_loss"] < 0.7 * lines[0]["train_loss"]
     state = checkpoint.load(tmp_path / "a" / "last.pth")
-    torch.manual_seed(train.mixed_seed(train.WEIGHTS, 0))
+    torch.manual_seed(mixed_seed(WEIGHTS, 0))
     start = train.build_diffusion(state["config"]).state_dict()
     name = "time_aware_net.conv_in.weight"
     moved = (state["model"][name] - start[name]).norm()
@@ -105,7 +108,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_run_never_stopped(place, call
 
 def test_muon_steps_the_matrices_of_hidden_layers_and_adam_the_rest(tmp_path):
     settings = [*TINY, f"train_cfg.model_save_dirpath={tmp_path / 'a'}", "train_cfg.optimizer=muon"]
-    run = train.Trainer(train.load_config(ROOT / "configs" / "Digits_den.json", settings), train.Ranks("cpu"), train.Stopper())
+    run = train.Trainer(train.load_config(ROOT / "configs" / "Digits_den.json", settings), "cpu")
     run.train_step(next(run.train_data.epoch(0)))
     for name, p in run.model.time_aware_net.named_parameters():
         hidden_matrix = name.split(".")[0] in ("down", "middle", "up") and p.ndim > 1
@@ -415,9 +418,9 @@ def test_ranks_share_an_epoch_without_overlap():
     cfg = train.build_train_config(config | {"train_cfg": config["train_cfg"]})
     parts = []
     for rank in range(3):
-        ranks = train.Ranks("cpu")
+        ranks = Ranks("cpu")
         ranks.world, ranks.rank = 3, rank
-        parts.append([i for batch in train.Batches(Digits(), cfg, ranks, shuffle=True)._indices(0, 0) for i in batch.tolist()])
+        parts.append([i for batch in Batches(Digits(), cfg, ranks, shuffle=True).indices(0) for i in batch.tolist()])
     assert len(parts[0]) == len(parts[1]) == len(parts[2]) == 539
     assert sorted(sum(parts, [])) == list(range(1617))  # noqa: RUF017
 
@@ -449,11 +452,10 @@ def given(self, x0, chunk_size=None):
 
 GaussianDiffusion.forward = given
 path, *settings = sys.argv[2:]
-ranks = train.Ranks("cpu")
-run = train.Trainer(train.load_config(path, settings), ranks, train.Stopper())
+run = train.Trainer(train.load_config(path, settings), "cpu")
 run.train_step(next(run.train_data.epoch(0)))
-if ranks.rank == 0:  # Adam's first average of the gradients: a tenth of them
-    torch.save([10 * run.optimizer.state[p]["exp_avg"] for p in run.net_parameters], sys.argv[1])
+if run.ranks.rank == 0:  # Adam's first average of the gradients: a tenth of them
+    torch.save([10 * run.optimizer.state[p]["exp_avg"] for p in run.parameters], sys.argv[1])
 """
 
 

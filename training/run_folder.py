@@ -25,29 +25,28 @@ os.register_at_fork(after_in_child=_unlock_all)  # or a worker process would kee
 
 
 class RunFolder:
-    """The folder train_cfg.model_save_dirpath, which one process at a time may write to.
+    """The folder train_cfg.model_save_dirpath, which one process at a time may write to; writes: does this rank?"""
 
-    resume     None: a new run. "": go on from last.pth. A path: go on from that checkpoint
-    overwrite  delete the run that is there
-    writes     is this the rank that writes?
-    """
+    def __init__(self, path: str, writes: bool):
+        self.path, self.writes, self.log_file, self.resume_from = Path(path), writes, None, None
 
-    def __init__(self, path: str, resume: str | None, overwrite: bool, writes: bool):
-        self.path, self.writes, self.log_file = Path(path), writes, None
-        there = _first_existing(self.path)
+    def claim(self, resume: str | None, overwrite: bool) -> None:
+        """Lock it, if it is there, and refuse what would harm the run in it. resume and overwrite are the Trainer's."""
+        path = self.path
+        there = _first_existing(path)
         if not there.is_dir():
             raise Mistake(f"train_cfg.model_save_dirpath = {path}: {there} is not a folder")
-        if writes and self.path.exists():
+        if self.writes and path.exists():
             self.lock()  # before anything in it is read
-        if resume and self.files() and Path(resume).resolve().parent != self.path.resolve():
+        if resume and self.files() and Path(resume).resolve().parent != path.resolve():
             raise Mistake(f"--resume {resume}: is of another folder than {path}, which holds a run already")
         if self.files() and resume is None and not overwrite:
             raise Mistake(
                 f"{path} holds a run already: add --resume to go on with it, --overwrite to delete it and start anew, or "
                 "--set train_cfg.model_save_dirpath=FOLDER for another folder"
             )
-        self.resume_from = None if resume is None else Path(resume) if resume else self.path / "last.pth"
-        if resume == "" and not any((self.path / name).exists() for name in ("last.pth", "best.pth")):
+        self.resume_from = None if resume is None else Path(resume) if resume else path / "last.pth"
+        if resume == "" and not any((path / name).exists() for name in ("last.pth", "best.pth")):
             log.warning(f"{self.resume_from} is not there: starting at step 0")
             self.resume_from = None
 
