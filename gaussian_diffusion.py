@@ -1,4 +1,4 @@
-"""Gaussian diffusion: the forward process, the reverse process, the losses, the variational bound and the samplers.
+"""Gaussian diffusion: the forward process, the reverse process, the losses, the variational bound, samples.
 
 Nothing here knows of images: x is any float tensor [B, ...], the network any net(xt, t) -> tensor of xt's shape. Equation
 numbers are those of the README, section "The mathematics".
@@ -8,12 +8,14 @@ numbers are those of the README, section "The mathematics".
 """
 
 import argparse
+import inspect
 import math
 import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise, product
 from typing import Literal, NamedTuple, get_args
 
@@ -22,13 +24,57 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-ReverseVariance = Literal["beta", "sigma_bar_square", "learnable"]
-PredictionName = Literal["direct", "reconstruction", "denoising", "velocity"]
-LossMode = Literal["simple", "full", "min_snr"]
-SamplerName = Literal["ddpm", "ddim", "dpm"]
+from samplers import SAMPLERS, Level, Sampler, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
 CHUNK_ROWS = 128  # rows of one network call in the sums over t, unless the caller gives a chunk size
+
+
+class Process(NamedTuple):
+    """The coefficients of q (equations 1 to 4), each [T]."""
+
+    step_signal_scale: Tensor  # sqrt(alpha_t)
+    step_noise_scale: Tensor  # sqrt(beta_t)
+    signal_scale: Tensor  # sqrt(alpha_bar_t)
+    noise_scale: Tensor  # sqrt(1 - alpha_bar_t)
+    signal_scale_before: Tensor  # sqrt(alpha_bar_{t-1})
+    mu_bar_from_x0: Tensor  # c_t
+    mu_bar_from_xt: Tensor  # a_t
+    sigma_bar_square: Tensor  # 0 at t = 1
+
+
+def _process(alpha_bar: Tensor) -> Process:
+    before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])  # alpha_bar_0 = 1
+    alpha = alpha_bar / before
+    beta = 1 - alpha
+    return Process(
+        step_signal_scale=alpha.sqrt(),
+        step_noise_scale=beta.sqrt(),
+        signal_scale=alpha_bar.sqrt(),
+        noise_scale=(1 - alpha_bar).sqrt(),
+        signal_scale_before=before.sqrt(),
+        mu_bar_from_x0=before.sqrt() * beta / (1 - alpha_bar),
+        mu_bar_from_xt=alpha.sqrt() * (1 - before) / (1 - alpha_bar),
+        sigma_bar_square=beta * (1 - before) / (1 - alpha_bar),
+    )
+
+
+def _constant(q: Process, value: float) -> Tensor:
+    return torch.full_like(q.signal_scale, value)
+
+
+# What the network's output is: u_t and w_t of its target u_t x_0 + w_t eps (equation 10), each [T]
+PREDICTIONS = {
+    "direct": lambda q: (q.signal_scale_before, q.mu_bar_from_xt * q.noise_scale),  # mu_bar
+    "reconstruction": lambda q: (_constant(q, 1), _constant(q, 0)),  # x_0
+    "denoising": lambda q: (_constant(q, 0), _constant(q, 1)),  # eps
+    "velocity": lambda q: (-q.noise_scale, q.signal_scale),  # v of Salimans & Ho 2022
+}
+
+ReverseVariance = Literal["beta", "sigma_bar_square", "learnable"]
+PredictionName = Literal[tuple(PREDICTIONS)]
+LossMode = Literal["simple", "full", "min_snr"]
+SamplerName = Literal[tuple(SAMPLERS)]
 
 
 class Prediction(NamedTuple):
@@ -48,9 +94,9 @@ class Bound(NamedTuple):
     total: Tensor
 
 
-def _choice(name: str, value: str, allowed: object) -> None:
-    if value not in get_args(allowed):
-        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(get_args(allowed))}")
+def _choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
 
 
 class GaussianDiffusion(nn.Module):
@@ -75,9 +121,9 @@ class GaussianDiffusion(nn.Module):
         loss_mode: LossMode = "simple",
     ):
         super().__init__()
-        _choice("reverse_variance", reverse_variance, ReverseVariance)
-        _choice("prediction", prediction, PredictionName)
-        _choice("loss_mode", loss_mode, LossMode)
+        _choice("reverse_variance", reverse_variance, get_args(ReverseVariance))
+        _choice("prediction", prediction, PREDICTIONS)
+        _choice("loss_mode", loss_mode, get_args(LossMode))
         self.time_aware_net = time_aware_net
         self.reverse_variance = reverse_variance
         self.prediction = prediction
@@ -95,42 +141,21 @@ class GaussianDiffusion(nn.Module):
 
     def _tables(self) -> dict[str, Tensor]:
         """Every coefficient that is looked up by t, float64 [T]."""
-        alpha_bar = self._alpha_bar
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])  # alpha_bar_0 = 1
-        alpha = alpha_bar / previous
-        beta = 1 - alpha
-        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # x_t = signal x_0 + noise eps
-        # equation 4: mu_bar_t of q(x_{t-1} | x_0, x_t)
-        mu_bar_from_x0 = previous.sqrt() * beta / (1 - alpha_bar)
-        mu_bar_from_xt = alpha.sqrt() * (1 - previous) / (1 - alpha_bar)
-        # equation 10: the network's target is u x_0 + w eps
-        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-        u, w = {
-            "direct": (previous.sqrt(), mu_bar_from_xt * noise),
-            "reconstruction": (one, zero),
-            "denoising": (zero, one),
-            "velocity": (-noise, signal),
-        }[self.prediction]
+        q = _process(self._alpha_bar)
+        u, w = PREDICTIONS[self.prediction](q)
         # equation 11: x_t and the target, solved for x_0 and eps
-        det = u * noise - w * signal
-        x0_from_xt, x0_from_out = -w / det, noise / det
-        return {
-            "step_signal": alpha.sqrt(),
-            "step_noise": beta.sqrt(),
-            "signal": signal,
-            "noise": noise,
-            "mu_bar_from_x0": mu_bar_from_x0,
-            "mu_bar_from_xt": mu_bar_from_xt,
-            "posterior_variance": beta * (1 - previous) / (1 - alpha_bar),  # 0 at t = 1
+        d = u * q.noise_scale - w * q.signal_scale
+        x0_from_xt, x0_from_out = -w / d, q.noise_scale / d
+        return q._asdict() | {
             "target_from_x0": u,
             "target_from_eps": w,
-            "mu_from_xt": mu_bar_from_xt + mu_bar_from_x0 * x0_from_xt,
-            "mu_from_out": mu_bar_from_x0 * x0_from_out,
+            "mu_from_xt": q.mu_bar_from_xt + q.mu_bar_from_x0 * x0_from_xt,
+            "mu_from_out": q.mu_bar_from_x0 * x0_from_out,
             "x0_from_xt": x0_from_xt,
             "x0_from_out": x0_from_out,
-            "eps_from_xt": u / det,
-            "eps_from_out": -signal / det,
-            "min_snr_weight": (alpha_bar / (1 - alpha_bar)).clamp(max=MIN_SNR_GAMMA) * x0_from_out**2,
+            "eps_from_xt": u / d,
+            "eps_from_out": -q.signal_scale / d,
+            "min_snr_weight": (self._alpha_bar / (1 - self._alpha_bar)).clamp(max=MIN_SNR_GAMMA) * x0_from_out**2,
         }
 
     def _register_variance(self) -> None:
@@ -149,7 +174,7 @@ class GaussianDiffusion(nn.Module):
 
     def _variance(self, x0_error: Tensor) -> Tensor:
         """Equation 9: sigma_t^2 = sigma_bar_t^2 + mu_bar_from_x0_t^2 x0_error_t, [T]."""
-        return self.posterior_variance + self.mu_bar_from_x0**2 * x0_error
+        return self.sigma_bar_square + self.mu_bar_from_x0**2 * x0_error
 
     @property
     def sigma_square(self) -> Tensor:
@@ -176,21 +201,21 @@ class GaussianDiffusion(nn.Module):
         """table [T] at the times t [B], shaped [B, 1, ..., 1] to multiply `like`."""
         return table.index_select(0, t - 1).view(-1, *[1] * (like.ndim - 1))
 
-    def _mix(self, a: str, x: Tensor, b: str, y: Tensor, t: Tensor) -> Tensor:
-        """a_t x + b_t y, with a and b the names of tables."""
-        return self._at(getattr(self, a), t, x) * x + self._at(getattr(self, b), t, y) * y
+    def _mix(self, a: Tensor, x: Tensor, b: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        """a_t x + b_t y, with a and b tables [T]."""
+        return self._at(a, t, x) * x + self._at(b, t, y) * y
 
     # Forward process
 
     def q_step(self, x_prev: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw x_t of q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I) (equation 1)."""
         noise = _noise(x_prev, noise)
-        return self._mix("step_signal", x_prev, "step_noise", noise, self._times(t, x_prev))
+        return self._mix(self.step_signal_scale, x_prev, self.step_noise_scale, noise, self._times(t, x_prev))
 
     def q_sample(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw x_t of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (equation 2)."""
         noise = _noise(x0, noise)
-        return self._mix("signal", x0, "noise", noise, self._times(t, x0))
+        return self._mix(self.signal_scale, x0, self.noise_scale, noise, self._times(t, x0))
 
     def q_posterior(self, x0: Tensor, xt: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """mu_bar_t (x's shape) and sigma_bar_t^2 [B, 1, ..., 1] of q(x_{t-1} | x_0, x_t) (equations 3 and 4).
@@ -198,9 +223,9 @@ class GaussianDiffusion(nn.Module):
         At t = 1 the mean is x_0 itself, and sigma_bar_1^2, 0 by the formula, is taken as beta_1.
         """
         t = self._times(t, xt)
-        variance = self._at(self.posterior_variance, t, xt)
-        first = self._at(self.step_noise**2, t, xt)
-        mean = self._mix("mu_bar_from_x0", x0, "mu_bar_from_xt", xt, t)
+        variance = self._at(self.sigma_bar_square, t, xt)
+        first = self._at(self.step_noise_scale**2, t, xt)
+        mean = self._mix(self.mu_bar_from_x0, x0, self.mu_bar_from_xt, xt, t)
         return mean, torch.where(t.view(variance.shape) == 1, first, variance)
 
     # Reverse process
@@ -213,14 +238,18 @@ class GaussianDiffusion(nn.Module):
         """mu, x_0 and eps as one call of the network at (x_t, t) implies them (equation 11)."""
         t = self._times(t, xt)
         out = self._net(xt, t)
-        return Prediction(*(self._mix(f"{name}_from_xt", xt, f"{name}_from_out", out, t) for name in Prediction._fields))
+        return Prediction(
+            mu=self._mix(self.mu_from_xt, xt, self.mu_from_out, out, t),
+            x0=self._mix(self.x0_from_xt, xt, self.x0_from_out, out, t),
+            eps=self._mix(self.eps_from_xt, xt, self.eps_from_out, out, t),
+        )
 
     def p_mean_variance(self, xt: Tensor, t: int | Tensor, clip_x0: bool = False) -> tuple[Tensor, Tensor]:
         """Mean (x's shape) and variance [B, 1, ..., 1] of p(x_{t-1} | x_t); clip_x0 keeps the predicted x_0 in [-1, 1]."""
         t = self._times(t, xt)
         mean, x0, _ = self.predict(xt, t)
         if clip_x0:
-            mean = self._mix("mu_bar_from_x0", x0.clamp(-1, 1), "mu_bar_from_xt", xt, t)
+            mean = self._mix(self.mu_bar_from_x0, x0.clamp(-1, 1), self.mu_bar_from_xt, xt, t)
         return mean, self._at(self.sigma_square, t, xt)
 
     def p_sample(self, xt: Tensor, t: int | Tensor, noise: Tensor | None = None, clip_x0: bool = False) -> Tensor:
@@ -235,14 +264,14 @@ class GaussianDiffusion(nn.Module):
     def _residual(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The network's output at q_sample(x_0, t, noise) less its target (equation 10)."""
         out = self._net(self.q_sample(x0, t, noise), t)
-        return out - self._mix("target_from_x0", x0, "target_from_eps", noise, t)
+        return out - self._mix(self.target_from_x0, x0, self.target_from_eps, noise, t)
 
     def _bound_term(self, t: Tensor, error: Tensor) -> Tensor:
         """[B]: the term of L_2 / n or L_1 / n (equations 13 and 8) at t, of the network's mean squared error [B]."""
         sigma_square = self._at(self.sigma_square, t, error)
         term = self._at(self.mu_from_out**2, t, error) * error / sigma_square
         if self.reverse_variance == "learnable":
-            term = term + sigma_square.log() + self._at(self.posterior_variance, t, error) / sigma_square
+            term = term + sigma_square.log() + self._at(self.sigma_bar_square, t, error) / sigma_square
         return term
 
     def _loss(self, mode: LossMode, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -358,7 +387,7 @@ class GaussianDiffusion(nn.Module):
             reconstruction = _gaussian_nll(x0, mu, sigma_square[0], discretized)
             for t, residual in residuals:
                 mu_error = self.mu_from_out[t - 1, None] ** 2 * residual.square().flatten(2).mean(2)  # [k, B]
-                ratio = (self.posterior_variance / sigma_square)[t - 1, None]
+                ratio = (self.sigma_bar_square / sigma_square)[t - 1, None]
                 term = 0.5 * (ratio - 1 - ratio.log() + mu_error / sigma_square[t - 1, None])
                 kl += (length[t - 1, None] * term).sum(0)
         return Bound(prior, kl, reconstruction, prior + kl + reconstruction)
@@ -383,30 +412,32 @@ class GaussianDiffusion(nn.Module):
         batches is iterated once; each x_0 [B, ...] is evaluated at all T times. A progress bar counts them. Works for every
         reverse_variance, and is saved with the module's state. chunk_size and generator as in variational_bound.
         """
-        error, count = torch.zeros(self.T, dtype=torch.float64), 0
+        errors, count = [], 0
         total = len(batches) * self.T if hasattr(batches, "__len__") else None
         with self._evaluating(), tqdm(total=total, desc="fitting the reverse variance", unit="t") as bar:
             for x0 in batches:
-                times = torch.arange(2, self.T + 1, device=x0.device)
+                times, pieces = torch.arange(2, self.T + 1, device=x0.device), []
                 for t, residual in self._residuals(x0, times, chunk_size, generator):
-                    error[t.cpu() - 1] += residual.square().flatten(2).mean(2).sum(1).double().cpu()
+                    pieces.append(residual.square().flatten(2).mean(2).sum(1))
                     bar.update(len(t))
+                errors.append(torch.cat(pieces))  # [T]; stays on the device, so that nothing waits for it
                 count += len(x0)
-        if not count or not error.isfinite().all():
+        error = torch.stack(errors).cpu().double().sum(0) if count else torch.full((self.T,), math.nan)
+        if not error.isfinite().all():
             raise ValueError("batches: " + ("the network's error on them is not finite" if count else "there is none"))
-        x0_error = (self.x0_from_out.cpu().double() ** 2 * error / count).to(self.signal)  # equation 12
+        x0_error = (self.x0_from_out.cpu().double() ** 2 * error / count).to(self.signal_scale)  # equation 12
         x0_error.clamp_(min=1e-12)  # a network that is never wrong must still leave sigma_1^2 positive
         if self.reverse_variance == "learnable":
             self.log_sigma_square.copy_(self._variance(x0_error).log())
         else:
             self.x0_error.copy_(x0_error)
 
-    # Samplers
+    # Samples
 
     def sample(
         self,
         shape: Sequence[int],
-        sampler: SamplerName = "ddpm",
+        sampler: str | Sampler = "ddpm",
         timesteps: int | Sequence[int] | None = None,
         eta: float = 0.0,
         clip_x0: bool = False,
@@ -420,67 +451,64 @@ class GaussianDiffusion(nn.Module):
     def trajectory(
         self,
         shape: Sequence[int],
-        sampler: SamplerName = "ddpm",
+        sampler: str | Sampler = "ddpm",
         timesteps: int | Sequence[int] | None = None,
         eta: float = 0.0,
         clip_x0: bool = False,
         x_T: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Generate (t, x_t) from (T, x_T) down to (0, x_0), one network call a step, without gradients.
+        """Generate (t, x_t) from (T, x_T) down to (0, x_0), without gradients.
 
-        sampler    "ddpm": ancestral (equation 16), with the variances of the shortened chain on a subset of the steps
-                   "ddim": Song et al. 2021, equation 12; eta = 0 is deterministic, eta = 1 has the ancestral variance
-                   "dpm": DPM-Solver++ 2M, Lu et al. 2022, algorithm 2, its first and its last step of first order
-        timesteps  None: all. An int: that many, T and 1 included, spread as `steps` says. Or the times themselves, descending
+        sampler    a name in samplers.SAMPLERS, "ddpm", "ddim", "dpm" or "heun", or a function like those
+        timesteps  the steps. None: all. An int: that many, T and 1 included, spread as `steps` says. Or the times, descending
         eta        of "ddim" only, 0 to 1
         clip_x0    keep every predicted x_0 in [-1, 1], and the error that a variance assumes of it at most 1
         x_T        the state to start from, of the given shape; drawn if None
         generator  of all draws, on the module's device
         """
-        _choice("sampler", sampler, SamplerName)
+        rule = _sampler(sampler)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta = {eta:g}: must lie between 0 and 1")
-        if eta and sampler != "ddim":
-            raise ValueError(f"eta = {eta:g}: only the sampler 'ddim' has it, not {sampler!r}")
-        steps = self.steps(timesteps, sampler)
+        if _takes_eta(rule):
+            rule = partial(rule, eta=eta)
+        elif eta:
+            those = " or ".join(repr(name) for name in SAMPLERS if _takes_eta(SAMPLERS[name]))
+            raise ValueError(f"eta = {eta:g}: only the sampler {those} has it, not {sampler!r}")
+        levels = self._levels(self.steps(timesteps, sampler), clip_x0)
         if x_T is None:
-            x_T = torch.randn(*shape, generator=generator, device=self.signal.device)
+            x_T = torch.randn(*shape, generator=generator, device=self.signal_scale.device)
         elif x_T.shape != torch.Size(shape):
             raise ValueError(f"x_T of shape {list(x_T.shape)}: must have the shape asked for, {list(shape)}")
-        return self._states(x_T, steps, self._update_rule(sampler, steps, eta, clip_x0), clip_x0, generator)
+        return self._states(x_T, levels, rule, clip_x0, generator)
 
     @torch.no_grad()
-    def _states(self, x: Tensor, steps: list[int], rule: list, clip_x0: bool, generator) -> Iterator[tuple[int, Tensor]]:
-        """x_s = a x_t + b x0_hat + c (x0_hat of the step before) + d noise, for each (a, b, c, d) of the rule."""
+    def _states(self, x: Tensor, levels: list[Level], rule: Sampler, clip_x0: bool, generator) -> Iterator[tuple[int, Tensor]]:
         times = torch.empty(len(x), dtype=torch.long, device=x.device)
-        noise, x0_before = torch.empty_like(x), None
-        yield steps[0], x
-        with self._evaluating():
-            for t, following, (a, b, c, d) in zip(steps, [*steps[1:], 0], rule, strict=True):
-                out = self._net(x, times.fill_(t))
-                x0 = (self.x0_from_xt[t - 1] * x).addcmul_(self.x0_from_out[t - 1], out)
-                if clip_x0:
-                    x0.clamp_(-1, 1)
-                x = (a * x).add_(x0, alpha=b)
-                if c:
-                    x.add_(x0_before, alpha=c)
-                if d:
-                    x.add_(noise.normal_(generator=generator), alpha=d)
-                x0_before = x0
-                yield following, x
+        noise = torch.empty_like(x)
 
-    def steps(self, timesteps: int | Sequence[int] | None, sampler: SamplerName = "ddpm") -> list[int]:
+        def predict_x0(x: Tensor, t: int) -> Tensor:
+            out = self._net(x, times.fill_(t))
+            x0 = (self.x0_from_xt[t - 1] * x).addcmul_(self.x0_from_out[t - 1], out)  # equation 11
+            return x0.clamp_(-1, 1) if clip_x0 else x0
+
+        yield levels[0].t, x
+        with self._evaluating():
+            states = rule(predict_x0, x, levels, lambda: noise.normal_(generator=generator))
+            for level, x in zip(levels[1:], states, strict=True):
+                yield level.t, x
+
+    def steps(self, timesteps: int | Sequence[int] | None, sampler: str | Sampler = "ddpm") -> list[int]:
         """The times that a sampler visits, descending; ValueError for times that are not in 1..T, or not descending.
 
-        A number of them is spread evenly from T to 1: in t, or for "dpm", whose order of convergence is in it, in log snr.
+        A number of them is spread from T to 1 with the sampler's own spacing (`samplers.register`), even in t if it has none.
         """
         if timesteps is None:
             return list(range(self.T, 0, -1))
         if isinstance(timesteps, int):
             if not 1 <= timesteps <= self.T:
                 raise ValueError(f"timesteps = {timesteps}: must lie in 1..{self.T}")
-            return self._even_in_log_snr(timesteps) if sampler == "dpm" else self._even_in_time(timesteps)
+            return getattr(_sampler(sampler), "spacing", even_in_time)(self._alpha_bar, timesteps)
         steps = list(timesteps)
         if not all(isinstance(t, int) for t in steps):
             raise ValueError(f"timesteps = {steps}: must be whole numbers")
@@ -488,54 +516,45 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"timesteps = {steps}: must descend, without a repeat, within {self.T}..1")
         return steps
 
-    def _even_in_time(self, count: int) -> list[int]:
-        return torch.linspace(self.T, 1, count, dtype=torch.float64).round().int().tolist()
+    def network_calls(self, timesteps: int | Sequence[int] | None, sampler: str | Sampler = "ddpm") -> int:
+        """How often a sample calls the network, counted while the sampler runs on a single number."""
+        calls = []
 
-    def _even_in_log_snr(self, count: int) -> list[int]:
-        """The times nearest to even steps in log snr, moved apart by as little as makes them distinct."""
-        log_snr = torch.logit(self._alpha_bar)
-        targets = torch.linspace(log_snr[-1], log_snr[0], count, dtype=torch.float64)
-        nearest = (log_snr[:, None] - targets).abs().argmin(0) + 1
-        steps = []
-        for i, t in enumerate(nearest.tolist()):
-            most = steps[-1] - 1 if steps else self.T
-            steps.append(max(min(t, most), count - i))  # leave a time for each that follows
-        return steps
+        def predict_x0(x: Tensor, t: int) -> Tensor:
+            calls.append(t)
+            return torch.zeros_like(x)
 
-    def _update_rule(self, sampler: SamplerName, steps: list[int], eta: float, clip_x0: bool) -> list[tuple[float, ...]]:
-        """(a, b, c, d) of every step from t = steps[i] to s = steps[i + 1], 0 after the last; derived in float64."""
-        bar_t = self._alpha_bar[torch.tensor(steps) - 1]
-        bar_s = torch.cat([bar_t[1:], torch.ones(1, dtype=torch.float64)])
-        alpha = bar_t / bar_s
-        posterior_variance = (1 - alpha) * (1 - bar_s) / (1 - bar_t)
-        c = d = torch.zeros_like(bar_t)
-        if sampler == "ddpm":  # equations 4 and 9, with alpha and beta of the shortened chain
-            a = alpha.sqrt() * (1 - bar_s) / (1 - bar_t)
-            b = bar_s.sqrt() * (1 - alpha) / (1 - bar_t)
-            x0_error = self._assumed_x0_error()[torch.tensor(steps) - 1]
-            if clip_x0:  # of data in [-1, 1] no good guess errs by more (Bao et al. 2022, theorem 2)
-                x0_error.clamp_(max=1)
-            d = (posterior_variance + b**2 * x0_error).clamp(min=0).sqrt()
-            d[-1] = 0
-        elif sampler == "ddim":
-            d = eta * posterior_variance.sqrt()
-            a = ((1 - bar_s - d**2).clamp(min=0) / (1 - bar_t)).sqrt()
-            b = bar_s.sqrt() - a * bar_t.sqrt()
-        else:
-            h = 0.5 * (torch.logit(bar_s) - torch.logit(bar_t))  # step in log(signal / noise), infinite at the last
-            x0_share = -bar_s.sqrt() * torch.expm1(-h)
-            extrapolation = torch.zeros_like(h)
-            extrapolation[1:-1] = 0.5 * h[1:-1] / h[:-2]
-            a = ((1 - bar_s) / (1 - bar_t)).sqrt()
-            b, c = x0_share * (1 + extrapolation), -x0_share * extrapolation
-        return list(zip(*(x.tolist() for x in (a, b, c, d)), strict=True))
+        levels = self._levels(self.steps(timesteps, sampler), clip_x0=False)
+        for _ in _sampler(sampler)(predict_x0, torch.zeros(1), levels, lambda: torch.zeros(1)):
+            pass
+        return len(calls)
+
+    def _levels(self, steps: list[int], clip_x0: bool) -> list[Level]:
+        """What a sampler may know of the times it visits, and of t = 0 after them, as Python floats."""
+        x0_error = self._assumed_x0_error()
+        if clip_x0:  # of data in [-1, 1] no good guess errs by more (Bao et al. 2022, theorem 2)
+            x0_error = x0_error.clamp(max=1)
+        table = list(zip(self._alpha_bar.tolist(), x0_error.tolist(), strict=True))
+        return [*(Level(t, *table[t - 1]) for t in steps), Level(0, 1.0, 0.0)]
 
     def _assumed_x0_error(self) -> Tensor:
         """Equation 9 solved for x0_error, [T] in float64: what sigma_t^2 assumes of the network, in any chain."""
         if self.reverse_variance != "learnable":
             return self.x0_error.double().cpu()
-        excess = self.log_sigma_square.double().exp() - self.posterior_variance.double()
+        excess = self.log_sigma_square.double().exp() - self.sigma_bar_square.double()
         return (excess / self.mu_bar_from_x0.double() ** 2).detach().cpu()
+
+
+def _sampler(sampler: str | Sampler) -> Sampler:
+    """The sampler of that name, or the one given."""
+    if callable(sampler):
+        return sampler
+    _choice("sampler", sampler, SAMPLERS)
+    return SAMPLERS[sampler]
+
+
+def _takes_eta(sampler: Sampler) -> bool:
+    return "eta" in inspect.signature(sampler).parameters
 
 
 def _noise(x: Tensor, noise: Tensor | None) -> Tensor:
