@@ -29,12 +29,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config import build_dataset, build_diffusion, build_train_config, load_config
-from dataset import ImageDataset
 from evaluation.pictures import grid, save_png
-from gaussian_diffusion import GaussianDiffusion
-from mistakes import Mistake, OneLineParser, as_mistake, run_script
+from mistakes import Mistake, OneLineParser, run_script
 from training import speed
 from training.batches import Batches
+from training.checks import check_batch, check_fit
 from training.meter import Meter
 from training.optimizers import build_optimizer, lr_schedule
 from training.ranks import Ranks, leave_ranks
@@ -81,7 +80,7 @@ class Trainer:
     def _set_up(self, deterministic: bool) -> None:
         state = read_state(self.folder.resume_from, self.config) if self.folder.resume_from else None
         self.cfg = build_train_config(self.config)
-        self._check_batch()
+        check_batch(self.cfg, self.ranks)
         with self.stopper:
             self._build_model_and_data()
         speed.prepare(self, deterministic)
@@ -94,20 +93,12 @@ class Trainer:
         if state:
             restore_state(self, state)
 
-    def _check_batch(self) -> None:
-        parts = self.ranks.world * self.cfg.grad_accum
-        if self.cfg.batch_size % parts:
-            raise Mistake(
-                f"train_cfg.batch_size = {self.cfg.batch_size}: must be a multiple of {parts}, {self.ranks.world} ranks times "
-                f"grad_accum = {self.cfg.grad_accum}"
-            )
-
     def _build_model_and_data(self) -> None:
         cfg = self.cfg
         torch.manual_seed(mixed_seed(WEIGHTS, cfg.seed))
         self.model = build_diffusion(self.config)  # before the data, which may be a long download
         images = {split: build_dataset(self.config, split) for split in ("train", "valid")}
-        _check_fit(self.model, images)
+        check_fit(self.model, images)
         self.shape = images["train"].shape
         check = self.stopper.check
         self.train_data = Batches(images["train"], cfg, self.ranks, shuffle=True, check_signals=check)
@@ -309,20 +300,6 @@ class Trainer:
         self._write("best.pth", self.best)
         self._write("last.pth", state)
         self.best, self.last_save = None, time.monotonic()
-
-
-def _check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None:
-    """Try the network on one image of each data set; warn of a prior that is not pure noise."""
-    for split, data in images.items():
-        with torch.no_grad(), as_mistake(f"time_aware_net: does not take the images of dataset.{split}: "):
-            model.eval().predict(torch.zeros(1, *data.shape), 1)
-    model.train()
-    alpha_bar = model.signal[-1].item() ** 2
-    if alpha_bar > 0.01:
-        log.warning(
-            f"alpha_bar_T = {alpha_bar:.3g} is above 0.01: x_T keeps some of the image, and samples that start from N(0, I) "
-            "start wrong; use more timesteps or larger betas"
-        )
 
 
 def main(argv: list[str] | None = None) -> int:

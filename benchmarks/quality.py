@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import load_diffusion
 from config import build_dataset
 from dataset import ImageDataset
-from evaluation.metrics import FeatureStatistics, cached_classifier, frechet_distance, image_statistics
+from evaluation.features import cached_classifier
+from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
 from gaussian_diffusion import GaussianDiffusion
 
 ROOT = Path(__file__).parents[1]

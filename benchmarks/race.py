@@ -46,7 +46,8 @@ from tqdm import tqdm
 from checkpoint import load_diffusion
 from config import load_config
 from dataset import FashionMNIST
-from evaluation.metrics import N_FEATURES, cached_classifier, frechet_distance, from_uint8, image_statistics, to_uint8
+from evaluation.features import N_FEATURES, cached_classifier, from_uint8, to_uint8
+from evaluation.metrics import frechet_distance, image_statistics
 from evaluation.pictures import grid, save_png
 from train import Ranks, Stopper, Trainer, set_up
 

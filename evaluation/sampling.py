@@ -45,7 +45,7 @@ def draw(
 
     sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory.
     """
-    device, rank, world = diffusion.signal.device, ranks.rank if ranks else 0, ranks.world if ranks else 1
+    device, rank, world = diffusion.signal_scale.device, ranks.rank if ranks else 0, ranks.world if ranks else 1
     steps = len(diffusion.steps(timesteps, sampler))
     strip_at, gif_at = evenly(frames, steps + 1), evenly(GIF_FRAMES, steps + 1)
     batches = range(0, n, batch_size)[rank::world]

@@ -10,18 +10,16 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from evaluation import metrics
-from evaluation.metrics import (
-    FeatureStatistics,
+from evaluation import features
+from evaluation.features import (
     cached_classifier,
     classifier_accuracy,
-    frechet_distance,
     from_uint8,
-    image_statistics,
     inception_features,
     to_uint8,
     train_classifier,
 )
+from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
 
 
 def statistics_of(features: torch.Tensor, sizes: list[int] | None = None) -> FeatureStatistics:
@@ -330,7 +328,7 @@ def test_the_second_use_reads_the_file(tmp_path, capsys, monkeypatch, digits):
     assert torch.load(path, weights_only=True)["data set"] == "digits"
 
     bytes_before, time_before = path.read_bytes(), path.stat().st_mtime_ns
-    monkeypatch.setattr(metrics, "train_classifier", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(features, "train_classifier", lambda *_: pytest.fail("trained again"))
     second = cached_classifier(path, images, labels, "digits", epochs=4)
     assert capsys.readouterr().out == ""
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (bytes_before, time_before)
@@ -353,8 +351,8 @@ def test_the_held_out_images_are_not_trained_on(monkeypatch, tmp_path, digits):
 
         return recorded
 
-    monkeypatch.setattr(metrics, "train_classifier", record("train", train_classifier))
-    monkeypatch.setattr(metrics, "classifier_accuracy", record("held out", classifier_accuracy))
+    monkeypatch.setattr(features, "train_classifier", record("train", train_classifier))
+    monkeypatch.setattr(features, "classifier_accuracy", record("held out", classifier_accuracy))
     for seed in (0, 1):
         cached_classifier(tmp_path / f"{seed}.pth", images, labels, "digits", epochs=1, seed=seed)
     assert len(seen["held out"][0]) == 20
@@ -406,7 +404,7 @@ def test_a_file_that_is_no_classifier_is_refused_and_kept(cache, digits, content
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, digits, monkeypatch):
-    monkeypatch.setattr(metrics.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(features.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         cached_classifier(tmp_path / "c.pth", digits[0][:20], digits[1][:20], "digits", epochs=1)
     assert not list(tmp_path.iterdir())
@@ -414,7 +412,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, digits, monkeypatch):
 
 def test_bad_training_data_is_refused_before_any_work(tmp_path, digits, monkeypatch):
     images, labels = digits
-    monkeypatch.setattr(metrics, "train_classifier", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(features, "train_classifier", lambda *_: pytest.fail("trained"))
     with pytest.raises(ValueError, match=r"the folder .*missing does not exist"):
         cached_classifier(tmp_path / "missing" / "c.pth", images, labels, "digits")
     for bad in (images.float(), images[:, 0], images[:9], images[..., :7]):

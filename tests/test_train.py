@@ -19,6 +19,7 @@ import test as sampling
 import train
 from dataset import Digits
 from files import whole_file
+from gaussian_diffusion import GaussianDiffusion
 from training.batches import Batches
 from training.ranks import Ranks
 from training.seeds import WEIGHTS, mixed_seed
@@ -277,9 +278,7 @@ def test_an_unreadable_image_stops_the_run_by_name(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, monkeypatch, capsys):
     assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1", "train_cfg.lr_schedule=constant")) == 0
     good = (tmp_path / "a" / "last.pth").read_bytes()
-    monkeypatch.setattr(
-        train.GaussianDiffusion, "forward", lambda self, x0, _: sum(p.sum() for p in self.parameters()) * torch.nan
-    )
+    monkeypatch.setattr(GaussianDiffusion, "forward", lambda self, x0, _: sum(p.sum() for p in self.parameters()) * torch.nan)
     more = ["train_cfg.epochs=3", "train_cfg.max_bad_steps=2", "train_cfg.lr_schedule=constant"]
     assert train.main(tiny(tmp_path / "a", *more, flags=("--resume",))) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -290,13 +289,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_a_bad_step_is_skipped_and_counted(optimizer, tmp_path, monkeypatch):
-    forward, calls = train.GaussianDiffusion.forward, []
+    forward, calls = GaussianDiffusion.forward, []
 
     def sometimes_nan(self, x0, chunk_size):
         calls.append(1)
         return forward(self, x0, chunk_size) * (torch.nan if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(train.GaussianDiffusion, "forward", sometimes_nan)
+    monkeypatch.setattr(GaussianDiffusion, "forward", sometimes_nan)
     more = ("diffusion.reverse_variance=learnable", f"train_cfg.optimizer={optimizer}")
     assert train.main(tiny(tmp_path / "a", *more)) == 0
     assert metrics(tmp_path / "a")[-1]["bad_steps"] == 1
