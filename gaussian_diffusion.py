@@ -460,7 +460,7 @@ class GaussianDiffusion(nn.Module):
     ) -> Iterator[tuple[int, Tensor]]:
         """Generate (t, x_t) from (T, x_T) down to (0, x_0), without gradients.
 
-        sampler    a name in samplers.SAMPLERS, "ddpm", "ddim", "dpm" or "heun", or a function like those
+        sampler    a name in samplers.SAMPLERS ("ddpm", "ddim", "dpm", "heun": equations 16 to 19), or a function like those
         timesteps  the steps. None: all. An int: that many, T and 1 included, spread as `steps` says. Or the times, descending
         eta        of "ddim" only, 0 to 1
         clip_x0    keep every predicted x_0 in [-1, 1], and the error that a variance assumes of it at most 1

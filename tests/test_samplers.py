@@ -1,16 +1,25 @@
+import inspect
 import math
 
 import pytest
 import torch
 from closed_form import GAUSSIAN, MIXTURE, PREDICTIONS, OptimalNet, Textbook, even_in_log_snr
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from beta_schedule import LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
+from samplers import SAMPLERS, Level, register
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 
-SAMPLERS = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpm", 0.0)]
+
+def takes_eta(sampler):
+    return "eta" in inspect.signature(SAMPLERS[sampler]).parameters
+
+
+SETTINGS = [(sampler, eta) for sampler in SAMPLERS for eta in ((0.0, 0.5, 1.0) if takes_eta(sampler) else (0.0,))]
+DETERMINISTIC = [sampler for sampler in SAMPLERS if sampler != "ddpm"]  # with eta = 0
 SHORT = LinearSchedule(60, 1e-3, 0.2)
 LONG = LinearSchedule(1000, 1e-4, 0.014)
 
@@ -31,6 +40,19 @@ class WavyMean(nn.Module):
 
     def forward(self, xt, t):
         return self.book.mu_from_x0[t, None] * Wavy()(xt, t) + self.book.mu_from_xt[t, None] * xt.double()
+
+
+class WavySaid(nn.Module):
+    """The same network's x_0, said as eps or as velocity."""
+
+    def __init__(self, schedule, prediction):
+        super().__init__()
+        self.book, self.prediction = Textbook(schedule.beta), prediction
+
+    def forward(self, xt, t):
+        alpha_bar, xt = self.book.alpha_bar[t, None], xt.double()
+        x0 = Wavy()(xt, t)
+        return self.book.target(self.prediction, x0, (xt - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt(), t)
 
 
 def optimal(prediction, data=GAUSSIAN, schedule=SHORT, reverse_variance="beta"):
@@ -112,6 +134,35 @@ def test_every_state_is_that_of_diffusers(peer, steps, prediction):
     assert next(states, None) is None
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("clip", [False, True])
+def test_every_state_of_heun_is_that_of_diffusers(clip, prediction):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.HeunDiscreteScheduler(num_train_timesteps=60, prediction_type="sample", clip_sample=clip)
+    scheduler.alphas_cumprod = SHORT.alpha_bar
+    steps = [60, 51, 50, 32, 20, 11, 9, 4, 1]
+    scheduler.set_timesteps(timesteps=[t - 1 for t in steps])
+
+    def signal_scale(t):
+        return SHORT.alpha_bar[t - 1].sqrt() if t else 1.0
+
+    net = {"direct": WavyMean(SHORT), "reconstruction": Wavy()}.get(prediction) or WavySaid(SHORT, prediction)
+    diffusion = GaussianDiffusion(SHORT, net, "beta", prediction)
+    x_T = torch.randn(16, 2, dtype=torch.float64)
+    states = diffusion.trajectory((16, 2), "heun", steps, clip_x0=clip, x_T=x_T)
+    assert torch.equal(next(states)[1], x_T)
+    y, calls = x_T / signal_scale(60), iter(scheduler.timesteps)  # diffusers' states are x / sqrt(alpha_bar)
+    for t, following in zip(steps, [*steps[1:], 0], strict=True):
+        for at in (t, following) if following else (t,):
+            time = next(calls)
+            assert time == at - 1
+            y = scheduler.step(Wavy()(signal_scale(at) * y, torch.full((16,), at)), time, y).prev_sample
+        said_t, x = next(states)
+        assert said_t == following
+        torch.testing.assert_close(x, signal_scale(following) * y, rtol=1e-4, atol=5e-4 * x.abs().max().item())
+    assert next(calls, None) is next(states, None) is None
+
+
 @pytest.mark.parametrize("peer", ["ddpm small", "ddim 0", "dpm"])
 def test_clip_x0_is_that_of_diffusers(peer):
     diffusers = pytest.importorskip("diffusers")
@@ -139,7 +190,7 @@ def test_clip_x0_is_that_of_diffusers(peer):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+@pytest.mark.parametrize(("sampler", "eta"), SETTINGS)
 def test_the_samples_have_the_moments_of_the_gaussian(sampler, eta, prediction):
     schedule = even_in_log_snr(200)
     x_T = noised_data(GAUSSIAN, schedule, 10_000)
@@ -149,7 +200,7 @@ def test_the_samples_have_the_moments_of_the_gaussian(sampler, eta, prediction):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+@pytest.mark.parametrize(("sampler", "eta"), SETTINGS)
 def test_the_samples_have_the_weights_means_and_variances_of_the_mixture(sampler, eta, prediction):
     schedule = even_in_log_snr(200)
     x_T = noised_data(MIXTURE, schedule, 5000)
@@ -235,7 +286,7 @@ def test_ddim_of_eta_1_is_the_ancestral_sampler_of_sigma_bar_square(timesteps, p
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+@pytest.mark.parametrize(("sampler", "eta"), SETTINGS)
 def test_the_last_step_is_what_the_network_says_x0_is(sampler, eta, prediction):
     x1 = torch.randn(8, 2)
     x0 = optimal(prediction, MIXTURE).sample((8, 2), sampler, [1], eta, x_T=x1)
@@ -261,7 +312,7 @@ def test_20_steps_of_dpm_even_in_log_snr_come_within_2_percent_of_the_exact_solu
     assert ddim > 5 * dpm
 
 
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm", 2)])
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm", 2), ("heun", 2)])
 def test_the_order_of_convergence(sampler, order):
     # To a fixed time above 0, as the final step to 0 is of first order and spans an infinite log snr, and by steps that are
     # even in t, whose log snr changes smoothly. The last of the times is the one before that final step.
@@ -278,7 +329,7 @@ def test_the_order_of_convergence(sampler, order):
     assert math.log2(errors[0] / errors[-1]) / 4 > 0.8 * order
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
 def test_a_deterministic_sampler_is_a_function_of_x_T(sampler):
     diffusion, x_T = optimal("denoising", MIXTURE), torch.randn(8, 2)
     assert torch.equal(*(diffusion.sample((8, 2), sampler, 12, x_T=x_T) for _ in range(2)))
@@ -287,7 +338,7 @@ def test_a_deterministic_sampler_is_a_function_of_x_T(sampler):
 # Randomness, modes and times
 
 
-@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+@pytest.mark.parametrize(("sampler", "eta"), SETTINGS)
 def test_the_same_seed_gives_the_same_samples(sampler, eta):
     first, again, other = (
         optimal("denoising").sample((8, 2), sampler, 10, eta, generator=torch.Generator().manual_seed(seed))
@@ -354,10 +405,29 @@ def test_the_times_visited(timesteps, visited, sampler):
     assert asked == [[t, t] for t in visited[:-1]]  # one network call a step
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("timesteps", [None, 1, 2, 7, 60, (50, 7)])
+def test_the_network_calls_are_counted(timesteps, sampler):
+    asked = []
+
+    class Watch(nn.Module):
+        def forward(self, xt, t):
+            asked.append(t)
+            return xt
+
+    diffusion = GaussianDiffusion(SHORT, Watch())
+    diffusion.sample((2, 3), sampler, timesteps)
+    steps = 60 if timesteps is None else len(timesteps) if isinstance(timesteps, tuple) else timesteps
+    expected = 2 * steps - 1 if sampler == "heun" else steps  # its last step is Euler's
+    assert len(asked) == expected
+    assert diffusion.network_calls(timesteps, sampler) == expected
+
+
+@pytest.mark.parametrize("sampler", ["dpm", "heun"])
 @pytest.mark.parametrize("count", [1, 2, 5, 20, 59, 60])
-def test_a_number_of_dpm_steps_is_spread_evenly_in_log_snr(count):
+def test_a_number_of_second_order_steps_is_spread_evenly_in_log_snr(count, sampler):
     diffusion = optimal("denoising")
-    steps = diffusion.steps(count, "dpm")
+    steps = diffusion.steps(count, sampler)
     assert len(steps) == len(set(steps)) == count
     assert steps == sorted(steps, reverse=True)
     assert steps[0] == 60
@@ -390,7 +460,8 @@ def test_images_are_sampled_in_their_shape():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"sampler": "euler"}, "sampler = 'euler'.*ddpm, ddim, dpm"),
+        ({"sampler": "euler"}, f"sampler = 'euler'.*{', '.join(SAMPLERS)}"),
+        ({"sampler": "heun", "eta": 0.5}, "eta = 0.5: only the sampler 'ddim' has it, not 'heun'"),
         ({"timesteps": 0}, r"timesteps = 0.*1\.\.60"),
         ({"timesteps": -3}, r"timesteps = -3.*1\.\.60"),
         ({"timesteps": 61}, r"timesteps = 61.*1\.\.60"),
@@ -411,3 +482,87 @@ def test_a_bad_argument_is_refused_at_the_call(bad, message):
     for call in (diffusion.trajectory, diffusion.sample):  # trajectory: before its first item is asked for
         with pytest.raises(ValueError, match=message):
             call((4, 2), **bad)
+
+
+# A sampler of one's own
+
+
+def own(predict_x0, x, levels, normal, eta=0.3):
+    """Goes to what the network says x_0 is, and says what it was given."""
+    own.given = (levels, eta)
+    for level in levels[:-1]:
+        x = predict_x0(x, level.t)
+        yield x
+
+
+def test_a_function_is_a_sampler_too():
+    diffusion = GaussianDiffusion(SHORT, OptimalNet(GAUSSIAN, SHORT.beta, "denoising"), "sigma_bar_square")
+    states = list(diffusion.trajectory((4, 2), own, 3, eta=0.7))
+    assert [t for t, _ in states] == [60, 30, 1, 0]  # even in t, as it names no spacing
+    levels, eta = own.given
+    assert eta == 0.7
+    assert levels[-1] == Level(0, 1.0, 0.0)
+    for level in levels[:-1]:
+        assert level.alpha_bar == SHORT.alpha_bar[level.t - 1].item()
+        assert level.x0_error == pytest.approx(1 - level.alpha_bar if level.t == 1 else 0)  # what sigma_bar_square assumes
+    assert diffusion.network_calls(3, own) == 3
+
+
+def test_a_registered_sampler_is_known_by_its_name_and_spreads_its_steps_itself(monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "jump", None)  # taken out after the test
+
+    @register(lambda alpha_bar, count: [len(alpha_bar), *range(count - 1, 0, -1)])
+    def jump(predict_x0, x, levels, normal):
+        for level in levels[:-1]:
+            x = predict_x0(x, level.t)
+            yield x
+
+    times = [t for t, _ in optimal("denoising").trajectory((4, 2), "jump", 4)]
+    assert times == [60, 3, 2, 1, 0]
+
+
+def test_a_bug_in_a_sampler_of_ones_own_shows_its_line():
+    def broken(predict_x0, x, levels, normal):
+        yield x + None
+
+    with pytest.raises(TypeError) as caught:
+        optimal("denoising").sample((4, 2), broken)
+    assert caught.traceback[-1].name == "broken"
+
+
+# On a device that works ahead of the host, here one that only knows the shapes of its tensors
+
+
+class Scale(nn.Module):
+    def forward(self, xt, t):
+        return xt * t.view(-1, 1)
+
+
+@pytest.mark.parametrize(("sampler", "eta"), SETTINGS)
+@pytest.mark.parametrize("clip_x0", [False, True])
+def test_no_step_waits_for_the_device(sampler, eta, clip_x0, monkeypatch):
+    diffusion = GaussianDiffusion(SHORT, Scale())
+    levels = diffusion._levels([60, 31, 7, 1], clip_x0)  # read before the first step
+    monkeypatch.setattr(diffusion, "_levels", lambda steps, clip_x0: levels)
+    with FakeTensorMode():
+        diffusion._apply(lambda table: torch.empty(table.shape, device="cuda"))
+        x0 = diffusion.sample((2, 3), sampler, [60, 31, 7, 1], eta, clip_x0)
+        assert (x0.device.type, x0.shape) == ("cuda", (2, 3))
+
+
+def test_the_bound_waits_for_no_device_and_the_fit_only_at_its_end():
+    diffusion, fitted = GaussianDiffusion(SHORT, Scale()), []
+    diffusion._alpha_bar = SHORT.alpha_bar.numpy()  # stays a table of the host
+    with FakeTensorMode():
+        diffusion._apply(lambda table: torch.empty(table.shape, device="cuda"))
+        for timesteps in (None, 7):
+            assert diffusion.variational_bound(torch.zeros(2, 3, device="cuda"), timesteps=timesteps).total.shape == (2,)
+
+        def batches():
+            for i in range(3):
+                yield torch.zeros(2, 3, device="cuda")
+                fitted.append(i)
+
+        with pytest.raises(DataDependentOutputException):  # is the error finite?
+            diffusion.fit_reverse_variance(batches())
+    assert fitted == [0, 1, 2]
