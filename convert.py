@@ -7,8 +7,15 @@
 FOLDER is one that DDPMPipeline.from_pretrained reads: the network, its weights, the scheduler's settings. Weights are carried
 bit by bit. Time counts from 1 here and from 0 there: net(x, t) here is unet(x, t - 1) there.
 
-diffusers keeps no data set and no training settings. A checkpoint needs both sections, so they come from --config, or else are
-a folder of images "data" and train_cfg's defaults. What training alone needs (optimizer, step) is carried neither way.
+UNet2DModel has no patches. A network with patch_size p goes out as the same process on patches [p^2 C, H/p, W/p], which differ
+from the images [C, H, W] in the order of their values alone. The pipeline's samples then are patches, and to be made images:
+
+    samples = torch.as_tensor(pipeline(4, output_type="np").images).permute(0, 3, 1, 2)
+    images = torch.pixel_shuffle(samples, p)
+
+diffusers keeps no data set, no training settings and no loss. They go out in a file of ours, gaussian_diffusion.json, which is
+the config of the checkpoint, and come back from it. Where a folder has none, they come from --config, or else are a folder of
+images "data" and train_cfg's defaults. What training alone needs (optimizer, step) is carried neither way.
 """
 
 import argparse
@@ -18,7 +25,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +35,10 @@ from torch import Tensor, nn
 import checkpoint
 from config import SCHEDULES, build_diffusion, load_config, resolve
 from gaussian_diffusion import GaussianDiffusion
+from mistakes import Mistake, OneLineParser, as_mistake, run_script
 from time_aware_module import Downsample, ResidualBlock, SelfAttention, TimeAwareUNet, Upsample
 
+CONFIG = "gaussian_diffusion.json"  # in a folder that this script wrote
 PREDICTIONS = {"denoising": "epsilon", "reconstruction": "sample", "velocity": "v_prediction"}
 VARIANCES = {"sigma_bar_square": "fixed_small", "beta": "fixed_large"}
 
@@ -55,7 +64,7 @@ FIXED = {
 
 def _require(good: bool, name: str, value: Any, allowed: str) -> None:
     if not good:
-        raise ValueError(f"{name} = {json.dumps(value)}: {allowed}")
+        raise Mistake(f"{name} = {json.dumps(value)}: {allowed}")
 
 
 def _diffusers():
@@ -64,22 +73,25 @@ def _diffusers():
         import diffusers
         import safetensors  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{error}; needed to convert: pip install diffusers safetensors") from None
+        raise Mistake(f"{error}; needed to convert: pip install diffusers safetensors") from error
     return diffusers
 
 
 # The network's options
 
 
-def unet_options(kwargs: Mapping[str, Any], size: int | tuple[int, int]) -> dict[str, Any]:
-    """The options of the UNet2DModel that is TimeAwareUNet(**kwargs), for images of the size; ValueError if there is none."""
+def unet_options(kwargs: Mapping[str, Any], size: int | Sequence[int]) -> dict[str, Any]:
+    """The options of the UNet2DModel that is TimeAwareUNet(**kwargs), for images of the size; Mistake if there is none.
+
+    With a patch_size, that of the network inside, which sees patches.
+    """
     with torch.device("meta"):
         net = TimeAwareUNet(**kwargs)
     bound = inspect.signature(TimeAwareUNet).bind(**kwargs)
     bound.apply_defaults()
     k = bound.arguments
     attention = k["attention"] or [False] * len(k["ch_mult"])
-    _require(k["patch_size"] == 1, "patch_size", k["patch_size"], "UNet2DModel has no patches")
+    patch = k["patch_size"]
     groups = {module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)}
     allowed = f"its layers have {sorted(groups)} groups, and UNet2DModel has one number for all"
     _require(len(groups) == 1, "num_groups", k["num_groups"], allowed)
@@ -87,9 +99,9 @@ def unet_options(kwargs: Mapping[str, Any], size: int | tuple[int, int]) -> dict
     allowed = f"UNet2DModel's heads are equally wide, and attention here has {sorted(widths)} channels"
     _require(k["num_heads"] == 1 or len(widths) == 1, "num_heads", k["num_heads"], allowed)
     return FIXED | {
-        "sample_size": size,
-        "in_channels": k["n_channels"],
-        "out_channels": k["n_channels"],
+        "sample_size": size // patch if isinstance(size, int) else [pixels // patch for pixels in size],
+        "in_channels": k["n_channels"] * patch**2,
+        "out_channels": k["n_channels"] * patch**2,
         "block_out_channels": [k["base_channels"] * multiple for multiple in k["ch_mult"]],
         "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in attention],
         "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
@@ -102,7 +114,7 @@ def unet_options(kwargs: Mapping[str, Any], size: int | tuple[int, int]) -> dict
 
 
 def network_kwargs(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the TimeAwareUNet that is a UNet2DModel of these options; ValueError names one that does not fit."""
+    """The arguments of the TimeAwareUNet that is a UNet2DModel of these options; Mistake names one that does not fit."""
     for name, value in FIXED.items():
         _require(options[name] == value, name, options[name], f"TimeAwareUNet has {json.dumps(value)}")
     channels, groups = options["block_out_channels"], options["norm_num_groups"]
@@ -152,7 +164,7 @@ OUTSIDE = {
 
 def _stages_per_level(net: TimeAwareUNet) -> int:
     """num_res_blocks + 1, on the way up as on the way down (there one of them halves the image, except at the last level)."""
-    levels = net.size_multiple.bit_length()  # size_multiple = 2^(levels - 1)
+    levels = (net.size_multiple // net.patch_size).bit_length()  # 2^(levels - 1)
     return len(net.up) // levels
 
 
@@ -186,13 +198,11 @@ def weights_to_diffusers(net: TimeAwareUNet) -> dict[str, Tensor]:
 
 
 def weights_from_diffusers(net: TimeAwareUNet, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dictionary of this network, of a UNet2DModel's; ValueError names a key that is missing or too many."""
+    """The state dictionary of this network, of a UNet2DModel's; Mistake names a key that is missing or too many."""
     names = parameter_names(net)
     known = {name for theirs in names.values() for name in theirs}
     for name in sorted(known.symmetric_difference(weights)):
-        raise ValueError(
-            f"{name}: {'missing from' if name in known else 'unknown in'} the weights of a network of these options"
-        )
+        raise Mistake(f"{name}: {'missing from' if name in known else 'unknown in'} the weights of a network of these options")
     return {key: torch.cat([weights[name] for name in theirs]).float() for key, theirs in names.items()}
 
 
@@ -200,7 +210,7 @@ def weights_from_diffusers(net: TimeAwareUNet, weights: Mapping[str, Tensor]) ->
 
 
 def scheduler_options(config: Mapping) -> dict[str, Any]:
-    """The options of the DDPMScheduler that is the process of a config; ValueError names a setting that it does not have.
+    """The options of the DDPMScheduler that is the process of a config; Mistake names a setting that it does not have.
 
     A schedule that diffusers has no name for goes out as the table of its betas.
     """
@@ -208,6 +218,7 @@ def scheduler_options(config: Mapping) -> dict[str, Any]:
     for setting, known in (("prediction", PREDICTIONS), ("reverse_variance", VARIANCES)):
         allowed = f"DDPMScheduler has only {', '.join(known)}"
         _require(diffusion[setting] in known, f"diffusion.{setting}", diffusion[setting], allowed)
+    _require(name in SCHEDULES, "schedule.name", name, f"must be one of {', '.join(SCHEDULES)}")
     if name in ("LinearSchedule", "QuadraticSchedule"):
         kind = "linear" if name == "LinearSchedule" else "scaled_linear"
         betas = {"beta_schedule": kind, "beta_start": kwargs["start"], "beta_end": kwargs["end"]}
@@ -225,7 +236,7 @@ def scheduler_options(config: Mapping) -> dict[str, Any]:
 
 
 def process_settings(scheduler) -> tuple[dict, dict]:
-    """A config's sections schedule and diffusion, without loss_mode, of a DDPMScheduler; ValueError names what does not fit."""
+    """A config's sections schedule and diffusion, without loss_mode, of a DDPMScheduler; Mistake names what does not fit."""
     options = scheduler.config
     settings = {}
     # fixed_small_log is the same variance by way of its logarithm
@@ -259,39 +270,51 @@ def _schedule(scheduler) -> dict:
             if torch.allclose(SCHEDULES[name](T, **kwargs).beta, betas, rtol=1e-4, atol=0):
                 return {"name": name, "kwargs": {"timesteps": T, **kwargs}}
     name, value = ("beta_schedule", options.beta_schedule) if table is None else ("trained_betas", [first, "...", last])
-    raise ValueError(f"{name} = {json.dumps(value)}: no schedule of this library has the {T} betas of this scheduler")
+    raise Mistake(f"{name} = {json.dumps(value)}: no schedule of this library has the {T} betas of this scheduler")
 
 
 # Both ways
 
 
-def to_diffusers(source: str | Path, folder: str | Path, ema: bool = True) -> None:
-    """Write a checkpoint's model, with its averaged weights (ema) or the raw ones, to a new folder for DDPMPipeline."""
+def to_diffusers(source: str | Path, folder: str | Path, ema: bool = True) -> dict:
+    """Write a checkpoint's model, with its averaged weights (ema) or the raw ones, to a new folder for DDPMPipeline.
+
+    Returns the checkpoint's config.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists already, and is not an empty folder")
+        raise Mistake(f"{folder}: exists already, and is not an empty folder")
     diffusers = _diffusers()
-    diffusion, state = checkpoint.load_diffusion(source, ema)
+    with as_mistake():
+        diffusion, state = checkpoint.load_diffusion(source, ema)
     config, net = state["config"], diffusion.time_aware_net
+    allowed = "only TimeAwareUNet has a counterpart in diffusers"
+    _require(type(net) is TimeAwareUNet, "time_aware_net.name", config["time_aware_net"]["name"], allowed)
     options = scheduler_options(config)
     _check_not_fitted(diffusion, config)
-    height, width = state["shape"][1:]
-    size = height if height == width else (height, width)
-    unet = diffusers.UNet2DModel(**unet_options(config["time_aware_net"]["kwargs"], size))
+    unet = diffusers.UNet2DModel(**unet_options(config["time_aware_net"]["kwargs"], _size(*state["shape"][1:])))
     unet.load_state_dict(weights_to_diffusers(net))
     pipeline = diffusers.DDPMPipeline(unet.eval(), diffusers.DDPMScheduler(**options))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        pipeline.save_pretrained(Path(temporary) / "whole")
-        os.replace(Path(temporary) / "whole", folder)  # whole or not at all
+        whole = Path(temporary) / "whole"
+        pipeline.save_pretrained(whole)
+        (whole / CONFIG).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+        os.replace(whole, folder)  # whole or not at all
+    return config
+
+
+def _size(height: int, width: int) -> int | tuple[int, int]:
+    """As diffusers writes it."""
+    return height if height == width else (height, width)
 
 
 def _check_not_fitted(diffusion: GaussianDiffusion, config: Mapping) -> None:
-    """ValueError if the variances are not those that their name says: fit_reverse_variance changes them."""
+    """Mistake if the variances are not those that their name says: fit_reverse_variance changes them."""
     schedule = SCHEDULES[config["schedule"]["name"]](**config["schedule"]["kwargs"])
     named = GaussianDiffusion(schedule, nn.Identity(), **config["diffusion"])
     if not torch.allclose(diffusion.sigma_square, named.sigma_square):
-        raise ValueError(
+        raise Mistake(
             f"diffusion.reverse_variance = {diffusion.reverse_variance!r}: was fitted, and DDPMScheduler has no place for that"
         )
 
@@ -301,38 +324,63 @@ def from_diffusers(folder: str | Path, target: str | Path, config_path: str | Pa
 
     Returns the checkpoint's config.
     """
-    if Path(target).exists():
-        raise ValueError(f"{target}: exists already")
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    given = load_config(config_path) if config_path else None
-    unet, scheduler = _load_parts(Path(folder))
-    options = unet.config
-    size = options.sample_size
-    _require(size is not None, "sample_size", size, "a checkpoint needs the size of the images")
-    shape = [options.in_channels, *((size, size) if isinstance(size, int) else size)]
-    schedule, settings = process_settings(scheduler)
-    config = {
-        "schedule": schedule,
-        "time_aware_net": {"name": "TimeAwareUNet", "kwargs": network_kwargs(options)},
-        "diffusion": settings | ({"loss_mode": given["diffusion"]["loss_mode"]} if given else {}),
-    }
-    for section in ("dataset", "train_cfg"):
-        config[section] = given[section] if given else _placeholder(shape, Path(target))[section]
-    config = resolve(config)
-    diffusion = build_diffusion(config)
+    folder, target = Path(folder), Path(target)
+    if target.exists():
+        raise Mistake(f"{target}: exists already")
+    if not folder.is_dir():
+        raise Mistake(f"{folder}: no such folder")
+    with as_mistake():
+        given = load_config(config_path) if config_path else None
+        ours = load_config(folder / CONFIG) if (folder / CONFIG).exists() else None
+    unet, scheduler = _load_parts(folder)
+    if ours:
+        with as_mistake(f"{folder / CONFIG}: "):
+            _check_same(ours, unet, scheduler)
+    config = ours or _config_of(unet, scheduler, target)
+    if given:
+        config |= {"dataset": given["dataset"], "train_cfg": given["train_cfg"]}
+        config["diffusion"] |= {"loss_mode": given["diffusion"]["loss_mode"]}
+    with as_mistake():
+        config = resolve(config)
+        diffusion = build_diffusion(config)
     net = diffusion.time_aware_net
     net.load_state_dict(weights_from_diffusers(net, unet.state_dict()))
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
     weights = diffusion.state_dict()
-    checkpoint.save(target, {"config": config, "shape": shape, "step": 0, "epoch": 0, "model": weights, "ema": weights})
+    state = {"config": config, "shape": [net.n_channels, *_image_size(unet, net.patch_size)], "step": 0, "epoch": 0}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(target, state | {"model": weights, "ema": weights})
     return config
 
 
-def _placeholder(shape: list[int], target: Path) -> dict:
-    """The sections that a checkpoint needs and diffusers does not keep."""
-    images = {"root": "data", "mode": "L" if shape[0] == 1 else "RGB"}
+def _image_size(unet, patch_size: int) -> tuple[int, int]:
+    """Height and width of the images in pixels."""
+    size = unet.config.sample_size
+    _require(size is not None, "sample_size", size, "a checkpoint needs the size of the images")
+    height, width = (size, size) if isinstance(size, int) else size
+    return patch_size * height, patch_size * width
+
+
+def _check_same(config: Mapping, unet, scheduler) -> None:
+    """Mistake if a config of ours is not that of the network and the process beside it, which may have been replaced since."""
+    name, kwargs = config["time_aware_net"]["name"], config["time_aware_net"]["kwargs"]
+    _require(name == "TimeAwareUNet", "time_aware_net.name", name, "must be TimeAwareUNet")
+    network = unet_options(kwargs, _size(*_image_size(unet, kwargs["patch_size"])))
+    for expected, found in ((network, unet.config), (scheduler_options(config), scheduler.config)):
+        for name, value in json.loads(json.dumps(expected)).items():
+            other = list(found[name]) if isinstance(found[name], tuple) else found[name]
+            allowed = f"the model beside it has {json.dumps(other)}; delete {CONFIG} if it is of another one"
+            _require(other == value, name, value, allowed)
+
+
+def _config_of(unet, scheduler, target: Path) -> dict:
+    """A config for what diffusers itself wrote, which keeps no data set and no training settings."""
+    schedule, diffusion = process_settings(scheduler)
+    net = {"name": "TimeAwareUNet", "kwargs": network_kwargs(unet.config)}
+    images = {"root": "data", "mode": "L" if unet.config.in_channels == 1 else "RGB"}
     return {
+        "schedule": schedule,
+        "time_aware_net": net,
+        "diffusion": diffusion,
         "dataset": {"name": "ImageFolder", "train": images | {"train": True}, "valid": images | {"train": False}},
         "train_cfg": {"epochs": 1, "batch_size": 128, "lr": 2e-4, "model_save_dirpath": str(target.with_suffix(""))},
     }
@@ -351,14 +399,14 @@ def _load_parts(folder: Path):
         scheduler = diffusers.DDPMScheduler.from_pretrained(paths["scheduler"], local_files_only=True)
     except Exception as error:  # whatever a damaged or foreign folder makes the readers raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder}: {reason}") from None
+        raise Mistake(f"{folder}: {reason}") from error
     for key in (*info["missing_keys"], *info["unexpected_keys"]):  # diffusers itself only warns, and draws what is missing
-        raise ValueError(f"{folder}: {key}: {'missing' if key in info['missing_keys'] else 'unknown'} in the network's weights")
+        raise Mistake(f"{folder}: {key}: {'missing' if key in info['missing_keys'] else 'unknown'} in the network's weights")
     return unet, scheduler
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Carry a model from diffusers, or to it.", epilog="See the head of convert.py for examples."
     )
     way = parser.add_mutually_exclusive_group(required=True)
@@ -367,20 +415,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", help="with --from-diffusers: JSON file to take dataset, train_cfg and loss_mode from")
     parser.add_argument("--raw", action="store_true", help="with --to-diffusers: the weights themselves, not their average")
     args = parser.parse_args(argv)
-    try:
-        if args.from_diffusers:
-            _require(not args.raw, "--raw", args.raw, "is of --to-diffusers")
-            config = from_diffusers(*args.from_diffusers, args.config)
-            names = config["schedule"]["name"], *list(config["diffusion"].values())[:2]
-            print(f"{args.from_diffusers[1]}: {', '.join(names)}; python test.py {args.from_diffusers[1]} samples from it")
-        else:
-            _require(args.config is None, "--config", args.config, "is of --from-diffusers")
-            to_diffusers(*args.to_diffusers, ema=not args.raw)
-            print(f'{args.to_diffusers[1]}: DDPMPipeline.from_pretrained("{args.to_diffusers[1]}") reads it')
-    except (ValueError, OSError) as error:
-        print("convert.py:", error, file=sys.stderr)
-        return 2
-    return 0
+    if args.from_diffusers and args.raw:
+        parser.error("--raw: is of --to-diffusers")
+    if args.to_diffusers and args.config:
+        parser.error("--config: is of --from-diffusers")
+    return run_script(lambda: _convert(args))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if args.from_diffusers:
+        folder, target = args.from_diffusers
+        config = from_diffusers(folder, target, args.config)
+        names = config["schedule"]["name"], config["diffusion"]["reverse_variance"], config["diffusion"]["prediction"]
+        print(f"{target}: {', '.join(names)}; python test.py {target} samples from it")
+        return
+    source, folder = args.to_diffusers
+    config = to_diffusers(source, folder, ema=not args.raw)
+    print(f'{folder}: DDPMPipeline.from_pretrained("{folder}") reads it')
+    patch = config["time_aware_net"]["kwargs"]["patch_size"]
+    if patch > 1:
+        sizes = f"{patch**2} C, H / {patch}, W / {patch}"
+        print(f"Its samples [B, {sizes}] are patches: torch.pixel_shuffle(samples, {patch}) makes images [B, C, H, W] of them")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ import sys
 
 import pytest
 import torch
+from runs import ROOT
 from torch import nn
 
 import checkpoint
 import convert
 import test as sampling
-from config import SCHEDULES, build_diffusion, resolve
+from config import SCHEDULES, build_diffusion, load_config, resolve
+from mistakes import Mistake
 from time_aware_module import TimeAwareUNet
 
 diffusers = pytest.importorskip("diffusers")
@@ -38,6 +40,11 @@ FOUND = {  # the options of google/ddpm-cifar10-32, narrow and of two levels
     "norm_eps": 1e-6,
     "norm_num_groups": 8,
 }
+
+
+@pytest.fixture(autouse=True)
+def script(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["convert.py"])
 
 
 def moved(net):
@@ -88,6 +95,12 @@ def assert_same_outputs(net, unet, channels=3, size=(16, 8)):
         ours, theirs = net(x, t), unet(x, t - 1).sample
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def assert_same_weights(state, weights):
+    for part in ("model", "ema"):
+        assert weights.keys() == state[part].keys()
+        assert all(torch.equal(state[part][key], weights[key]) for key in weights)
 
 
 # Networks
@@ -152,7 +165,6 @@ def test_the_cifar10_network_has_the_options_of_google_ddpm_cifar10_32():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (SMALL | {"patch_size": 2}, "patch_size = 2"),
         (SMALL | {"num_groups": None}, r"num_groups = null: its layers have \[8, 16, 32\]"),
         (SMALL | {"num_heads": 2, "attention": [True, False]}, r"num_heads = 2: .*\[32, 64\]"),
     ],
@@ -291,7 +303,10 @@ def test_a_fitted_variance_is_refused(tmp_path):
 
 
 def run(capsys, *args):
-    code = convert.main([str(arg) for arg in args])
+    try:
+        code = convert.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        code = stop.code
     out, err = capsys.readouterr()
     assert (code == 2) == bool(err)
     assert err.count("\n") <= 1
@@ -309,13 +324,9 @@ def test_a_checkpoint_goes_and_comes_back_bit_by_bit(tmp_path, capsys, raw):
     assert code == 0
     old, new = checkpoint.load(source), checkpoint.load(tmp_path / "new" / "again.pth")
     weights = old["model" if raw else "ema"]
-    for part in ("model", "ema"):
-        assert weights.keys() == new[part].keys()
-        assert all(torch.equal(new[part][key], weights[key]) for key in weights)
+    assert_same_weights(new, weights)
     assert new["shape"] == [3, 8, 16]
-    assert new["config"]["diffusion"] == config["diffusion"]
-    assert new["config"]["time_aware_net"] == config["time_aware_net"]
-    assert new["config"]["schedule"]["name"] == "SineSchedule"
+    assert new["config"] == config
 
 
 def test_a_folder_of_diffusers_becomes_a_checkpoint_that_test_py_samples(tmp_path, capsys):
@@ -360,6 +371,95 @@ def test_the_first_pipelines_files_are_read(tmp_path):
     config = convert.from_diffusers(old, tmp_path / "a.pth")
     assert config["schedule"] == {"name": "LinearSchedule", "kwargs": {"timesteps": 1000, "start": 1e-4, "end": 0.02}}
     assert_same_outputs(checkpoint.load_diffusion(tmp_path / "a.pth")[0].time_aware_net, unet)
+
+
+SIZES = {"Digits": 8, "FashionMNIST": 28, "CIFAR10": 32, "CelebA_HQ_256": 32}  # the last one's is 256
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.json")))
+def test_every_shipped_config_samples_the_same_in_diffusers_and_comes_back(name, tmp_path, capsys, monkeypatch):
+    """The structure is the config's own; no wider than 16 channels at the first level, and of 6 steps."""
+    config = json.loads((ROOT / "configs" / name).read_text())
+    width = min(16, config["time_aware_net"]["kwargs"]["base_channels"])
+    settings = ["schedule.kwargs.timesteps=6", f"time_aware_net.kwargs.base_channels={width}"]
+    config = load_config(ROOT / "configs" / name, settings)
+    size = SIZES[config["dataset"]["name"]]
+    source = saved(tmp_path / "last.pth", config, (size, size))
+    _, said = run(capsys, "--to-diffusers", source, tmp_path / "folder")
+
+    diffusion, old = checkpoint.load_diffusion(source)
+    shape, patch = (2, *old["shape"]), config["time_aware_net"]["kwargs"]["patch_size"]
+    assert (f"pixel_shuffle(samples, {patch})" in said) == (patch > 1)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "folder")
+    capsys.readouterr()  # its progress
+    pipeline.set_progress_bar_config(disable=True)
+    for module in (sys.modules[type(pipeline).__module__], sys.modules[type(pipeline.scheduler).__module__]):
+        monkeypatch.setattr(module, "randn_tensor", lambda patches, generator, **_: as_patches(shape, patch, generator))
+    images = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=6, output_type="np").images
+    images = torch.pixel_shuffle(torch.as_tensor(images).permute(0, 3, 1, 2), patch)
+    ours = diffusion.sample(shape, clip_x0=True, generator=torch.Generator().manual_seed(3))
+    assert ours.std() > 0.1
+    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=1e-4)
+
+    code, _ = run(capsys, "--from-diffusers", tmp_path / "folder", tmp_path / "again.pth")
+    assert code == 0
+    new = checkpoint.load(tmp_path / "again.pth")
+    assert (new["config"], new["shape"]) == (config, old["shape"])
+    assert_same_weights(new, old["ema"])
+
+
+def as_patches(shape, patch, generator):
+    """The next draw of our sampler, as what diffusers' network sees."""
+    return nn.functional.pixel_unshuffle(torch.randn(shape, generator=generator), patch)
+
+
+def test_the_configs_file_gives_way_to_another_dataset_and_training(tmp_path):
+    source = saved(tmp_path / "last.pth", config_of(SMALL | {"patch_size": 2}, loss_mode="min_snr"))
+    convert.to_diffusers(source, tmp_path / "folder")
+    given = config_of(loss_mode="full")
+    given["train_cfg"]["lr"] = 0.5
+    (tmp_path / "c.json").write_text(json.dumps(given))
+    new = convert.from_diffusers(tmp_path / "folder", tmp_path / "a.pth", tmp_path / "c.json")
+    assert new["train_cfg"] == given["train_cfg"]
+    assert new["diffusion"]["loss_mode"] == "full"
+    assert new["time_aware_net"]["kwargs"]["patch_size"] == 2
+
+
+def test_a_folder_that_has_lost_our_file_is_read_as_any_other(tmp_path):
+    source = saved(tmp_path / "last.pth", config_of(SMALL | {"patch_size": 2}))
+    convert.to_diffusers(source, tmp_path / "folder")
+    (tmp_path / "folder" / "gaussian_diffusion.json").unlink()
+    config = convert.from_diffusers(tmp_path / "folder", tmp_path / "a.pth")
+    new = checkpoint.load(tmp_path / "a.pth")
+    assert new["shape"] == [12, 4, 4]
+    assert config["time_aware_net"]["kwargs"]["patch_size"] == 1
+    assert_same_weights(new, checkpoint.load(source)["ema"])
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("time_aware_net", "base_channels", 64, r"block_out_channels = \[64, 128\]: .* has \[32, 64\]; delete"),
+        ("time_aware_net", "attention", [True], "one entry a level"),
+        ("schedule", "timesteps", 11, "num_train_timesteps = 11: .* has 10; delete"),
+        ("schedule", "end", 2.0, "end = 2"),
+    ],
+)
+def test_our_file_beside_another_model_is_refused(section, key, value, message, tmp_path):
+    convert.to_diffusers(saved(tmp_path / "last.pth", config_of()), tmp_path / "folder")
+    path = tmp_path / "folder" / "gaussian_diffusion.json"
+    config = json.loads(path.read_text())
+    config[section]["kwargs"][key] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(Mistake, match=rf"gaussian_diffusion.json: .*{message}"):
+        convert.from_diffusers(tmp_path / "folder", tmp_path / "a.pth")
+    assert not (tmp_path / "a.pth").exists()
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "weights_to_diffusers", lambda net: {}["conv_in"])
+    with pytest.raises(KeyError, match="conv_in"):
+        convert.main(["--to-diffusers", str(saved(tmp_path / "a.pth", config_of())), str(tmp_path / "folder")])
 
 
 def damaged(folder, kind):
