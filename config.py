@@ -1,21 +1,28 @@
 """From JSON to objects. The constructors are the schema: every key is checked against the signature that it will be passed to.
 
 A config is read, never changed: `load_config` gives a resolved one, with every default written out, from which the `build_*`
-functions make objects. Whatever is wrong is a ValueError that gives the key's path, the nearest valid key, and what is allowed.
+functions make objects. Whatever is wrong is a Mistake that gives the key's path, the nearest valid key, and what is allowed.
+
+A network, schedule, data set or transform of your own is named by its file and class, `"name": "my_net.MyUNet"`: see `find`.
+What its code raises is not a Mistake, and keeps its traceback.
 """
 
 import difflib
+import importlib
+import importlib.util
 import inspect
 import json
+import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import beta_schedule
 import dataset
@@ -24,76 +31,71 @@ from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
 
 
-def _by_name(*classes: type) -> dict[str, type]:
-    return {cls.__name__: cls for cls in classes}
+def _public(module: types.ModuleType, base: type, prefix: str = "") -> dict[str, type]:
+    """The classes under base of a module, by name."""
+    classes = {name: value for name, value in vars(module).items() if isinstance(value, type) and value is not base}
+    return {name: cls for name, cls in classes.items() if issubclass(cls, base) and name.startswith(prefix) and name[0] != "_"}
 
 
-SCHEDULES = _by_name(
-    beta_schedule.ConstantSchedule,
-    beta_schedule.LinearSchedule,
-    beta_schedule.SqrtSchedule,
-    beta_schedule.QuadraticSchedule,
-    beta_schedule.SineSchedule,
-    beta_schedule.SigmoidSchedule,
-    beta_schedule.CosineSchedule,
-)
-NETWORKS = _by_name(time_aware_module.TimeAwareUNet, time_aware_module.TimeAwareMLP)
-DATASETS = _by_name(dataset.Digits, dataset.FashionMNIST, dataset.CIFAR10, dataset.CelebA_HQ_256, dataset.ImageFolder)
-TRANSFORMS = _by_name(*dataset.TRANSFORMS)
-MOST_PARAMETERS = 4 * 10**9  # of a network: 16 GB in float32
-MOST_PIXELS = 2**14  # and the most of every other number that a transform takes
+SCHEDULES = _public(beta_schedule, beta_schedule.BetaSchedule)
+NETWORKS = _public(time_aware_module, nn.Module, "TimeAware")
+MAX_PARAMETERS = 4 * 10**9  # of a network: 16 GB in float32
+MAX_PIXELS = 2**14  # of a transform's size, and the bound of every other number that it takes
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a key takes; ge and le belong to them, gt and lt do not."""
+
+    ge: float = -math.inf
+    gt: float = -math.inf
+    le: float = math.inf
+    lt: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.ge <= value <= self.le and self.gt < value < self.lt
+
+    def __str__(self) -> str:
+        ends = [("at least", self.ge), ("above", self.gt), ("at most", self.le), ("below", self.lt)]
+        text = " and ".join(f"{word} {end}" for word, end in ends if math.isfinite(end))
+        return f"of {text}" if text.startswith("at") else text
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The section train_cfg."""
 
-    epochs: int  # passes over the training data
-    batch_size: int  # images a step, over all ranks and all of grad_accum
-    lr: float  # the optimizer's learning rate, once warm
+    epochs: Annotated[int, Range(ge=1)]  # passes over the training data
+    batch_size: Annotated[int, Range(ge=1)]  # images a step, over all ranks and all of grad_accum
+    lr: Annotated[float, Range(gt=0, le=1)]  # the optimizer's learning rate, once warm
     model_save_dirpath: str  # folder of the run: checkpoints, log, metrics.jsonl, pictures
-    record_period: int = 100  # steps between log lines
-    max_steps: int | None = None  # end there if that is sooner, also inside an epoch
-    valid_images: int | None = None  # of the validation set, evenly spread over it; null for all
-    save_period: int = 0  # epochs between epoch_N.pth, 0 for none
+    record_period: Annotated[int, Range(ge=1)] = 100  # steps between log lines
+    max_steps: Annotated[int, Range(ge=1)] | None = None  # end there if that is sooner, also inside an epoch
+    valid_images: Annotated[int, Range(ge=1)] | None = None  # of the validation set, evenly spread over it; null for all
+    save_period: Annotated[int, Range(ge=0)] = 0  # epochs between epoch_N.pth, 0 for none
     save_best: bool = True  # keep best.pth, the least validation loss
-    save_minutes: float = 5.0  # minutes between saves of last.pth and best.pth; 0: after each epoch
-    sample_period: int = 1  # epochs between pictures of samples, 0 for none
-    sample_timesteps: int = 20  # network calls of such a picture (DPM-Solver++)
-    seed: int = 0  # of the weights, the data's order and every draw
+    save_minutes: Annotated[float, Range(ge=0)] = 5.0  # minutes between saves of last.pth and best.pth, 0: after each epoch
+    sample_period: Annotated[int, Range(ge=0)] = 1  # epochs between pictures of samples, 0 for none
+    sample_timesteps: Annotated[int, Range(ge=1)] = 20  # network calls of such a picture (DPM-Solver++)
+    seed: Annotated[int, Range(ge=0, le=2**63 - 1)] = 0  # of the weights, the data's order and every draw
     optimizer: Literal["adam", "muon"] = "adam"  # muon: for the weights of hidden layers, Adam for the rest
-    warmup_steps: int = 0  # steps over which the learning rate rises from 0
+    warmup_steps: Annotated[int, Range(ge=0)] = 0  # steps over which the learning rate rises from 0
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after that; the latter two end at 0
-    variance_lr: float = 1e-3  # learning rate of a learnable reverse variance, in log sigma^2 a step
-    grad_clip: float = 1.0  # largest norm of the network's gradient, 0 for any
-    grad_accum: int = 1  # parts that a batch is split into, one forward and backward pass each
-    ema_decay: float = 0.9999  # of the averaged weights, per step; shorter at first
+    variance_lr: Annotated[float, Range(gt=0, le=1)] = 1e-3  # of a learnable reverse variance, in log sigma^2 a step
+    grad_clip: Annotated[float, Range(ge=0)] = 1.0  # largest norm of the network's gradient, 0 for any
+    grad_accum: Annotated[int, Range(ge=1)] = 1  # parts that a batch is split into, one forward and backward pass each
+    ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.9999  # of the averaged weights, per step; shorter at first
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of the network; the maths is float32 always
     compile: bool | Literal["auto"] = "auto"  # torch.compile the network
     activation_checkpointing: bool = False  # trade time for memory in the U-Net
-    chunk_size: int | None = None  # timesteps in one network call of the full loss, null for as many as make 128 rows
-    cache_gb: float = 4.0  # a data set up to this size is decoded once and kept, in GB
-    num_workers: int = 2  # processes that decode images
-    max_bad_steps: int = 10  # steps in a row with a non-finite loss or gradient, after which the run stops
+    chunk_size: Annotated[int, Range(ge=1)] | None = None  # timesteps a network call of the full loss, null for 128 rows' worth
+    cache_gb: Annotated[float, Range(ge=0)] = 4.0  # a data set up to this size is decoded once and kept, in GB
+    num_workers: Annotated[int, Range(ge=0, le=1024)] = 2  # processes that decode images
+    max_bad_steps: Annotated[int, Range(ge=1)] = 10  # steps in a row with a non-finite loss or gradient; then the run stops
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "record_period", "sample_timesteps", "grad_accum", "max_bad_steps"):
-            self._require(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("lr", "variance_lr"):
-            self._require(name, 0 < getattr(self, name) <= 1, "must be above 0 and at most 1")
-        for name in ("save_period", "save_minutes", "sample_period", "warmup_steps", "grad_clip", "cache_gb", "num_workers"):
-            self._require(name, getattr(self, name) >= 0, "must be at least 0")
-        self._require("seed", 0 <= self.seed < 2**63, "must lie in 0..2^63 - 1")
-        self._require("ema_decay", 0 <= self.ema_decay < 1, "must be at least 0 and below 1")
-        for name in ("max_steps", "valid_images", "chunk_size"):
-            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "must be null or at least 1")
-        self._require("num_workers", self.num_workers <= 1024, "must be at most 1024")
-        name = self.model_save_dirpath
-        self._require("model_save_dirpath", name.strip() != "" and "\0" not in name, "must name a folder")
-
-    def _require(self, name: str, good: bool, allowed: str) -> None:
-        if not good:
-            raise Mistake(f"{name} = {getattr(self, name)!r}: {allowed}")
+        if not self.model_save_dirpath.strip() or "\0" in self.model_save_dirpath:
+            raise ValueError(f"model_save_dirpath = {self.model_save_dirpath!r}: must name a folder")
 
 
 # What --resume may change: nothing that the weights depend on.
@@ -114,6 +116,8 @@ def _matches(value: Any, kind: Any) -> bool:
     origin, args = get_origin(kind), get_args(kind)
     if kind in (Any, inspect.Parameter.empty):
         return True
+    if origin is Annotated:
+        return _matches(value, args[0]) and all(value in values for values in args[1:] if isinstance(values, Range))
     if origin is Literal:
         return value in args
     if origin in (types.UnionType, typing.Union):
@@ -125,8 +129,6 @@ def _matches(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     kind = origin or kind
-    if kind is Callable:  # a transform, which stands in JSON as its name and arguments
-        return isinstance(value, dict)
     if not isinstance(kind, type):
         return False
     if issubclass(kind, Sequence) and kind is not str:
@@ -137,8 +139,10 @@ def _matches(value: Any, kind: Any) -> bool:
 def _describe(kind: Any) -> str:
     """An annotation in the words of JSON."""
     origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return " ".join([_describe(args[0]), *(str(values) for values in args[1:] if isinstance(values, Range))])
     if origin is Literal:
-        return "one of " + ", ".join(json.dumps(arg) for arg in args)
+        return ("one of " if len(args) > 1 else "") + ", ".join(json.dumps(arg) for arg in args)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
     if origin and issubclass(origin, Sequence):
@@ -154,7 +158,7 @@ def _describe(kind: Any) -> str:
     return words.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def shown(value: Any) -> str:
+def as_json_line(value: Any) -> str:
     """A value as JSON, in one line that is not long; a checkpoint may hold what JSON cannot, and lists of lists without end."""
     text = ""
     for part in json.JSONEncoder(default=repr, skipkeys=True, check_circular=False).iterencode(value):
@@ -164,6 +168,9 @@ def shown(value: Any) -> str:
     return text
 
 
+shown = as_json_line  # its former name
+
+
 def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[str] = ()) -> dict:
     """value, if it is a JSON object with all the required keys and none but the optional ones besides."""
     if not isinstance(value, Mapping):
@@ -171,7 +178,7 @@ def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[s
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in (*required, *optional):
-            name = shown(str(key))[1:-1]  # in one line
+            name = as_json_line(str(key))[1:-1]  # in one line
             raise Mistake(f"{prefix}{name}: unknown key; {_nearest(str(key)[:80], (*required, *optional))}")
     for key in required:
         if key not in value:
@@ -179,17 +186,32 @@ def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[s
     return dict(value)
 
 
-def _arguments(path: str, function: Callable, given: Any, without: Sequence[str] = ()) -> dict:
-    """given with the function's defaults filled in; every key and type checked against its signature."""
-    hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
+def _arguments(path: str, function: Callable, given: Any, without: Sequence[str] = (), untyped: Sequence[str] = ()) -> dict:
+    """given with the function's defaults filled in; every key and type checked against its signature.
+
+    A default that JSON does not hold is left to the function.
+    """
+    hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function, include_extras=True)
     parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name not in without}
-    required = [name for name, p in parameters.items() if p.default is inspect.Parameter.empty]
-    given = _object(path, given, required, [name for name in parameters if name not in required])
+    named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    required = [name for name, p in named.items() if p.default is p.empty]
+    optional = [name for name in named if name not in required]
+    if any(p.kind == p.VAR_KEYWORD for p in parameters.values()) and isinstance(given, Mapping):
+        optional += [name for name in given if name not in named]
+    given = _object(path, given, required, optional)
     for name, value in given.items():
-        kind = hints.get(name, Any)
+        kind = hints.get(name, Any) if name in named and name not in untyped else Any
         if not _matches(value, kind):
-            raise Mistake(f"{path}.{name} = {shown(value)}: must be {_describe(kind)}")
-    return {name: given[name] if name in given else _plain(p.default) for name, p in parameters.items()}
+            raise Mistake(f"{path}.{name} = {as_json_line(value)}: must be {_describe(kind)}")
+    defaults = {name: _plain(p.default) for name, p in named.items() if name not in given and _is_plain(p.default)}
+    return defaults | given
+
+
+def _is_plain(value: Any) -> bool:
+    """Can JSON hold it?"""
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _plain(default: Any) -> Any:
@@ -197,58 +219,148 @@ def _plain(default: Any) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 
-def _from_registry(path: str, name: Any, registry: Mapping[str, Callable]) -> Callable:
-    if not isinstance(name, str) or name not in registry:
-        raise Mistake(f"{path} = {shown(name)}: unknown; {_nearest(str(name)[:80], list(registry))}")
-    return registry[name]
+def find(name: Any, registry: Mapping[str, Callable], base: type, where: str = "name") -> Callable:
+    """What a config calls name: an entry of the registry or, by a dotted name such as "my_net.MyUNet", one of the user's own.
+
+    base is the class that one's own must be a subclass of, or types.FunctionType where it must be a function. It is imported
+    from a file below the current folder, my_net.py or my_net/__init__.py, as `import my_net` would there. Mistake if there is
+    none; what the file itself raises passes.
+
+    The name may come from a checkpoint, which must not choose what runs. So the file is looked for before anything is imported,
+    a module that Python would find elsewhere (os, torch, what is in site-packages) is refused, and so is what the file itself
+    has only imported (subprocess.Popen): a checkpoint can reach classes that the user wrote, for this use, and nothing else.
+    """
+    if isinstance(name, str) and name in registry:
+        return registry[name]
+    if not isinstance(name, str) or "." not in name:
+        known = _nearest(str(name)[:80], list(registry))
+        raise Mistake(f'{where} = {as_json_line(name)}: unknown; {known}, or your own as "my_file.MyName"')
+    module, _, attribute = name.rpartition(".")
+    where = f"{where} = {as_json_line(name)}"
+    _check_is_in_this_folder(module, where)
+    found = vars(importlib.import_module(module)).get(attribute)
+    if found is None:
+        raise Mistake(f"{where}: {module} has no {attribute}")
+    fits = issubclass(found, base) if isinstance(found, type) else base is types.FunctionType and isinstance(found, base)
+    if not fits:
+        kind = "a function" if base is types.FunctionType else f"a subclass of {base.__module__}.{base.__qualname__}"
+        raise Mistake(f"{where}: must be {kind}")
+    if found.__module__.split(".")[0] != module.split(".")[0]:
+        raise Mistake(f"{where}: comes from {found.__module__}; name it by the file that defines it")
+    return found
 
 
-def _named(path: str, value: Any, registry: Mapping[str, Callable]) -> dict:
+def _check_is_in_this_folder(module: str, where: str) -> None:
+    """Mistake unless `import module` would run a file below the current folder. Imports nothing."""
+    folder, (top, *rest) = Path.cwd(), module.split(".")
+    file = folder.joinpath(top, *rest)
+    if not all(part.isidentifier() for part in (top, *rest)) or not any(
+        path.is_file() for path in (file.with_suffix(".py"), file / "__init__.py")
+    ):
+        raise Mistake(f"{where}: no file {'/'.join((top, *rest))[:80]}.py in the current folder, {folder}")
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    importlib.invalidate_caches()  # the file may be newer than the last look
+    spec = importlib.util.find_spec(top)  # which would import the parents of a dotted name
+    places = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations)
+    ours = {(folder / place).resolve() for place in (f"{top}.py", f"{top}/__init__.py", top)}
+    if not places or not all(Path(place).resolve() in ours for place in places):
+        raise Mistake(f"{where}: Python knows another {top} ({', '.join(places)}); rename your file")
+
+
+def _is_own(name: str) -> bool:
+    """Is it the name of something of the user's own?"""
+    return isinstance(name, str) and "." in name
+
+
+def _named(path: str, value: Any, registry: Mapping[str, Callable], base: type) -> dict:
     """{"name": ..., "kwargs": {...}}, resolved."""
     value = _object(path, value, ["name"], ["kwargs"])
-    cls = _from_registry(f"{path}.name", value["name"], registry)
+    cls = find(value["name"], registry, base, f"{path}.name")
     return {"name": value["name"], "kwargs": _arguments(f"{path}.kwargs", cls, value.get("kwargs", {}))}
 
 
-def _dataset(path: str, value: Any) -> dict:
-    """The section dataset, resolved. A transform keeps just the arguments given: not all its defaults are JSON's."""
+def _dataset(path: str, value: Any, stored: bool) -> dict:
+    """The section dataset, resolved."""
     value = _object(path, value, ["name", "train", "valid"], ["test"])
-    cls = _from_registry(f"{path}.name", value["name"], DATASETS)
-    resolved = {"name": value["name"]}
-    for split in ("train", "valid", "test"):
-        if split not in value:
-            continue
-        section = _arguments(f"{path}.{split}", cls, value[split])
-        for i, transform in enumerate(section["pipeline"]):
-            _check_sizes(**_named(f"{path}.{split}.pipeline.{i}", transform, TRANSFORMS), path=f"{path}.{split}.pipeline.{i}")
-        resolved[split] = section
-    return resolved
+    if stored and _is_own(value["name"]):
+        return value
+    cls = find(value["name"], dataset.DATASETS, dataset.ImageDataset, f"{path}.name")
+    splits = [split for split in ("train", "valid", "test") if split in value]
+    return {"name": value["name"]} | {split: _split(f"{path}.{split}", cls, value[split], stored) for split in splits}
 
 
-def _check_sizes(path: str, name: str, kwargs: dict) -> None:
-    """ValueError if a transform is given a size below 1, or a number that no image has memory for."""
+def _split(path: str, cls: type, value: Any, stored: bool = False) -> dict:
+    """The arguments of a data set, resolved, without the transforms that do what happens anyway."""
+    section = _arguments(path, cls, value, untyped=["pipeline"])
+    pipeline = section.pop("pipeline", None)
+    if "pipeline" in value and not isinstance(pipeline, list):
+        raise Mistake(f"{path}.pipeline = {as_json_line(pipeline)}: must be a list of transforms")
+    if pipeline is None:
+        return section
+    transforms = [_transform(f"{path}.pipeline.{i}", transform, stored) for i, transform in enumerate(pipeline)]
+    return section | {"pipeline": [transform for transform in transforms if transform is not None]}
+
+
+def _transform(path: str, value: Any, stored: bool) -> dict | None:
+    """{"name": ..., "kwargs": {...}}, or None for one that does what happens anyway; the arguments may stand beside the name.
+
+    It keeps just the arguments given: not all its defaults are JSON's.
+    """
+    if not isinstance(value, Mapping) or "name" not in value or "kwargs" in value:
+        value = _object(path, value, ["name"], ["kwargs"])
+    name, beside = value["name"], {key: argument for key, argument in value.items() if key not in ("name", "kwargs")}
+    kwargs = beside or value.get("kwargs", {})
+    place = path if beside else f"{path}.kwargs"
+    if not (stored and _is_own(name)):
+        cls = find(name, dataset.TRANSFORMS, Callable, f"{path}.name")
+        _arguments(place, cls, kwargs)
+        if not _is_own(name):
+            _check_sizes(place, kwargs)
+    if name == "Normalize":
+        _check_normalize(place, **kwargs)
+    if name in ("ToTensor", "Normalize"):
+        return None
+    return {"name": name, "kwargs": kwargs} if beside or "kwargs" in value else {"name": name}
+
+
+def _check_normalize(path: str, mean: list, std: list, inplace: bool = False) -> None:
+    for key, values in (("mean", mean), ("std", std)):
+        if not values or any(value != 0.5 for value in values):
+            raise Mistake(
+                f"{path}.{key} = {as_json_line(values)}: must be 0.5 in every channel, since images are always scaled to "
+                "[-1, 1], the range of the sampler, the bound and the pictures"
+            )
+
+
+def _check_sizes(path: str, kwargs: dict) -> None:
+    """Mistake if a transform is given a size below 1, or a number that no image has memory for."""
     for key, value in kwargs.items():
         for number in value if isinstance(value, list) else [value]:
-            least = 1 if key == "size" else -MOST_PIXELS
-            if isinstance(number, int | float) and not least <= number <= MOST_PIXELS:
-                raise Mistake(f"{path}.kwargs.{key} = {shown(value)}: must lie in {least}..{MOST_PIXELS}")
+            least = 1 if key == "size" else -MAX_PIXELS
+            if isinstance(number, int | float) and not least <= number <= MAX_PIXELS:
+                raise Mistake(f"{path}.{key} = {as_json_line(value)}: must lie in {least}..{MAX_PIXELS}")
 
 
-def resolve(config: Any) -> dict:
-    """A config with every default written out; ValueError if a key is unknown, missing or of the wrong type."""
+def resolve(config: Any, stored: bool = False) -> dict:
+    """A config with every default written out; Mistake if a key is unknown, missing or of the wrong type.
+
+    stored: it comes out of a checkpoint. A data set or transform of the user's own is then left as it stands, to be looked at
+    by build_dataset, so that a checkpoint can be sampled where the data's code is not.
+    """
     config = _object("", config, ["schedule", "time_aware_net", "diffusion", "dataset", "train_cfg"])
     resolved = {
-        "schedule": _named("schedule", config["schedule"], SCHEDULES),
-        "time_aware_net": _named("time_aware_net", config["time_aware_net"], NETWORKS),
+        "schedule": _named("schedule", config["schedule"], SCHEDULES, object),
+        "time_aware_net": _named("time_aware_net", config["time_aware_net"], NETWORKS, nn.Module),
         "diffusion": _arguments("diffusion", GaussianDiffusion, config["diffusion"], ["schedule", "time_aware_net"]),
-        "dataset": _dataset("dataset", config["dataset"]),
+        "dataset": _dataset("dataset", config["dataset"], stored),
         "train_cfg": _arguments("train_cfg", TrainConfig, config["train_cfg"]),
     }
-    build_train_config(resolved)  # for its ranges
+    build_train_config(resolved)
     return resolved
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
     """A JSON object, if no key of it stands there twice."""
     keys = [key for key, _ in pairs]
     for key in keys:
@@ -267,26 +379,26 @@ def _override(config: Any, assignment: str) -> None:
     except json.JSONDecodeError:
         value = text
     except (ValueError, RecursionError) as error:  # too many digits, too deep
-        raise Mistake(f"--set {path}: {error}") from None
+        raise Mistake(f"--set {path}: {error}") from error
     *parents, last = path.split(".")
     try:
         for key in parents:
             config = config.setdefault(key, {}) if isinstance(config, dict) else config[int(key)]
         config[last if isinstance(config, dict) else int(last)] = value
-    except (TypeError, ValueError, IndexError):
-        raise Mistake(f"--set {assignment[:80]}: the config has no such place") from None
+    except (TypeError, ValueError, IndexError) as error:
+        raise Mistake(f"--set {assignment[:80]}: the config has no such place") from error
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     """The resolved config of a JSON file, with overrides such as "train_cfg.lr=1e-4"."""
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except OSError as error:
-        raise Mistake(f"{path}: {error.strerror or error}") from None
+        raise Mistake(f"{path}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
-        raise Mistake(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        raise Mistake(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # a key twice, bytes that are not UTF-8, brackets too deep
-        raise Mistake(f"{path}: {error}") from None
+        raise Mistake(f"{path}: {error}") from error
     for assignment in overrides:
         _override(config, assignment)
     return resolve(config)
@@ -295,14 +407,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
 # Builders
 
 
-def _build(path: str, function: Callable, kwargs: Mapping[str, Any], **more: Any) -> Any:
-    """function(**kwargs, **more), with the path put before what it finds wrong."""
+def _build(path: str, cls: Callable, kwargs: Mapping[str, Any], blamed: Any = ValueError, **more: Any) -> Any:
+    """cls(**kwargs, **more), with the path put before what it finds wrong, an error of the kind blamed; others pass."""
     try:
-        return function(**kwargs, **more)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        return cls(**kwargs, **more)
+    except blamed as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         separator = "." if line.split(" ")[0].split(".")[0] in kwargs else ": "
-        raise Mistake(f"{path}{separator}{line}") from None
+        raise Mistake(f"{path}{separator}{line}") from error
+
+
+def _build_named(path: str, config: Mapping, registry: Mapping[str, Callable], base: type, blamed: Any = ValueError) -> Any:
+    """The object of {"name": ..., "kwargs": {...}}. Of the user's own classes, only a Mistake is taken for one."""
+    cls = find(config["name"], registry, base, f"{path}.name")
+    return _build(f"{path}.kwargs", cls, config.get("kwargs", {}), Mistake if _is_own(config["name"]) else blamed)
 
 
 def build_train_config(config: Mapping) -> TrainConfig:
@@ -311,30 +429,38 @@ def build_train_config(config: Mapping) -> TrainConfig:
 
 def build_dataset(config: Mapping, split: str) -> dataset.ImageDataset:
     """The data set of a split: "train", "valid" or "test"."""
-    section = dict(config["dataset"][split])
     path = f"dataset.{split}"
-    section["pipeline"] = [
-        _build(f"{path}.pipeline.{i}.kwargs", TRANSFORMS[transform["name"]], transform.get("kwargs", {}))
-        for i, transform in enumerate(section["pipeline"])
-    ]
-    return _build(path, DATASETS[config["dataset"]["name"]], section)
+    cls = find(config["dataset"]["name"], dataset.DATASETS, dataset.ImageDataset, "dataset.name")
+    section = _split(path, cls, config["dataset"][split])
+    if "pipeline" in section:
+        section["pipeline"] = [
+            _build_named(f"{path}.pipeline.{i}", transform, dataset.TRANSFORMS, Callable, (ValueError, TypeError))
+            for i, transform in enumerate(section["pipeline"])
+        ]
+    return _build(path, cls, section, Mistake)  # a ValueError may be of a transform of the user's own
 
 
 def network_without_memory(config: Mapping) -> nn.Module:
-    """The network on the device meta, where only shapes are known."""
-    net = config["time_aware_net"]
+    """The network on the device meta, where only shapes are known; one of the user's own is built before it goes there."""
+    if _is_own(config["time_aware_net"]["name"]):
+        return _build_network(config).to("meta")
     with torch.device("meta"):
-        net = _build("time_aware_net.kwargs", NETWORKS[net["name"]], net["kwargs"])
+        net = _build_network(config)
     size = sum(p.numel() for p in net.parameters())
-    if size > MOST_PARAMETERS:
-        raise Mistake(f"time_aware_net.kwargs: a network of {size:.3g} parameters; at most {MOST_PARAMETERS:.3g} are allowed")
+    if size > MAX_PARAMETERS:
+        raise Mistake(f"time_aware_net.kwargs: a network of {size:.3g} parameters; at most {MAX_PARAMETERS:.3g} are allowed")
     return net
+
+
+def _build_network(config: Mapping) -> nn.Module:
+    return _build_named("time_aware_net", config["time_aware_net"], NETWORKS, nn.Module)
 
 
 def build_diffusion(config: Mapping) -> GaussianDiffusion:
     """The process and its network, with new weights drawn from the global generator."""
-    schedule, net = config["schedule"], config["time_aware_net"]
-    schedule = _build("schedule.kwargs", SCHEDULES[schedule["name"]], schedule["kwargs"])
-    network_without_memory(config)  # is it too large?
-    net = _build("time_aware_net.kwargs", NETWORKS[net["name"]], net["kwargs"])
-    return _build("diffusion", GaussianDiffusion, config["diffusion"], schedule=schedule, time_aware_net=net)
+    schedule = _build_named("schedule", config["schedule"], SCHEDULES, object)
+    if not isinstance(getattr(schedule, "alpha_bar", None), Tensor):
+        raise Mistake(f"schedule.name = {as_json_line(config['schedule']['name'])}: must have alpha_bar, a float64 tensor [T]")
+    if not _is_own(config["time_aware_net"]["name"]):
+        network_without_memory(config)  # is it too large?
+    return _build("diffusion", GaussianDiffusion, config["diffusion"], schedule=schedule, time_aware_net=_build_network(config))

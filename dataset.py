@@ -1,7 +1,10 @@
 """Image data sets by name. An item is one float32 image [C, H, W] in [-1, 1]; labels are kept aside.
 
-Every data set takes a `pipeline` of torchvision transforms, applied to the PIL image in order. Flips that end the pipeline are
-left to `to_float`, which does them for a whole batch at once, on any device.
+Every data set takes a `pipeline` of transforms, torchvision's or your own, applied to the PIL image in order. Flips that end
+the pipeline are left to `to_float`, which does them for a whole batch at once, on any device. A new data set is a subclass of
+`ImageDataset` and an entry of `DATASETS`, a new transform an entry of `TRANSFORMS`.
+
+What a user can mend, a file or an argument, is a Mistake. An error inside a class of the user's own passes as it is.
 """
 
 import gzip
@@ -13,24 +16,23 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
+from torchvision.transforms import ToTensor, v2
 from tqdm import tqdm
 
 from mistakes import Mistake
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 FLIPS = {v2.RandomHorizontalFlip: -1, v2.RandomVerticalFlip: -2}  # the dimension that is turned round
+FIXED_TRANSFORMS = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Grayscale)  # give the same image every time
 RANDOM_TRANSFORMS = (*FLIPS, v2.RandomCrop, v2.RandomResizedCrop, v2.RandomRotation, v2.RandomAffine, v2.ColorJitter)
-TRANSFORMS = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Grayscale, *RANDOM_TRANSFORMS)
-
-
-class ImageError(Mistake):
-    """An image that cannot be read or does not fit the others."""
+SCALINGS = (ToTensor, v2.Normalize)  # known by name only: every data set scales to [-1, 1] as it is
+TRANSFORMS = {cls.__name__: cls for cls in (*FIXED_TRANSFORMS, *RANDOM_TRANSFORMS, *SCALINGS)}
+ImageError = Mistake  # its former name
 
 
 class ImageDataset(Dataset):
@@ -39,7 +41,8 @@ class ImageDataset(Dataset):
     labels      long tensor [N], or None where there are none
     shape       [C, H, W] of every image, after the pipeline
     flips       (dimension, probability) of each flip that to_float does
-    is_random   does pixels(i) change from call to call? (not so for the flips above)
+    is_random   may pixels(i) change from call to call? (not for the flips above; a transform of your own may, and draws from
+                torch's generator)
     """
 
     labels: Tensor | None = None
@@ -51,7 +54,7 @@ class ImageDataset(Dataset):
             flip = pipeline.pop()
             self.flips.append((FLIPS[type(flip)], flip.p))
         self.pipeline = pipeline
-        self.is_random = any(isinstance(transform, RANDOM_TRANSFORMS) for transform in pipeline)
+        self.is_random = any(type(transform) not in FIXED_TRANSFORMS for transform in pipeline)
         self.shape: torch.Size | None = None
         self.shape = self.pixels(0).shape
 
@@ -63,20 +66,27 @@ class ImageDataset(Dataset):
         """Image i after the pipeline, but for the flips: uint8 [C, H, W]."""
         image = self.image(i)
         for number, transform in enumerate(self.pipeline):
-            try:
-                image = transform(image)
-            except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
-                reason = " ".join(str(error).split())
-                raise ImageError(f"pipeline.{number} cannot transform {self.name_of(i)} ({reason})") from None
-            if 0 in image.size:
-                raise ImageError(f"pipeline.{number} leaves no pixel of {self.name_of(i)}")
+            image = self._transformed(image, f"pipeline.{number}", transform, i)
         pixels = v2.functional.pil_to_tensor(image)
         if self.shape not in (None, pixels.shape):
-            raise ImageError(
+            raise Mistake(
                 f"{self.name_of(i)}: {list(pixels.shape)} where the first image has {list(self.shape)}: every image must have "
                 "one size; add Resize (to [height, width]) or CenterCrop to the pipeline"
             )
         return pixels
+
+    def _transformed(self, image: Image.Image, where: str, transform: Callable, i: int) -> Image.Image:
+        # What one of torchvision's finds wrong is its arguments or the image; an error in another is its author's to see.
+        blamed = (ValueError, TypeError, ArithmeticError, RuntimeError) if type(transform) in TRANSFORMS.values() else ()
+        try:
+            image = transform(image)
+        except blamed as error:
+            raise Mistake(f"{where} cannot transform {self.name_of(i)} ({' '.join(str(error).split())})") from error
+        if not isinstance(image, Image.Image):
+            raise Mistake(f"{where} gives a {type(image).__name__}, where a transform must give a PIL image")
+        if 0 in image.size:
+            raise Mistake(f"{where} leaves no pixel of {self.name_of(i)}")
+        return image
 
     def to_float(self, pixels: Tensor) -> Tensor:
         """uint8 [B, C, H, W] to float32 in [-1, 1], each image flipped by its own coin."""
@@ -120,11 +130,11 @@ class Digits(ArrayDataset):
 
 
 def _torchvision(cls: type, root: str, train: bool, download: bool):
-    """A data set of torchvision's; ValueError where its files are neither there nor to be had."""
+    """A data set of torchvision's; Mistake where its files are neither there nor to be had."""
     try:
         return cls(root, train=train, download=download)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"root = {root!r}: {cls.__name__} is not there and could not be fetched ({error})") from None
+        raise Mistake(f"root = {root!r}: {cls.__name__} is not there and could not be fetched ({error})") from error
 
 
 class FashionMNIST(ArrayDataset):
@@ -156,10 +166,11 @@ class ImageFolder(ImageDataset):
     """The images of a folder and of all folders below it, sorted by path.
 
     root             the folder; links to folders are followed, each real folder once; names with a leading dot are skipped
-    mode             "RGB" or "L" (grey): what every image is converted to, whatever its file holds. Alpha is dropped, 16 bits
-                     become 8, an animation gives its first frame, EXIF orientation is applied
+    mode             "RGB" or "L" (grey): what every image is converted to, whatever its file holds. 16 bits become 8, an
+                     animation gives its first frame, EXIF orientation is applied
     train            None: every image. False: every tenth, for validation. True: the others
     skip_unreadable  read every file once at the start, and leave out with a warning those that cannot be read
+    background       what is seen through transparent pixels: a colour's name, "black", or its hexadecimal "#rrggbb"
     """
 
     def __init__(
@@ -169,15 +180,17 @@ class ImageFolder(ImageDataset):
         train: bool | None = None,
         skip_unreadable: bool = False,
         pipeline: Sequence[Callable] = (),
+        background: str = "white",
     ):
         self.mode = mode
+        self.background = _colour(background)
         self.paths = _image_paths(root)
         if train is not None:
             self.paths = [path for i, path in enumerate(self.paths) if (i % 10 != 0) == train]
         if skip_unreadable:
             self.paths = [path for path in tqdm(self.paths, desc=f"reading {root}", unit="img") if _is_readable(path)]
         if not self.paths:
-            raise ValueError(f"root = {root!r}: holds no image" + (" that can be read" if skip_unreadable else ""))
+            raise Mistake(f"root = {root!r}: holds no image" + (" that can be read" if skip_unreadable else ""))
         super().__init__(pipeline)
 
     def __len__(self) -> int:
@@ -187,20 +200,26 @@ class ImageFolder(ImageDataset):
         return self.paths[i]
 
     def image(self, i: int) -> Image.Image:
-        return _read_image(self.paths[i]).convert(self.mode)
+        return _composited(_read_image(self.paths[i]), self.background).convert(self.mode)
 
 
 class CelebA_HQ_256(ImageFolder):
-    """CelebA-HQ at 256 x 256: root is the folder of its 30,000 images, of which every tenth is for validation."""
+    """CelebA-HQ at 256 x 256: the images of the folder root, resized.
 
-    def __init__(self, root: str = "data/celeba_hq_256", train: bool = True, pipeline: Sequence[Callable] = ()):
+    train   None: every image. False: every tenth, for validation. True: the others
+    """
+
+    def __init__(self, root: str = "data/celeba_hq_256", train: bool | None = None, pipeline: Sequence[Callable] = ()):
         super().__init__(root, "RGB", train, pipeline=[v2.Resize((256, 256)), *pipeline])
+
+
+DATASETS = {cls.__name__: cls for cls in (Digits, FashionMNIST, CIFAR10, CelebA_HQ_256, ImageFolder)}
 
 
 def _image_paths(root: str) -> list[str]:
     """Every image file below root with an extension that torchvision knows, in either case, sorted."""
     if not Path(root).is_dir():
-        raise ValueError(f"root = {root!r}: no such folder")
+        raise Mistake(f"root = {root!r}: no such folder")
     paths, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(folder)
@@ -215,29 +234,67 @@ def _image_paths(root: str) -> list[str]:
 
 
 def _refuse_folder(error: OSError) -> None:
-    raise ImageError(f"{error.filename}: cannot be read ({error.strerror})")
+    raise Mistake(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _colour(name: str) -> tuple[int, int, int]:
+    """Red, green and blue, 0..255, of a colour's name or of "#rrggbb"."""
+    try:
+        red, green, blue = ImageColor.getrgb(name)
+    except ValueError as error:  # also of four values, "#rrggbbaa"
+        raise Mistake(f'background = {name!r}: must be the name of a colour, such as "black", or "#rrggbb"') from error
+    return red, green, blue
 
 
 def _read_image(path: str) -> Image.Image:
-    """The first frame of a file, upright, with 8 bits a channel; ImageError names a file that cannot be read."""
+    """The first frame of a file, upright, with 8 bits a channel; Mistake names a file that cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(path))
-            image.load()
+            with Image.open(path) as image:
+                _scale_transparent_colour(image)
+                image = ImageOps.exif_transpose(image)
+                image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{path}: cannot be read as an image ({error})") from None
+        raise Mistake(f"{path}: cannot be read as an image ({error})") from error
     if image.mode == "F":
-        raise ImageError(f"{path}: cannot be read as an image (floating-point pixels have no known range)")
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    return image
+        raise Mistake(f"{path}: cannot be read as an image (floating-point pixels have no known range)")
+    return _with_8_bits(image) if image.mode.startswith("I") else image
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Give a PNG's one transparent colour in the 8 bits of the pixels; Pillow leaves it in the bits of the file."""
+    colour = image.info.get("transparency")
+    if image.format != "PNG" or colour is None or not image.tile:
+        return
+    rawmode = image.tile[0][3]
+    if rawmode in ("L;2", "L;4"):
+        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[rawmode]
+    elif rawmode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits, which convert() would clip, with its one transparent level if it has one."""
+    levels = np.asarray(image)
+    grey = Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _composited(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """The image on a background, alpha * image + (1 - alpha) * background, where it has transparent pixels, else as it is."""
+    if not image.has_transparency_data:
+        return image
+    straight = image.convert("LA") if image.mode == "La" else image  # from where Pillow knows the way to RGBA
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), straight.convert("RGBA"))
 
 
 def _is_readable(path: str) -> bool:
     try:
         _read_image(path)
-    except ImageError as error:
+    except Mistake as error:
         warnings.warn(f"left out: {error}", stacklevel=2)
         return False
     return True

@@ -61,7 +61,7 @@ def run_script(script: str, work: Callable[[], int | None]) -> int:
 
 
 def _one_line(mistake: Mistake) -> str:
-    """The message; of a mistake found in a worker process, whose message is a traceback, the traceback's last line."""
-    lines = str(mistake).strip().splitlines() or [type(mistake).__name__]
+    """The message; of a mistake found in a worker process, whose message is a traceback, the traceback's last one."""
     marker = f"{Mistake.__module__}.{Mistake.__qualname__}: "
-    return lines[-1].removeprefix(marker) if lines[-1].startswith(marker) else lines[0]
+    message = str(mistake).rsplit(marker, 1)[-1].strip()
+    return " ".join(message.split("\n")) or type(mistake).__name__

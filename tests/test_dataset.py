@@ -2,16 +2,21 @@
 
 import gzip
 import os
+import struct
+import traceback
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import dataset
 from dataset import DEBIAN_FASHION_MNIST, CelebA_HQ_256, Digits, FashionMNIST, ImageFolder
+from mistakes import Mistake, run_script
 
 
 def test_digits_are_scikit_learns_split_nine_to_one():
@@ -64,7 +69,7 @@ def folder(tmp_path):
     (tmp_path / "b" / "ünter grund").mkdir(parents=True)
     Image.new("L", (12, 10), 51).save(tmp_path / "a grey.png")
     Image.new("RGB", (12, 10), (255, 0, 51)).save(tmp_path / "b" / "COLOUR.PNG")
-    Image.new("RGBA", (12, 10), (255, 0, 51, 9)).save(tmp_path / "b" / "ünter grund" / "alpha.Png")
+    Image.new("RGBA", (12, 10), (255, 0, 51, 255)).save(tmp_path / "b" / "ünter grund" / "alpha.Png")
     Image.new("RGB", (12, 10), (255, 0, 51)).quantize(4).save(tmp_path / "c palette.png")
     Image.fromarray(np.full((10, 12), 257 * 51, np.uint16)).save(tmp_path / "d 16 bit.png")
     Image.new("CMYK", (12, 10), (0, 255, 204, 0)).save(tmp_path / "e cmyk.tiff")
@@ -87,6 +92,113 @@ def test_a_folder_of_mixed_files_as_rgb(folder):
     assert means.keys() == expected.keys()
     for name, mean in means.items():
         assert mean == pytest.approx(expected[name], abs=0.02), name
+
+
+# Transparency, held against alpha * colour + (1 - alpha) * background in numpy
+
+
+BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "#204060": (32, 64, 96)}
+GREY_RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def composited(colour: np.ndarray, alpha: np.ndarray, background: str) -> np.ndarray:
+    """Levels 0..255 [H, W, 3] of colours [H, W, 3] and alpha [H, W], both 0..255."""
+    share = alpha[..., None] / 255
+    return share * colour + (1 - share) * np.array(BACKGROUNDS[background])
+
+
+def png(depth: int, colour_type: int, rows: list[bytes], width: int, transparent: bytes) -> bytes:
+    """A PNG as its specification says; rows are packed, transparent is the content of tRNS."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour_type, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = chunk(b"IHDR", header) + chunk(b"tRNS", transparent) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def transparent_file(kind: str, path) -> tuple[np.ndarray, np.ndarray]:
+    """Write an image with transparency; its colours [H, W, 3] and its alpha [H, W]."""
+    rng = np.random.default_rng(0)
+    colour, alpha = rng.integers(0, 256, (16, 16, 3), np.uint8), rng.integers(0, 256, (16, 16), np.uint8)
+    if kind == "RGBA":
+        Image.fromarray(np.dstack([colour, alpha])).save(path)
+    elif kind == "LA":
+        colour = np.repeat(GREY_RAMP[..., None], 3, 2)
+        Image.fromarray(np.dstack([GREY_RAMP, alpha]), "LA").save(path)
+    elif kind.startswith("P"):
+        palette, table = rng.integers(0, 256, (256, 3), np.uint8), rng.integers(0, 256, 256, np.uint8)
+        if kind == "P, one index":
+            table = np.where(np.arange(256) == 7, 0, 255).astype(np.uint8)
+        image = Image.fromarray(GREY_RAMP, "P")
+        image.putpalette(palette.tobytes())
+        image.save(path, transparency=7 if kind == "P, one index" else table.tobytes())
+        colour, alpha = palette[GREY_RAMP], table[GREY_RAMP]
+        with Image.open(path) as stored:
+            assert isinstance(stored.info["transparency"], int if kind == "P, one index" else bytes)
+    else:
+        colour, alpha = keyed_file(kind, path, rng)
+    return colour, alpha
+
+
+def keyed_file(kind: str, path, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A PNG of which the colour of the first pixel is transparent."""
+    depth = int(kind.split()[-1])
+    channels = 3 if kind.startswith("RGB") else 1
+    levels = rng.integers(0, 2**depth, (16, 16, channels))
+    levels[0, 0] = max(1, 2**depth - 2)
+    if depth < 8:
+        packed = [np.packbits(np.unpackbits(row.astype(np.uint8), axis=1)[:, -depth:]).tobytes() for row in levels]
+    else:
+        packed = [row.astype(">u2" if depth == 16 else np.uint8).tobytes() for row in levels]
+    path.write_bytes(png(depth, 2 if channels == 3 else 0, packed, 16, levels[0, 0].astype(">u2").tobytes()))
+    alpha = np.where((levels == levels[0, 0]).all(-1), 0, 255)
+    return np.broadcast_to(levels * (255 / (2**depth - 1)), (16, 16, 3)), alpha
+
+
+KINDS = ["RGBA", "LA", "P, one index", "P, a table", "L key 1", "L key 2", "L key 4", "L key 8", "L key 16", "RGB key 8"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("kind", [*KINDS, "RGB key 16"])
+def test_transparent_pixels_show_the_background(kind, background, tmp_path):
+    colour, alpha = transparent_file(kind, tmp_path / "a.png")
+    assert alpha.min() < 30 < 220 < alpha.max()
+    image = ImageFolder(str(tmp_path), background=background)[0]
+    expected = composited(colour, alpha, background)
+    assert np.abs((image.permute(1, 2, 0).numpy() + 1) * 127.5 - expected).max() <= 1  # a level of 255
+    luma = expected @ [0.299, 0.587, 0.114]
+    grey = ImageFolder(str(tmp_path), "L", background=background)[0][0].numpy()
+    assert np.abs((grey + 1) * 127.5 - luma).max() <= 1.5
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La", "PA"])
+def test_modes_that_no_png_holds_are_composited_too(mode):
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (16, 16, 4), np.uint8), "RGBA")
+    if mode == "PA":
+        image = Image.fromarray(np.dstack([GREY_RAMP, np.asarray(image)[..., 3]]), "PA")
+        image.putpalette(rng.integers(0, 256, 768, np.uint8).tobytes())
+        straight = np.asarray(image.convert("RGBA"), float)
+    else:
+        straight = np.asarray(image.convert("LA").convert("RGBA") if mode == "La" else image, float)
+        image = image.convert("LA").convert("La") if mode == "La" else image.convert("RGBa")
+    found = np.asarray(dataset._composited(image, BACKGROUNDS["#204060"]).convert("RGB"), float)
+    assert np.abs(found - composited(straight[..., :3], straight[..., 3], "#204060")).max() <= 2  # rounded twice
+
+
+def test_the_background_is_white_unless_said_otherwise(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    assert ImageFolder(str(tmp_path))[0].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("background", ["", "nocolour", "#12", "#10203040", "0"])
+def test_a_background_that_is_no_colour_is_refused_before_the_folder_is_read(background):
+    with pytest.raises(Mistake, match=r"^background = .*: must be the name of a colour"):
+        ImageFolder("nowhere", background=background)
 
 
 def test_a_folder_as_grey_by_the_luma_of_rec_601(folder):
@@ -177,3 +289,50 @@ def test_the_pipeline_comes_before_the_scaling():
     images = dataset.ArrayDataset(np.full((1, 4, 4), 255, np.uint8), [0], [v2.Pad(2)])
     assert images[0].shape == (1, 8, 8)
     assert images[0].unique().tolist() == [-1, 1]
+
+
+# What is a mistake, and what a bug
+
+
+class Own:
+    """A transform of a user's own, with a bug."""
+
+    def __call__(self, image):
+        raise ValueError("mine")
+
+
+def test_a_bug_in_ones_own_transform_passes_and_a_bad_argument_of_torchvisions_is_a_mistake():
+    pixels = np.zeros((2, 4, 4), np.uint8)
+    with pytest.raises(ValueError, match=r"^mine$") as bug:
+        dataset.ArrayDataset(pixels, [0, 0], [Own()])
+    assert not isinstance(bug.value, Mistake)
+    assert traceback.extract_tb(bug.value.__traceback__)[-1].line == 'raise ValueError("mine")'
+    with pytest.raises(Mistake, match=r"^pipeline\.0 cannot transform image 0 of ArrayDataset") as mistake:
+        dataset.ArrayDataset(pixels, [0, 0], [v2.RandomCrop(9)])
+    assert isinstance(mistake.value.__cause__, ValueError)
+
+
+def test_ones_own_transform_may_be_random_and_must_give_an_image():
+    pixels = np.zeros((2, 4, 4), np.uint8)
+    assert dataset.ArrayDataset(pixels, [0, 0], [lambda image: image.rotate(90)]).is_random
+    with pytest.raises(Mistake, match=r"pipeline\.0 gives a Tensor"):
+        dataset.ArrayDataset(pixels, [0, 0], [v2.functional.pil_to_tensor])
+
+
+@pytest.mark.parametrize("name", ["b.png", "b\nc.png"])
+def test_a_mistake_in_a_worker_process_is_one_line(name, tmp_path, capsys):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / name).write_text("not an image")
+    loader = DataLoader(ImageFolder(str(tmp_path)), num_workers=1)
+    assert run_script(lambda: len(list(loader))) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.split(": ", 1)[1].startswith(f"{tmp_path}/{name}: cannot be read as an image".replace("\n", " "))
+    assert "\n" not in line
+
+
+def test_celeba_is_the_whole_folder_unless_split(tmp_path):
+    for i in range(20):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i:02}.png")
+    assert [len(CelebA_HQ_256(f"{tmp_path}/", train)) for train in (None, True, False)] == [20, 18, 2]
+    assert len(CelebA_HQ_256(f"{tmp_path}/")) == 20
+    assert CelebA_HQ_256(str(tmp_path)).shape == (3, 256, 256)
