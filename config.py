@@ -204,7 +204,8 @@ def _arguments(path: str, function: Callable, given: Any, without: Sequence[str]
         if not _matches(value, kind):
             raise Mistake(f"{path}.{name} = {as_json_line(value)}: must be {_describe(kind)}")
     defaults = {name: _plain(p.default) for name, p in named.items() if name not in given and _is_plain(p.default)}
-    return defaults | given
+    resolved = defaults | given
+    return {name: resolved[name] for name in (*named, *given) if name in resolved}  # in the order of the signature
 
 
 def _is_plain(value: Any) -> bool:
