@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from config import build_diffusion, network_without_memory, resolve, shown
+from config import as_json_line, build_diffusion, network_without_memory, resolve
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
@@ -44,15 +44,15 @@ def load(path: str | Path) -> dict:
         raise Mistake(f"{path}: not a checkpoint of this library")
     version = state.get("version")
     if not isinstance(version, int) or version != VERSION:
-        raise Mistake(f"{path}: of version {shown(version)}, where this library reads version {VERSION}")
+        raise Mistake(f"{path}: of version {as_json_line(version)}, where this library reads version {VERSION}")
     try:
-        state["config"] = resolve(state.get("config"))
+        state["config"] = resolve(state.get("config"), stored=True)
     except ValueError as error:
         raise Mistake(f"{path}: {error}") from None
     shape = state.get("shape")
     sizes = shape if isinstance(shape, list) and all(isinstance(size, int) and size >= 1 for size in shape) else []
     if len(sizes) != 3 or math.prod(sizes) > MOST_VALUES:
-        raise Mistake(f"{path}: shape = {shown(shape)}: must be [C, H, W], at most {MOST_VALUES:,} values")
+        raise Mistake(f"{path}: shape = {as_json_line(shape)}: must be [C, H, W], at most {MOST_VALUES:,} values")
     return state
 
 

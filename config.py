@@ -168,9 +168,6 @@ def as_json_line(value: Any) -> str:
     return text
 
 
-shown = as_json_line  # its former name
-
-
 def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[str] = ()) -> dict:
     """value, if it is a JSON object with all the required keys and none but the optional ones besides."""
     if not isinstance(value, Mapping):

@@ -419,7 +419,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--raw: is of --to-diffusers")
     if args.to_diffusers and args.config:
         parser.error("--config: is of --from-diffusers")
-    return run_script(lambda: _convert(args))
+    return run_script("convert.py", lambda: _convert(args))
 
 
 def _convert(args: argparse.Namespace) -> None:

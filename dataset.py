@@ -32,7 +32,6 @@ FIXED_TRANSFORMS = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Grayscale)  # give the 
 RANDOM_TRANSFORMS = (*FLIPS, v2.RandomCrop, v2.RandomResizedCrop, v2.RandomRotation, v2.RandomAffine, v2.ColorJitter)
 SCALINGS = (ToTensor, v2.Normalize)  # known by name only: every data set scales to [-1, 1] as it is
 TRANSFORMS = {cls.__name__: cls for cls in (*FIXED_TRANSFORMS, *RANDOM_TRANSFORMS, *SCALINGS)}
-ImageError = Mistake  # its former name
 
 
 class ImageDataset(Dataset):

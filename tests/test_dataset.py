@@ -324,7 +324,7 @@ def test_a_mistake_in_a_worker_process_is_one_line(name, tmp_path, capsys):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / name).write_text("not an image")
     loader = DataLoader(ImageFolder(str(tmp_path)), num_workers=1)
-    assert run_script(lambda: len(list(loader))) == 2
+    assert run_script("train.py", lambda: len(list(loader))) == 2
     line = capsys.readouterr().err.strip()
     assert line.split(": ", 1)[1].startswith(f"{tmp_path}/{name}: cannot be read as an image".replace("\n", " "))
     assert "\n" not in line

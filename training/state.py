@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from config import MAY_CHANGE, shown
+from config import MAY_CHANGE, as_json_line
 from mistakes import Mistake, as_mistake
 from training.optimizers import restore_moments
 
@@ -101,7 +101,9 @@ def read_state(path: Path, config: dict) -> dict:
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     refused = [key for key in changed if key.removeprefix("train_cfg.") not in MAY_CHANGE]
     if refused:
-        differences = ", ".join(f"{key} ({shown(old.get(key))} then, {shown(new.get(key))} now)" for key in refused)
+        differences = ", ".join(
+            f"{key} ({as_json_line(old.get(key))} then, {as_json_line(new.get(key))} now)" for key in refused
+        )
         may = ", ".join(sorted(MAY_CHANGE))
         raise Mistake(f"--resume {path}: the config is not the run's: {differences}; only these may change: {may}")
     return state
