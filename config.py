@@ -85,8 +85,8 @@ class TrainConfig:
     grad_clip: Annotated[float, Range(ge=0)] = 1.0  # largest norm of the network's gradient, 0 for any
     grad_accum: Annotated[int, Range(ge=1)] = 1  # parts that a batch is split into, one forward and backward pass each
     ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.9999  # of the averaged weights, per step; shorter at first
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"  # of the network; the maths is float32 always
-    compile: bool | Literal["auto"] = False  # torch.compile the network
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of the network; the maths is float32 always
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the network
     activation_checkpointing: bool = False  # trade time for memory in the U-Net
     chunk_size: Annotated[int, Range(ge=1)] | None = None  # timesteps a network call of the full loss, null for 128 rows' worth
     cache_gb: Annotated[float, Range(ge=0)] = 4.0  # a data set up to this size is decoded once and kept, in GB
