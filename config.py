@@ -28,7 +28,7 @@ import beta_schedule
 import dataset
 import time_aware_module
 from gaussian_diffusion import GaussianDiffusion
-from mistakes import Mistake
+from mistakes import Mistake, as_mistake
 
 
 def _public(module: types.ModuleType, base: type, prefix: str = "") -> dict[str, type]:
@@ -448,6 +448,14 @@ def network_without_memory(config: Mapping) -> nn.Module:
     if size > MAX_PARAMETERS:
         raise Mistake(f"time_aware_net.kwargs: a network of {size:.3g} parameters; at most {MAX_PARAMETERS:.3g} are allowed")
     return net
+
+
+def check_shape(config: Mapping, shape: Sequence[int]) -> None:
+    """Mistake if the network takes no images [C, H, W] of the shape; takes no memory. One of the user's own is not asked."""
+    if not _is_own(config["time_aware_net"]["name"]):
+        with as_mistake():
+            t = torch.ones(1, dtype=torch.long, device="meta")
+            network_without_memory(config)(torch.empty(1, *shape, device="meta"), t)
 
 
 def _build_network(config: Mapping) -> nn.Module:

@@ -474,9 +474,7 @@ class GaussianDiffusion(nn.Module):
             rule = partial(rule, eta=eta)
         elif eta:
             those = " or ".join(repr(name) for name in SAMPLERS if _takes_eta(SAMPLERS[name]))
-            raise ValueError(
-                f"eta = {eta:g}: only the sampler {those} has it, not {sampler if isinstance(sampler, str) else sampler.__name__!r}"
-            )
+            raise ValueError(f"eta = {eta:g}: only the sampler {those} has it, not {rule.__name__!r}")
         levels = self._levels(self.steps(timesteps, sampler), clip_x0)
         if x_T is None:
             x_T = torch.randn(*shape, generator=generator, device=self.signal_scale.device)
@@ -637,7 +635,7 @@ def main(argv: list[str] | None = None) -> None:
     for variance, prediction, loss_mode in product(*map(get_args, (ReverseVariance, PredictionName, LossMode))):
         print(f"{variance:>16}  {prediction:>14}  {loss_mode:>7}", end="  ", flush=True)
         torch.manual_seed(0)
-        net = TimeAwareUNet(3, args.base_channels)
+        net = TimeAwareUNet(3, args.base_channels, attention=(False, True, False, False))
         net.activation_checkpointing = args.activation_checkpointing
         diffusion = GaussianDiffusion(LinearSchedule(args.timesteps), net, variance, prediction, loss_mode).to(device)
         x0 = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device) * 2 - 1

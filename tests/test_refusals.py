@@ -267,7 +267,7 @@ RANGES = {  # values of the right type that no key of the name takes
     "background": ["", "nocolour", "#12"],
 }
 OTHER_TYPES = ["many", 1.5, True, None, [], {}, [[1]], {"a": 1}, 3]
-MAY_BE_NULL = {"train", "t_channels", "num_groups", "chunk_size", "max_steps", "valid_images"}
+MAY_BE_NULL = {"train", "attention", "t_channels", "num_groups", "chunk_size", "max_steps", "valid_images"}
 FLOATS = {"lr", "variance_lr", "grad_clip", "ema_decay", "cache_gb", "save_minutes", "dropout", "start", "end", "s", "constant"}
 REQUIRED = {"schedule", "time_aware_net", "diffusion", "dataset", "train_cfg", "name", "n_channels", "valid", "size"}
 REQUIRED |= {"epochs", "batch_size", "lr", "model_save_dirpath"}
