@@ -76,7 +76,6 @@ Condition = Mapping[str, object] | None
 ReverseVariance = Literal["beta", "sigma_bar_square", "learnable"]
 PredictionName = Literal[tuple(PREDICTIONS)]
 LossMode = Literal["simple", "full", "min_snr"]
-SamplerName = Literal[tuple(SAMPLERS)]
 
 
 class Prediction(NamedTuple):
