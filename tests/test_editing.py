@@ -113,7 +113,7 @@ def test_slerp_walks_the_arc():
 
 def test_an_interpolation_goes_from_the_one_to_the_other():
     a, b = MIXTURE.sample(5), MIXTURE.sample(5)
-    diffusion = optimal(MIXTURE, LinearSchedule(400, 0.1 / 400, 12 / 400))
+    diffusion = optimal(MIXTURE, LinearSchedule(800, 0.1 / 800, 12 / 800))
     way = interpolate(diffusion, a, b, 5)
     assert way.shape == (5, 5, 2)
     torch.testing.assert_close(way[0], a, atol=0.02, rtol=0)
@@ -202,6 +202,18 @@ def measured(operator, noise):
     matrix = operator(torch.eye(12, dtype=torch.float64).view(12, *SHAPE)).flatten(1).T
     y = matrix @ IMAGES.sample(1)[0] + noise * torch.randn(len(matrix), dtype=torch.float64)
     return y.float().view(1, *operator(torch.zeros(1, *SHAPE)).shape[1:]), IMAGES.given(matrix, y.float().double(), noise)
+
+
+@pytest.mark.parametrize("t", [1, 200, 500, 900])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_mean_given_a_state_and_a_measurement_is_that_of_bayes(operator, noise, t):
+    operator = OPERATORS[operator]
+    y, exact = measured(operator, noise)
+    xt, alpha_bar = torch.randn(1, *SHAPE), SCHEDULE.alpha_bar[t - 1]
+    x0 = posterior_sample(images_model(), y, operator, noise, xt.shape, "ddim", [t], iterations=8, x_T=xt)  # one step is x0_hat
+    exact = exact.given(alpha_bar.sqrt() * torch.eye(12, dtype=torch.float64), xt.flatten().double(), (1 - alpha_bar).sqrt())
+    torch.testing.assert_close(x0.flatten().double(), exact.mean, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
