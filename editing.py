@@ -202,7 +202,8 @@ def posterior_sample(
     (A V A' + noise^2) u = y - A x_0_hat. Conjugate gradients solve for u, each product with V a derivative of the network
     backwards. Every sampler takes that mean in the place of x_0_hat. For Gaussian data all of it is exact.
 
-    "ddpm" adds noise for the error e_t of x_0_hat without y, which is larger: with few steps its samples spread too far.
+    "ddpm" adds noise for the error e_t of x_0_hat without y, so that with few steps its samples spread otherwise than they
+    should; the others assume no error.
 
     y           [B, ...], whatever operator gives
     operator    A: a linear function of tensors of this shape, that autograd goes through
