@@ -18,6 +18,7 @@ import checkpoint
 import test as sampling
 import train
 from dataset import Digits
+from evaluation.metrics import METRICS
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
 from training.batches import Batches
@@ -406,6 +407,45 @@ def test_metrics_are_printed_and_written_with_their_settings_and_the_fitted_vari
     # at t = T, where beta is 0.999, an error of eps as good as untrained (of variance 1) is one of mu of beta^2 / alpha
     assert before.sigma_square[-1] == pytest.approx(0.999)
     assert fitted.sigma_square[-1] == pytest.approx(0.999**2 / 0.001, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-n", "8", "--metrics", "bpd", "fd"], "-n = 8: the Fréchet distance needs at least 129"),
+        (["-n", "200", "--metrics", "bpd", "fd", "--classifier", "none.pth"], "[1617, 1, 4, 4]; must be uint8 [N, C, H, W]"),
+        (["--metrics", "bpd", "--bpd-timesteps", "20"], "--bpd-timesteps = 20: must lie in 1..19"),
+        (["--metrics", "fid"], "--metrics = \"fid\": unknown; did you mean 'fd'?"),
+        (["--sampler", "dpmm"], "--sampler = \"dpmm\": unknown; did you mean 'dpm'?"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_first_network_call(flags, words, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(GaussianDiffusion, "_net", lambda *_: pytest.fail("the network was called"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert sampling.main([str(run / "last.pth"), "--device", "cpu", *flags]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("test.py: ")
+    assert words in message
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_what_was_measured_is_kept_when_the_next_metric_fails(run, monkeypatch):
+    class Failing:
+        uses_model = False
+
+        def __init__(self, evaluation):
+            pass
+
+        def measure(self):
+            raise RuntimeError("a bug")
+
+    monkeypatch.setitem(METRICS, "failing", Failing)
+    flags = ["-n", "2", "--timesteps", "2", "--bpd-images", "4", "--metrics", "bpd", "failing"]
+    with pytest.raises(RuntimeError, match="a bug"):
+        sampling.main([str(run / "last.pth"), "--device", "cpu", *flags])
+    assert json.loads((run / "last_gen" / "metrics.json").read_text())["bpd"]["images"] == 4
+    assert (run / "last_gen" / "grid.png").exists()
 
 
 # Ranks
