@@ -45,6 +45,7 @@ class ImageDataset(Dataset):
     """
 
     labels: Tensor | None = None
+    class_names: list[str] | None = None
 
     def __init__(self, pipeline: Sequence[Callable] = ()):
         pipeline = list(pipeline)

@@ -54,10 +54,10 @@ def test_a_state_is_of_the_moment_at_which_it_was_taken(tmp_path):
     settings = [*TINY, f"train_cfg.model_save_dirpath={tmp_path / 'a'}"]
     run = train.Trainer(load_config("configs/Digits_den.json", settings), "cpu")
     batches = run.train_data.epoch(0)
-    run.train_step(next(batches))
+    run.train_step(*next(batches))
     before = {name: weights.clone() for name, weights in run.ema.state_dict().items()}
     state = take_state(run)
-    run.train_step(next(batches))
+    run.train_step(*next(batches))
     assert state["step"] == 1
     assert all(torch.equal(state["ema"][name], weights) for name, weights in before.items())
     last = len(run.parameters) - 1

@@ -23,8 +23,25 @@ def check_batch(cfg: TrainConfig, ranks: Ranks) -> None:
         )
 
 
+def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> None:
+    """Mistake if a network of n_classes is to be trained on labels that are not there, or not its."""
+    if n_classes is None:
+        return
+    for split, data in images.items():
+        if data.labels is None:
+            raise Mistake(f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has no labels")
+        if not 0 <= int(data.labels.min()) <= int(data.labels.max()) < n_classes:
+            raise Mistake(
+                f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has labels up to {int(data.labels.max())}"
+            )
+    names = {split: data.class_names for split, data in images.items()}
+    if names["train"] != names["valid"]:
+        raise Mistake(f"dataset.valid: has the classes {names['valid']}, and dataset.train {names['train']}")
+
+
 def check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None:
     """Try the network on one image of each data set; warn of a prior that is not pure noise."""
+    _check_labels(getattr(model.time_aware_net, "n_classes", None), images)
     for split, data in images.items():
         with torch.no_grad(), as_mistake(f"time_aware_net: does not take the images of dataset.{split}: "):
             model.eval().predict(torch.zeros(1, *data.shape), 1)
