@@ -31,10 +31,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from config import build_dataset, build_diffusion, build_train_config, load_config
 from evaluation.pictures import grid, save_png
 from evaluation.sampling import labels_by_row
-from mistakes import Mistake, OneLineParser, run_script
+from mistakes import OneLineParser, run_script
 from training import speed
 from training.batches import Batches, drop_labels
-from training.checks import check_batch, check_fit
+from training.checks import bad_numbers, check_batch, check_fit
 from training.meter import Meter
 from training.optimizers import build_optimizer, lr_schedule
 from training.ranks import Ranks, leave_ranks
@@ -198,7 +198,8 @@ class Trainer:
             log.info(f"stopped at step {self.step} by {signal.Signals(stopped.number).name}; to go on, add --resume")
             raise
         finally:
-            self._write("best.pth", self.best)
+            if not self.writer.error:
+                self._write("best.pth", self.best)
             self.writer.close()
             folder.close()
 
@@ -216,26 +217,14 @@ class Trainer:
             self.close_epoch(bar)
 
     def _after_step(self, bar: tqdm) -> None:
-        self._check_numbers()
+        if self.meter.recent_bad_steps() >= self.cfg.max_bad_steps:
+            raise bad_numbers(self)
         self.writer.check()
         if self.step % self.cfg.record_period == 0 and not self._at_end():  # which is recorded with its validation
             self.record(bar)
         minutes = (time.monotonic() - self.last_save) / 60
         if self.stopper.check(save=0 < self.cfg.save_minutes < minutes):
             self.save_last(take_state(self))
-
-    def _check_numbers(self) -> None:
-        """Mistake after max_bad_steps in a row; on a GPU some steps later, for it is not waited for."""
-        if self.meter.recent_bad_steps() < self.cfg.max_bad_steps:
-            return
-        t = torch.randint(1, self.model.T + 1, (len(self.x0),), device=self.device)
-        with torch.no_grad():
-            losses = self.model.loss(self.x0, t).nan_to_num(nan=math.inf)
-        raise Mistake(
-            f"loss or gradient was not finite in the last {int(self.meter.bad_in_row)} steps, up to step {self.step}: "
-            f"gradient norm {self.norm.item():g}, loss scale {self.scaler.get_scale():g}, largest loss {losses.max():g} at t = "
-            f"{t[losses.argmax()]}; the last good checkpoint is {self.folder.path / 'last.pth'}"
-        )
 
     # At the end of an epoch
 

@@ -1,6 +1,7 @@
-"""What can be known to be wrong before the first step."""
+"""What can be known to be wrong before the first step, and what to say when the numbers go wrong later."""
 
 import logging
+import math
 
 import torch
 
@@ -52,3 +53,15 @@ def check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None
             f"alpha_bar_T = {alpha_bar:.3g} is above 0.01: x_T keeps some of the image, and samples that start from N(0, I) "
             "start wrong; use more timesteps or larger betas"
         )
+
+
+@torch.no_grad()
+def bad_numbers(run) -> Mistake:
+    """What a Trainer knows of its last steps, whose loss or gradient was not finite."""
+    t = torch.randint(1, run.model.T + 1, (len(run.x0),), device=run.device)
+    losses = run.model.loss(run.x0, t).nan_to_num(nan=math.inf)
+    return Mistake(
+        f"loss or gradient was not finite in the last {int(run.meter.bad_in_row)} steps, up to step {run.step}: gradient norm "
+        f"{run.norm.item():g}, loss scale {run.scaler.get_scale():g}, largest loss {losses.max():g} at t = {t[losses.argmax()]}; "
+        f"the last good checkpoint is {run.folder.path / 'last.pth'}"
+    )
