@@ -62,6 +62,6 @@ def bad_numbers(run) -> Mistake:
     losses = run.model.loss(run.x0, t).nan_to_num(nan=math.inf)
     return Mistake(
         f"loss or gradient was not finite in the last {int(run.meter.bad_in_row)} steps, up to step {run.step}: gradient norm "
-        f"{run.norm.item():g}, loss scale {run.scaler.get_scale():g}, largest loss {losses.max():g} at t = {t[losses.argmax()]}; "
-        f"the last good checkpoint is {run.folder.path / 'last.pth'}"
+        f"{run.norm.item():g}, loss scale {run.scaler.get_scale():g}, largest loss {losses.max():g} at t = "
+        f"{t[losses.argmax()]}; the last good checkpoint is {run.folder.path / 'last.pth'}"
     )
