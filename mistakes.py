@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "gaussian_diffusion", "dataset", "config", "checkpoint"}
-LIBRARY |= {"evaluation", "training", "mistakes"}  # whose ValueErrors are about their arguments
+LIBRARY |= {"guidance", "editing", "evaluation", "training", "mistakes"}  # whose ValueErrors are about their arguments
 
 
 class Mistake(ValueError):

@@ -25,9 +25,10 @@ from checkpoint import MAX_VALUES, load_diffusion, save
 from config import check_shape, find
 from evaluation.metrics import METRICS, Evaluation
 from evaluation.pictures import grid, save_gif, save_png
-from evaluation.sampling import Drawn, draw
+from evaluation.sampling import Drawn, draw, labels_by_row
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
+from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
 from samplers import SAMPLERS
 from training import speed
@@ -35,18 +36,18 @@ from training.ranks import Ranks, leave_ranks
 from training.seeds import STEP, mixed_seed
 
 
-def save_pictures(folder: Path, drawn: Drawn, pictures: int) -> None:
+def save_pictures(folder: Path, drawn: Drawn, pictures: int, columns: int | None) -> None:
     for i, strip in enumerate(drawn.strips):
         save_png(folder / f"{i}.png", grid(strip, columns=len(strip)))
     save_png(folder / "strips.png", grid(drawn.strips[:8].flatten(0, 1), columns=drawn.strips.shape[1]))
-    save_png(folder / "grid.png", grid(drawn.samples[:pictures]))
-    save_gif(folder / "trajectory.gif", [grid(frame) for frame in drawn.animation.unbind(1)])
+    save_png(folder / "grid.png", grid(drawn.samples[:pictures], columns))
+    save_gif(folder / "trajectory.gif", [grid(frame, columns) for frame in drawn.animation.unbind(1)])
 
 
 def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path, weights: str) -> None:
     """Fit the reverse variance to training images, the same on every rank, and save it with the rest of the checkpoint."""
     ranks = evaluation.ranks
-    images = list(evaluation.images("train", count, Ranks(str(ranks.device), alone=True)))
+    images = list(evaluation.images("train", count, Ranks(str(ranks.device), alone=True)))  # and their labels
     generator = torch.Generator(ranks.device).manual_seed(mixed_seed(STEP, evaluation.seed))
     evaluation.diffusion.fit_reverse_variance(images, generator=generator)
     if ranks.rank == 0:
@@ -66,6 +67,42 @@ def set_speed(diffusion: GaussianDiffusion, x0: Tensor, asked: str, compiled: bo
     return precision
 
 
+def labels_of(
+    name: str | None, n: int, n_classes: int | None, class_names: list[str] | None
+) -> tuple[Tensor | None, int | None]:
+    """The labels [n] that --class asks for, by number or by name or all in turn, and the columns of the grid; None without."""
+    if name is None:
+        return None, None
+    if n_classes is None:
+        raise Mistake(f"--class {name}: this network has no classes")
+    if name == "all":
+        if n < n_classes:
+            raise Mistake(f"-n {n}: --class all needs at least one sample for each of the {n_classes} classes")
+        return labels_by_row(n_classes, n)
+    number = class_names.index(name) if class_names and name in class_names else int(name) if name.isdecimal() else -1
+    if not 0 <= number < n_classes:
+        known = f" ({', '.join(class_names)})" if class_names else ""
+        raise Mistake(f"--class {name}: must lie in 0..{n_classes - 1}{known}, or be all")
+    return torch.full((n,), number), None
+
+
+def guide(diffusion: GaussianDiffusion, state: dict, weight: float, interval: list[int] | None, weaker: str | None) -> None:
+    """Wrap the network in guidance: by another checkpoint, or by itself without the label."""
+    config, net, interval = state["config"], diffusion.time_aware_net, tuple(interval or ALWAYS)
+    if weaker:
+        other, other_state = load_diffusion(weaker)
+        if (other.prediction, other.T, other_state["shape"]) != (diffusion.prediction, diffusion.T, state["shape"]):
+            raise Mistake(
+                f"--guide {weaker}: is of another prediction, T or shape of images than the checkpoint it is to guide"
+            )
+        diffusion.time_aware_net = AutoGuidance(net, other.time_aware_net.to(diffusion.signal_scale.device), weight, interval)
+        return
+    with as_mistake("--guidance: "):
+        diffusion.time_aware_net = ClassifierFreeGuidance(net, weight, interval)
+    if not config["train_cfg"]["label_dropout"]:
+        raise Mistake("--guidance: the network was trained with train_cfg.label_dropout = 0, and knows nothing without a label")
+
+
 def run(args: argparse.Namespace) -> None:
     ranks, path = Ranks(args.device), Path(args.checkpoint)
     diffusion, state = load_diffusion(path, ema=not args.raw)
@@ -78,6 +115,10 @@ def run(args: argparse.Namespace) -> None:
     options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
+    n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
+    labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"))
+    if args.guidance is not None:
+        guide(diffusion, state, args.guidance, args.interval, args.guide)
     evaluation = Evaluation(
         diffusion,
         state["config"],
@@ -89,6 +130,7 @@ def run(args: argparse.Namespace) -> None:
         args.bpd_timesteps,
         args.features,
         args.classifier,
+        guided=args.guidance is not None,
     )
     metrics = {name: find(name, METRICS, object, "--metrics")(evaluation) for name in args.metrics}
     folder = path.with_name(f"{path.stem}_gen")
@@ -101,11 +143,11 @@ def run(args: argparse.Namespace) -> None:
             target = path.with_stem(f"{path.stem}_fitted")
             fit_variance(evaluation, state, args.fit_variance, target, "model" if args.raw else "ema")
         how = {name: getattr(args, name) for name in ("batch_size", "seed", "pictures", "frames")}
-        drawn = draw(diffusion, args.n, shape, **options, **how, ranks=ranks)
+        drawn = draw(diffusion, args.n, shape, **options, **how, labels=labels, ranks=ranks)
     evaluation.samples = drawn.samples
     if ranks.rank == 0:
         folder.mkdir(exist_ok=True)
-        save_pictures(folder, drawn, args.pictures)
+        save_pictures(folder, drawn, args.pictures, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
     results = {}
     for name, metric in metrics.items():
@@ -133,6 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timesteps", type=int, help="steps a sample, by default T; heun has two network calls in each")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the sampler ddim: 0 none, 1 as much as ddpm")
     parser.add_argument("--no-clip", action="store_true", help="do not keep each predicted x_0 in [-1, 1]")
+    parser.add_argument("--class", dest="label", help="of every sample: a number, a name, or all for a row of each")
+    parser.add_argument("--guidance", type=float, metavar="WEIGHT", help="1 is the network alone, more exaggerates the class")
+    parser.add_argument("--guide", metavar="WEAKER.pth", help="guide away from this checkpoint instead of from no label")
+    parser.add_argument("--interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="times in which the guidance acts")
     parser.add_argument("--frames", type=int, default=11, help="states in a strip")
     parser.add_argument(
         "--pictures", type=int, default=64, help="samples that get a strip, a place in the grid and the animation"
@@ -170,6 +216,8 @@ def _check(args: argparse.Namespace) -> None:
             raise Mistake(f"--{name.replace('_', '-')} = {getattr(args, name)}: must be at least 1")
     if len(args.size) not in (0, 2) or min(args.size, default=1) < 1:
         raise Mistake(f"H W = {' '.join(map(str, args.size))}: must be two numbers of at least 1, or none")
+    if args.guidance is None and (args.guide or args.interval):
+        raise Mistake("--guide and --interval need --guidance WEIGHT")
     if args.seed < 0:
         raise Mistake(f"--seed = {args.seed}: must be at least 0")
 

@@ -40,11 +40,12 @@ def draw(
     seed: int = 0,
     pictures: int = 0,
     frames: int = 11,
+    labels: Tensor | None = None,
     ranks: Ranks | None = None,
 ) -> Drawn:
     """n samples, and `frames` states of the first `pictures` of them; all of them on rank 0 if ranks share the work out.
 
-    sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory.
+    sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory. labels is long [n], one a sample.
     """
     device, rank, world = diffusion.signal_scale.device, ranks.rank if ranks else 0, ranks.world if ranks else 1
     steps = len(diffusion.steps(timesteps, sampler))
@@ -54,8 +55,10 @@ def draw(
     with tqdm(total=len(batches) * steps, desc="sampling", unit="step", disable=rank > 0) as bar:
         for first in batches:
             generator = torch.Generator(device).manual_seed(mixed_seed(SAMPLING, seed, first))
+            count = min(batch_size, n - first)
+            condition = None if labels is None else {"label": labels[first : first + count].to(device)}
             states = diffusion.trajectory(
-                (min(batch_size, n - first), *shape), sampler, timesteps, eta, clip_x0, generator=generator
+                (count, *shape), sampler, timesteps, eta, clip_x0, generator=generator, condition=condition
             )
             strip, animation, x = [], [], None
             for i, (_, x) in enumerate(states):
