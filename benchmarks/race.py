@@ -126,7 +126,7 @@ class _Waiting(Trainer):
 def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     for budget in args.budget:
         folder = FOLDER / args.name.replace("/", "_") / f"{budget:g}"
-        settings = ["train_cfg.compile=false", *args.set, f"train_cfg.model_save_dirpath={folder}"]
+        settings = ["train_cfg.precision=auto", "train_cfg.compile=false", *args.set, f"train_cfg.model_save_dirpath={folder}"]
         settings += ["train_cfg.epochs=1000000", f"train_cfg.seed={args.seed}"]
         probe = _Waiting(load_config(FAST, settings), args.device, overwrite=True)
         probe.folder.close()
