@@ -7,9 +7,9 @@
 The trainer is train.py's own, with random images in the place of the data set. An epoch is not run: a training step and some
 batches of the validation are timed, and counted as often as they are in 50,000 training and 10,000 validation images (or the
 config's valid_images); a picture's network calls likewise. The rest happens less often or by the clock, as the config says, and
-counts for its share of an epoch: pictures every sample_period epochs, epoch_N.pth every save_period, best.pth and last.pth every
-save_minutes. Of best.pth, every epoch takes a copy, as if each were the best so far. A checkpoint costs the copy, for which the
-steps wait, and what the thread that writes it slows them down.
+counts for its share of an epoch: pictures every sample_period epochs, epoch_N.pth every save_period, best.pth and last.pth
+every save_minutes. Of best.pth, every epoch takes a copy, as if each were the best so far. A checkpoint costs the copy, for
+which the steps wait, and what the thread that writes it slows them down.
 """
 
 import argparse
