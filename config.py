@@ -28,7 +28,7 @@ import beta_schedule
 import dataset
 import time_aware_module
 from gaussian_diffusion import GaussianDiffusion
-from mistakes import Mistake
+from mistakes import Mistake, as_mistake
 
 
 def _public(module: types.ModuleType, base: type, prefix: str = "") -> dict[str, type]:
@@ -85,6 +85,7 @@ class TrainConfig:
     grad_clip: Annotated[float, Range(ge=0)] = 1.0  # largest norm of the network's gradient, 0 for any
     grad_accum: Annotated[int, Range(ge=1)] = 1  # parts that a batch is split into, one forward and backward pass each
     ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.9999  # of the averaged weights, per step; shorter at first
+    label_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1  # share of labels that the network does not see: it learns both
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of the network; the maths is float32 always
     compile: bool | Literal["auto"] = "auto"  # torch.compile the network
     activation_checkpointing: bool = False  # trade time for memory in the U-Net
@@ -226,7 +227,8 @@ def find(name: Any, registry: Mapping[str, Callable], base: type, where: str = "
 
     The name may come from a checkpoint, which must not choose what runs. So the file is looked for before anything is imported,
     a module that Python would find elsewhere (os, torch, what is in site-packages) is refused, and so is what the file itself
-    has only imported (subprocess.Popen): a checkpoint can reach classes that the user wrote, for this use, and nothing else.
+    has only imported (subprocess.Popen). A checkpoint can have a file of the current folder imported and a class that it
+    defines built, and nothing else: start the scripts in a folder whose Python files are your own.
     """
     if isinstance(name, str) and name in registry:
         return registry[name]
@@ -252,15 +254,14 @@ def _check_is_in_this_folder(module: str, where: str) -> None:
     """Mistake unless `import module` would run a file below the current folder. Imports nothing."""
     folder, (top, *rest) = Path.cwd(), module.split(".")
     file = folder.joinpath(top, *rest)
-    if not all(part.isidentifier() for part in (top, *rest)) or not any(
-        path.is_file() for path in (file.with_suffix(".py"), file / "__init__.py")
-    ):
+    is_name = len(module) < 200 and all(part.isidentifier() for part in (top, *rest))
+    if not is_name or not (file.with_suffix(".py").is_file() or (file / "__init__.py").is_file()):
         raise Mistake(f"{where}: no file {'/'.join((top, *rest))[:80]}.py in the current folder, {folder}")
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     importlib.invalidate_caches()  # the file may be newer than the last look
     spec = importlib.util.find_spec(top)  # which would import the parents of a dotted name
-    places = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations)
+    places = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations or [])
     ours = {(folder / place).resolve() for place in (f"{top}.py", f"{top}/__init__.py", top)}
     if not places or not all(Path(place).resolve() in ours for place in places):
         raise Mistake(f"{where}: Python knows another {top} ({', '.join(places)}); rename your file")
@@ -448,6 +449,14 @@ def network_without_memory(config: Mapping) -> nn.Module:
     if size > MAX_PARAMETERS:
         raise Mistake(f"time_aware_net.kwargs: a network of {size:.3g} parameters; at most {MAX_PARAMETERS:.3g} are allowed")
     return net
+
+
+def check_shape(config: Mapping, shape: Sequence[int]) -> None:
+    """Mistake if the network takes no images [C, H, W] of the shape; takes no memory. One of the user's own is not asked."""
+    if not _is_own(config["time_aware_net"]["name"]):
+        with as_mistake():
+            t = torch.ones(1, dtype=torch.long, device="meta")
+            network_without_memory(config)(torch.empty(1, *shape, device="meta"), t)
 
 
 def _build_network(config: Mapping) -> nn.Module:
