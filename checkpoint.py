@@ -47,8 +47,8 @@ def load(path: str | Path) -> dict:
         raise Mistake(f"{path}: of version {as_json_line(version)}, where this library reads version {VERSION}")
     try:
         state["config"] = resolve(state.get("config"), stored=True)
-    except ValueError as error:
-        raise Mistake(f"{path}: {error}") from None
+    except Mistake as error:
+        raise Mistake(f"{path}: {error}") from error
     shape = state.get("shape")
     sizes = shape if isinstance(shape, list) and all(isinstance(size, int) and size >= 1 for size in shape) else []
     if len(sizes) != 3 or math.prod(sizes) > MOST_VALUES:

@@ -226,7 +226,8 @@ def find(name: Any, registry: Mapping[str, Callable], base: type, where: str = "
 
     The name may come from a checkpoint, which must not choose what runs. So the file is looked for before anything is imported,
     a module that Python would find elsewhere (os, torch, what is in site-packages) is refused, and so is what the file itself
-    has only imported (subprocess.Popen): a checkpoint can reach classes that the user wrote, for this use, and nothing else.
+    has only imported (subprocess.Popen). A checkpoint can have a file of the current folder imported and a class that it
+    defines built, and nothing else: start the scripts in a folder whose Python files are your own.
     """
     if isinstance(name, str) and name in registry:
         return registry[name]
@@ -252,15 +253,14 @@ def _check_is_in_this_folder(module: str, where: str) -> None:
     """Mistake unless `import module` would run a file below the current folder. Imports nothing."""
     folder, (top, *rest) = Path.cwd(), module.split(".")
     file = folder.joinpath(top, *rest)
-    if not all(part.isidentifier() for part in (top, *rest)) or not any(
-        path.is_file() for path in (file.with_suffix(".py"), file / "__init__.py")
-    ):
+    is_name = len(module) < 200 and all(part.isidentifier() for part in (top, *rest))
+    if not is_name or not (file.with_suffix(".py").is_file() or (file / "__init__.py").is_file()):
         raise Mistake(f"{where}: no file {'/'.join((top, *rest))[:80]}.py in the current folder, {folder}")
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     importlib.invalidate_caches()  # the file may be newer than the last look
     spec = importlib.util.find_spec(top)  # which would import the parents of a dotted name
-    places = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations)
+    places = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations or [])
     ours = {(folder / place).resolve() for place in (f"{top}.py", f"{top}/__init__.py", top)}
     if not places or not all(Path(place).resolve() in ours for place in places):
         raise Mistake(f"{where}: Python knows another {top} ({', '.join(places)}); rename your file")

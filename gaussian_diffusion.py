@@ -474,7 +474,9 @@ class GaussianDiffusion(nn.Module):
             rule = partial(rule, eta=eta)
         elif eta:
             those = " or ".join(repr(name) for name in SAMPLERS if _takes_eta(SAMPLERS[name]))
-            raise ValueError(f"eta = {eta:g}: only the sampler {those} has it, not {sampler!r}")
+            raise ValueError(
+                f"eta = {eta:g}: only the sampler {those} has it, not {sampler if isinstance(sampler, str) else sampler.__name__!r}"
+            )
         levels = self._levels(self.steps(timesteps, sampler), clip_x0)
         if x_T is None:
             x_T = torch.randn(*shape, generator=generator, device=self.signal_scale.device)

@@ -16,19 +16,20 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import FunctionType
 
 import torch
-from samplers import SAMPLERS
 from torch import Tensor
 
 from checkpoint import MOST_VALUES, load_diffusion, save
-from config import network_without_memory
+from config import find, network_without_memory
 from evaluation.metrics import METRICS, Evaluation
 from evaluation.pictures import grid, save_gif, save_png
 from evaluation.sampling import Drawn, draw
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
+from samplers import SAMPLERS
 from training import speed
 from training.ranks import Ranks, leave_ranks
 from training.seeds import STEP, mixed_seed
@@ -80,7 +81,12 @@ def run(args: argparse.Namespace) -> None:
     diffusion.to(ranks.device)
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
     check_size(state["config"], shape, min(args.n, args.batch_size))
-    options = {"sampler": args.sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
+    options = {
+        "sampler": find(args.sampler, SAMPLERS, FunctionType, "--sampler"),
+        "timesteps": args.timesteps,
+        "eta": args.eta,
+        "clip_x0": not args.no_clip,
+    }
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
     evaluation = Evaluation(
@@ -95,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         args.features,
         args.classifier,
     )
-    metrics = {name: METRICS[name](evaluation) for name in args.metrics}
+    metrics = {name: find(name, METRICS, object, "--metrics")(evaluation) for name in args.metrics}
     folder = path.with_name(f"{path.stem}_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
     folder.parent.joinpath(f".{folder.name}.part").unlink()
@@ -132,7 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("-n", type=int, default=16, help="number of samples")
     parser.add_argument("-s", "--seed", type=int, default=0)
-    parser.add_argument("--sampler", default="ddpm", choices=SAMPLERS)
+    parser.add_argument(
+        "--sampler", default="ddpm", help=f"{', '.join(SAMPLERS)}, or a function of your own as my_file.my_sampler"
+    )
     parser.add_argument("--timesteps", type=int, help="steps a sample, by default T; heun has two network calls in each")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the sampler ddim: 0 none, 1 as much as ddpm")
     parser.add_argument("--no-clip", action="store_true", help="do not keep each predicted x_0 in [-1, 1]")
@@ -141,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
         "--pictures", type=int, default=64, help="samples that get a strip, a place in the grid and the animation"
     )
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--metrics", nargs="+", default=[], choices=METRICS, help="bits per dimension, Fréchet distance")
+    parser.add_argument(
+        "--metrics", nargs="+", default=[], help=f"{', '.join(METRICS)}, or a class of your own as my_file.MyMetric"
+    )
     parser.add_argument("--bpd-images", type=int, default=1000, help="images of the valid split for bpd")
     parser.add_argument("--bpd-timesteps", type=int, help="timesteps of each that are evaluated, unbiased; by default all T")
     parser.add_argument("--features", default="classifier", choices=["classifier", "inception"], help="what fd is taken in")
