@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from config import as_json_line, build_diffusion, network_without_memory, resolve
+from config import as_json_line, build_diffusion, check_shape, network_without_memory, resolve
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
 
 FORMAT = "pytorch-gaussian-diffusion"
 VERSION = 1
-MOST_VALUES = 2**28  # in the images worked on at a time: 1 GiB of float32
+MAX_VALUES = 2**28  # in the images worked on at a time: 1 GiB of float32
 # What torch.save writes of tensors and plain values; what torch allows beyond that may ask for any amount of memory.
 SAVED = re.compile(r"torch [A-Z]\w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
 
@@ -51,8 +51,8 @@ def load(path: str | Path) -> dict:
         raise Mistake(f"{path}: {error}") from error
     shape = state.get("shape")
     sizes = shape if isinstance(shape, list) and all(isinstance(size, int) and size >= 1 for size in shape) else []
-    if len(sizes) != 3 or math.prod(sizes) > MOST_VALUES:
-        raise Mistake(f"{path}: shape = {as_json_line(shape)}: must be [C, H, W], at most {MOST_VALUES:,} values")
+    if len(sizes) != 3 or math.prod(sizes) > MAX_VALUES:
+        raise Mistake(f"{path}: shape = {as_json_line(shape)}: must be [C, H, W], at most {MAX_VALUES:,} values")
     return state
 
 
@@ -76,7 +76,7 @@ def _check_weights(state: Mapping, weights: Mapping) -> None:
         found = getattr(weights.get(name), "shape", None)
         if found != expected.shape:
             raise Mistake(f"{name}: of shape {found and list(found)}, which the config makes {list(expected.shape)}")
-    net(torch.empty(1, *state["shape"], device="meta"), torch.ones(1, dtype=torch.long, device="meta"))
+    check_shape(state["config"], state["shape"])
 
 
 def load_diffusion(path: str | Path, ema: bool = True) -> tuple[GaussianDiffusion, dict]:

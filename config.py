@@ -28,7 +28,7 @@ import beta_schedule
 import dataset
 import time_aware_module
 from gaussian_diffusion import GaussianDiffusion
-from mistakes import Mistake
+from mistakes import Mistake, as_mistake
 
 
 def _public(module: types.ModuleType, base: type, prefix: str = "") -> dict[str, type]:
@@ -85,6 +85,7 @@ class TrainConfig:
     grad_clip: Annotated[float, Range(ge=0)] = 1.0  # largest norm of the network's gradient, 0 for any
     grad_accum: Annotated[int, Range(ge=1)] = 1  # parts that a batch is split into, one forward and backward pass each
     ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.9999  # of the averaged weights, per step; shorter at first
+    label_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1  # share of labels that the network does not see: it learns both
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of the network; the maths is float32 always
     compile: bool | Literal["auto"] = "auto"  # torch.compile the network
     activation_checkpointing: bool = False  # trade time for memory in the U-Net
@@ -448,6 +449,14 @@ def network_without_memory(config: Mapping) -> nn.Module:
     if size > MAX_PARAMETERS:
         raise Mistake(f"time_aware_net.kwargs: a network of {size:.3g} parameters; at most {MAX_PARAMETERS:.3g} are allowed")
     return net
+
+
+def check_shape(config: Mapping, shape: Sequence[int]) -> None:
+    """Mistake if the network takes no images [C, H, W] of the shape; takes no memory. One of the user's own is not asked."""
+    if not _is_own(config["time_aware_net"]["name"]):
+        with as_mistake():
+            t = torch.ones(1, dtype=torch.long, device="meta")
+            network_without_memory(config)(torch.empty(1, *shape, device="meta"), t)
 
 
 def _build_network(config: Mapping) -> nn.Module:

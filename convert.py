@@ -95,6 +95,7 @@ def unet_options(kwargs: Mapping[str, Any], size: int | Sequence[int]) -> dict[s
     bound = inspect.signature(TimeAwareUNet).bind(**kwargs)
     bound.apply_defaults()
     k = bound.arguments
+    _require(k["n_classes"] is None, "n_classes", k["n_classes"], "DDPMPipeline has no labels to give to its network")
     attention = k["attention"] or [False] * len(k["ch_mult"])
     patch = k["patch_size"]
     groups = {module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)}
@@ -290,8 +291,7 @@ def to_diffusers(source: str | Path, folder: str | Path, ema: bool = True) -> di
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Mistake(f"{folder}: exists already, and is not an empty folder")
     diffusers = _diffusers()
-    with as_mistake():
-        diffusion, state = checkpoint.load_diffusion(source, ema)
+    diffusion, state = checkpoint.load_diffusion(source, ema)
     config, net = state["config"], diffusion.time_aware_net
     allowed = "only TimeAwareUNet has a counterpart in diffusers"
     _require(type(net) is TimeAwareUNet, "time_aware_net.name", config["time_aware_net"]["name"], allowed)
@@ -334,9 +334,8 @@ def from_diffusers(folder: str | Path, target: str | Path, config_path: str | Pa
         raise Mistake(f"{target}: exists already")
     if not folder.is_dir():
         raise Mistake(f"{folder}: no such folder")
-    with as_mistake():
-        given = load_config(config_path) if config_path else None
-        ours = load_config(folder / CONFIG) if (folder / CONFIG).exists() else None
+    given = load_config(config_path) if config_path else None
+    ours = load_config(folder / CONFIG) if (folder / CONFIG).exists() else None
     unet, scheduler = _load_parts(folder)
     if ours:
         with as_mistake(f"{folder / CONFIG}: "):
@@ -345,9 +344,8 @@ def from_diffusers(folder: str | Path, target: str | Path, config_path: str | Pa
     if given:
         config |= {"dataset": given["dataset"], "train_cfg": given["train_cfg"]}
         config["diffusion"] |= {"loss_mode": given["diffusion"]["loss_mode"]}
-    with as_mistake():
-        config = resolve(config)
-        diffusion = build_diffusion(config)
+    config = resolve(config)
+    diffusion = build_diffusion(config)
     net = diffusion.time_aware_net
     net.load_state_dict(weights_from_diffusers(net, unet.state_dict()))
     weights = diffusion.state_dict()

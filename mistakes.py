@@ -28,7 +28,7 @@ def as_mistake(where: str = "") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not _raised_by_the_library(error):
+        if not isinstance(error, Mistake) and not _raised_by_the_library(error):
             raise
         raise Mistake(f"{where}{error}") from error
 

@@ -21,8 +21,8 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
-from checkpoint import MOST_VALUES, load_diffusion, save
-from config import find, network_without_memory
+from checkpoint import MAX_VALUES, load_diffusion, save
+from config import check_shape, find
 from evaluation.metrics import METRICS, Evaluation
 from evaluation.pictures import grid, save_gif, save_png
 from evaluation.sampling import Drawn, draw
@@ -53,15 +53,6 @@ def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path, 
         save(target, state | {weights: evaluation.diffusion.state_dict()})
 
 
-def check_size(config: dict, shape: list[int], count: int) -> None:
-    """Mistake if the network takes no images of the shape, or so many of them have no place in memory."""
-    if count * math.prod(shape) > MOST_VALUES:
-        raise Mistake(f"{count} images of {shape} at a time: must be at most {MOST_VALUES:,} values; see --batch-size")
-    with as_mistake():
-        images = torch.empty(1, *shape, device="meta")
-        network_without_memory(config)(images, torch.ones(1, dtype=torch.long, device="meta"))
-
-
 def set_speed(diffusion: GaussianDiffusion, x0: Tensor, asked: str, compiled: bool, ranks: Ranks) -> str:
     """The precision to sample images like x0 in; the network is compiled if that is asked for."""
     if compiled or ranks.device.type == "cuda":  # uncompiled on a CPU it is slower
@@ -80,13 +71,11 @@ def run(args: argparse.Namespace) -> None:
     diffusion, state = load_diffusion(path, ema=not args.raw)
     diffusion.to(ranks.device)
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
-    check_size(state["config"], shape, min(args.n, args.batch_size))
-    options = {
-        "sampler": find(args.sampler, SAMPLERS, FunctionType, "--sampler"),
-        "timesteps": args.timesteps,
-        "eta": args.eta,
-        "clip_x0": not args.no_clip,
-    }
+    if (values := min(args.n, args.batch_size) * math.prod(shape)) > MAX_VALUES:
+        raise Mistake(f"images of {shape}: {values:,} values at a time, must be at most {MAX_VALUES:,}; see --batch-size")
+    check_shape(state["config"], shape)
+    sampler = find(args.sampler, SAMPLERS, FunctionType, "--sampler")
+    options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
     evaluation = Evaluation(

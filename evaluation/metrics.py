@@ -30,7 +30,7 @@ from evaluation.features import (
 )
 from evaluation.sampling import evenly
 from gaussian_diffusion import Bound, GaussianDiffusion
-from mistakes import Mistake
+from mistakes import Mistake, as_mistake
 from training.ranks import Ranks
 from training.seeds import VALIDATION, mixed_seed
 
@@ -255,7 +255,8 @@ class FrechetDistance:
         for name, count in counts.items():
             if count < needed:
                 raise Mistake(f"{name} = {count}: the Fréchet distance needs at least {needed}, one more than features")
-        self.extractor = self._extractor()
+        with as_mistake("--metrics fd: "):
+            self.extractor = self._extractor()
 
     def _extractor(self) -> nn.Module:
         """The one asked for; the classifier is trained on the training images, once, and kept beside the data."""

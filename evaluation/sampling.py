@@ -12,6 +12,7 @@ from training.ranks import Ranks
 from training.seeds import SAMPLING, mixed_seed
 
 GIF_FRAMES = 50
+MAX_ROWS = 16  # of a picture with a row a class
 
 
 class Drawn(NamedTuple):
@@ -65,6 +66,14 @@ def draw(
             drawn.append((first, Drawn(x.cpu(), torch.stack(strip, 1), torch.stack(animation, 1))))
     drawn = sorted(ranks.gather(drawn) if ranks else drawn, key=lambda part: part[0])
     return Drawn(*(torch.cat(parts) for parts in zip(*(part for _, part in drawn), strict=True)))
+
+
+def labels_by_row(n_classes: int | None, n: int) -> tuple[Tensor | None, int | None]:
+    """Labels [n] of a picture with a row a class, of the first 16 classes, and the picture's columns; None without classes."""
+    if n_classes is None:
+        return None, None
+    columns = max(1, n // min(n_classes, MAX_ROWS))
+    return (torch.arange(n) // columns).clamp(max=n_classes - 1), columns
 
 
 def evenly(count: int, among: int) -> list[int]:

@@ -267,7 +267,7 @@ RANGES = {  # values of the right type that no key of the name takes
     "background": ["", "nocolour", "#12"],
 }
 OTHER_TYPES = ["many", 1.5, True, None, [], {}, [[1]], {"a": 1}, 3]
-MAY_BE_NULL = {"train", "t_channels", "num_groups", "chunk_size", "max_steps", "valid_images"}
+MAY_BE_NULL = {"train", "attention", "t_channels", "num_groups", "chunk_size", "max_steps", "valid_images"}
 FLOATS = {"lr", "variance_lr", "grad_clip", "ema_decay", "cache_gb", "save_minutes", "dropout", "start", "end", "s", "constant"}
 REQUIRED = {"schedule", "time_aware_net", "diffusion", "dataset", "train_cfg", "name", "n_channels", "valid", "size"}
 REQUIRED |= {"epochs", "batch_size", "lr", "model_save_dirpath"}
@@ -447,8 +447,8 @@ def test_images_without_permission_are_named(locked, start, tmp_path, work):
 def test_weights_that_are_not_finite_never_reach_a_checkpoint(work, monkeypatch, capsys):
     step = train.Trainer.train_step
 
-    def overflowing(self, pixels):
-        step(self, pixels)
+    def overflowing(self, pixels, labels):
+        step(self, pixels, labels)
         if self.step == 3:
             self.parameters[0].data.view(-1)[0] = torch.inf
 
