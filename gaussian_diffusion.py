@@ -233,7 +233,10 @@ class GaussianDiffusion(nn.Module):
 
     def _net(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output in x's precision, whatever precision autocast let it run in."""
-        return self.time_aware_net(xt, t, **(condition or {})).to(xt.dtype)
+        out = self.time_aware_net(xt, t, **(condition or {}))
+        if out.shape != xt.shape:  # which would broadcast, and train on something else
+            raise ValueError(f"time_aware_net: gives {list(out.shape)} for xt of shape {list(xt.shape)}: must be xt's shape")
+        return out.to(xt.dtype)
 
     def predict(self, xt: Tensor, t: int | Tensor, condition: Condition = None) -> Prediction:
         """mu, x_0 and eps as one call of the network at (x_t, t) implies them (equation 11)."""

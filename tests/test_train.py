@@ -21,6 +21,7 @@ from dataset import Digits
 from evaluation.metrics import METRICS
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
+from mistakes import Mistake
 from training.batches import Batches
 from training.ranks import Ranks
 from training.seeds import WEIGHTS, mixed_seed
@@ -244,6 +245,13 @@ def test_a_device_that_is_not_there(device, words, tmp_path, capsys, run):
         argv = argv if script is sampling else [*argv[:1], "--device", device, *argv[3:-2]]
         assert script.main(argv) == 2
         assert words in capsys.readouterr().err
+
+
+def test_one_card_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(Mistake, match=r"--device cuda:0: would put all 2 processes on one card; give --device cuda"):
+        Ranks("cuda:0")
 
 
 def test_compiling_without_a_compiler(run, tmp_path, monkeypatch, capsys):

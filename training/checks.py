@@ -44,7 +44,7 @@ def check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None
     """Try the network on one image of each data set; warn of a prior that is not pure noise."""
     _check_labels(getattr(model.time_aware_net, "n_classes", None), images)
     for split, data in images.items():
-        with torch.no_grad(), as_mistake(f"time_aware_net: does not take the images of dataset.{split}: "):
+        with torch.no_grad(), as_mistake(f"time_aware_net: does not fit the images of dataset.{split}: "):
             model.eval().predict(torch.zeros(1, *data.shape), 1)
     model.train()
     alpha_bar = model.signal_scale[-1].item() ** 2
