@@ -35,6 +35,8 @@ def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> Non
             raise Mistake(
                 f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has labels up to {int(data.labels.max())}"
             )
+        if data.class_names is not None and len(data.class_names) != n_classes:
+            raise Mistake(f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has {len(data.class_names)} classes")
     names = {split: data.class_names for split, data in images.items()}
     if names["train"] != names["valid"]:
         raise Mistake(f"dataset.valid: has the classes {names['valid']}, and dataset.train {names['train']}")
