@@ -509,12 +509,14 @@ class DiscreteDiffusion(nn.Module):
         shape: Sequence[int],
         sampler: Literal["ddpm"] = "ddpm",
         timesteps: int | Sequence[int] | None = None,
+        eta: float = 0.0,
+        clip_x0: bool = False,
         x_T: Tensor | None = None,
         generator: torch.Generator | None = None,
         condition: Condition = None,
     ) -> Tensor:
         """x_0 of the given shape: the last state of trajectory, which see for the arguments."""
-        states = self.trajectory(shape, sampler, timesteps, x_T, generator, condition)
+        states = self.trajectory(shape, sampler, timesteps, eta, clip_x0, x_T, generator, condition)
         return deque(states, maxlen=1)[0][1]  # keeps one state at a time
 
     def trajectory(
@@ -522,6 +524,8 @@ class DiscreteDiffusion(nn.Module):
         shape: Sequence[int],
         sampler: Literal["ddpm"] = "ddpm",
         timesteps: int | Sequence[int] | None = None,
+        eta: float = 0.0,
+        clip_x0: bool = False,
         x_T: Tensor | None = None,
         generator: torch.Generator | None = None,
         condition: Condition = None,
@@ -530,10 +534,14 @@ class DiscreteDiffusion(nn.Module):
 
         sampler    only "ddpm", ancestral sampling; the others need numbers to go on from
         timesteps  the steps. None: all. An int: that many, T and 1 included, even in t. Or the times, descending
+        eta        0: it belongs to a sampler that there is not
+        clip_x0    changes nothing, for x_0 is always a level
         x_T        the state to start from, of the given shape; drawn of p(x_T) if None
         generator  of all draws, on the module's device
         """
         steps = self.steps(timesteps, sampler)
+        if eta:
+            raise ValueError(f"eta = {eta:g}: the sampler 'ddpm' has none")
         if x_T is None:
             u = torch.rand(*shape, generator=generator, device=self.log_prior.device, dtype=torch.float64)
             x_T = _categorical(self.log_prior.expand(*shape, -1), u)

@@ -566,6 +566,7 @@ def test_symbols_that_are_refused():
         "noise of shape": lambda: diffusion.q_sample(good, 1, torch.rand(2, 1)),
         "t = .5.: every t": lambda: diffusion.loss(good, 5),
         "sampler = 'dpm'": lambda: next(diffusion.trajectory((1, 2), "dpm")),
+        "eta = 0.5": lambda: next(diffusion.trajectory((1, 2), eta=0.5)),
         "timesteps = 9": lambda: next(diffusion.trajectory((1, 2), timesteps=9)),
         "must descend": lambda: next(diffusion.trajectory((1, 2), timesteps=[1, 2])),
         "number of KL terms": lambda: diffusion.variational_bound(good, timesteps=4),
