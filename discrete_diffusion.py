@@ -247,17 +247,20 @@ class DiscretizedGaussian(nn.Module):
             further = start * self.every + steps
             product = _product(upper, self._steps(further.clamp(max=len(self.log_w) - 1)))
             upper = torch.where((further <= t)[:, None, None], product, upper)
-        lower = upper[:, : self.n_levels // 2].flip(1, 2)
-        return MatrixKernel(torch.cat([upper, lower], dim=1).log())
+        return self._whole(upper)
+
+    def _whole(self, upper: Tensor) -> Kernel:
+        """The kernel of the upper half of a product, [b, half, K]."""
+        return MatrixKernel(torch.cat([upper, upper[:, : self.n_levels // 2].flip(1, 2)], dim=1).log())
 
     def between(self, s: int, t: int) -> Kernel:
         first, *others = torch.arange(s + 1, t + 1, device=self.log_w.device).split(1)
         if not others:
             return self.step(first)  # whose logarithms do not underflow
-        product = self._steps(first)
+        upper = self._steps(first)[:, : (self.n_levels + 1) // 2]
         for time in others:
-            product = _product(product, self._steps(time))
-        return MatrixKernel(product.log())
+            upper = _product(upper, self._steps(time))
+        return self._whole(upper)
 
 
 TRANSITIONS = {
