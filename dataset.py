@@ -214,7 +214,7 @@ class ImageFolder(ImageDataset):
         return self.paths[i]
 
     def image(self, i: int) -> Image.Image:
-        return _composited(_read_image(self.paths[i]), self.background).convert(self.mode)
+        return read_image(self.paths[i], self.mode, self.background)
 
 
 class CelebA_HQ_256(ImageFolder):
@@ -266,6 +266,11 @@ def _colour(name: str) -> tuple[int, int, int]:
     except ValueError as error:  # also of four values, "#rrggbbaa"
         raise Mistake(f'background = {name!r}: must be the name of a colour, such as "black", or "#rrggbb"') from error
     return red, green, blue
+
+
+def read_image(path: str, mode: str, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """The image of a file as ImageFolder has it: its first frame, upright, on the background, in the mode "RGB" or "L"."""
+    return _composited(_read_image(path), background).convert(mode)
 
 
 def _read_image(path: str) -> Image.Image:

@@ -4,6 +4,8 @@
     python test.py models/Digits_den/last.pth -n 64 --sampler dpm --timesteps 20
     python test.py models/FashionMNIST_den/last.pth -n 1000 --sampler ddim --timesteps 50 --metrics bpd fd
     python test.py models/CelebA_HQ_256_den/last.pth 128 192                   # another height and width
+    python test.py models/FashionMNIST_class/last.pth -n 80 --class all --guidance 2            # a row a class
+    python test.py models/FashionMNIST_class/last.pth --inpaint shoe.png --mask mask.png        # white: known
     torchrun --nproc_per_node=4 test.py models/CIFAR10_den/last.pth -n 50000 --batch-size 512 --pictures 64
 
 Writes to the folder NAME_gen beside NAME.pth: 0.png, 1.png, ..., a strip of states from x_T to x_0 for each sample; strips.png,
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from checkpoint import MAX_VALUES, load_diffusion, save
 from config import check_shape, find
+from evaluation.edits import EDITS, Edit
 from evaluation.metrics import METRICS, Evaluation
 from evaluation.pictures import grid, save_gif, save_png
 from evaluation.sampling import Drawn, draw, labels_by_row
@@ -103,6 +106,25 @@ def guide(diffusion: GaussianDiffusion, state: dict, weight: float, interval: li
         raise Mistake("--guidance: the network was trained with train_cfg.label_dropout = 0, and knows nothing without a label")
 
 
+def edit_of(args: argparse.Namespace, shape: list[int]) -> Edit | None:
+    """The edit that the flags ask for, if they do."""
+    asked = {kind: getattr(args, kind) for kind in EDITS if getattr(args, kind)}
+    if len(asked) > 1 or bool(args.mask) != ("inpaint" in asked):
+        raise Mistake("--inpaint needs --mask, and only one of --" + ", --".join(EDITS) + " can be done at once")
+    for kind, paths in asked.items():
+        return Edit(kind, paths if isinstance(paths, list) else [paths], shape, args.mask, args.strength)
+    return None
+
+
+def save_edited(folder: Path, given: Tensor, samples: Tensor) -> None:
+    """0.png, 1.png, ... of the samples, and grid.png with what was given before them."""
+    folder.mkdir(exist_ok=True)
+    for i, x in enumerate(samples):
+        save_png(folder / f"{i}.png", grid(x[None]))
+    save_png(folder / "grid.png", grid(torch.cat([given, samples])))
+    print(f"{folder}: 0.png .. {len(samples) - 1}.png, grid.png (first what was given)")
+
+
 def run(args: argparse.Namespace) -> None:
     ranks, path = Ranks(args.device), Path(args.checkpoint)
     diffusion, state = load_diffusion(path, ema=not args.raw)
@@ -132,6 +154,12 @@ def run(args: argparse.Namespace) -> None:
         args.classifier,
         guided=args.guidance is not None,
     )
+    if edit := edit_of(args, shape):
+        how = {"timesteps": args.timesteps, "clip_x0": not args.no_clip}
+        how |= {"sampler": sampler} if edit.kind == "from" else {}
+        samples = edit.samples(diffusion, args.n, args.batch_size, args.seed, labels, **how)
+        save_edited(path.with_name(f"{path.stem}_{edit.kind}"), edit.picture(), samples)
+        return
     metrics = {name: find(name, METRICS, object, "--metrics")(evaluation) for name in args.metrics}
     folder = path.with_name(f"{path.stem}_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
@@ -179,6 +207,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, metavar="WEIGHT", help="1 is the network alone, more exaggerates the class")
     parser.add_argument("--guide", metavar="WEAKER.pth", help="guide away from this checkpoint instead of from no label")
     parser.add_argument("--interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="times in which the guidance acts")
+    parser.add_argument("--inpaint", metavar="IMAGE", help="draw anew what --mask leaves black")
+    parser.add_argument("--mask", metavar="IMAGE", help="of --inpaint: white where the image is known")
+    parser.add_argument("--from", metavar="IMAGE", help="noise it to --strength of T, and sample from there")
+    parser.add_argument("--strength", type=float, default=0.5, help="of --from: 0 gives the image back, 1 forgets it")
+    parser.add_argument("--interpolate", metavar="IMAGE", nargs=2, help="-n images from one to the other")
+    parser.add_argument("--upscale", metavar="IMAGE", help="images of which this small one is the average")
+    parser.add_argument("--colour", metavar="IMAGE", help="colour images of which this is the grey")
     parser.add_argument("--frames", type=int, default=11, help="states in a strip")
     parser.add_argument(
         "--pictures", type=int, default=64, help="samples that get a strip, a place in the grid and the animation"
