@@ -295,7 +295,9 @@ def _scale_transparent_colour(image: Image.Image) -> None:
     if image.format != "PNG" or colour is None or not image.tile:
         return
     rawmode = image.tile[0][3]
-    if rawmode in ("L;2", "L;4"):
+    if rawmode == "1":
+        image.info["transparency"] = 255 if colour else 0
+    elif rawmode in ("L;2", "L;4"):
         image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[rawmode]
     elif rawmode == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in colour)

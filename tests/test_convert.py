@@ -253,7 +253,8 @@ def test_the_pipeline_samples_the_same_trajectory(tmp_path, prediction, reverse_
     theirs = []
     step = pipeline.scheduler.step
     pipeline.scheduler.step = lambda *args, **kwargs: theirs.append(step(*args, **kwargs)) or theirs[-1]
-    images = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=10, output_type="pt").images
+    images = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=10, output_type="np").images
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
     diffusion, _ = checkpoint.load_diffusion(source)
     ours = diffusion.trajectory((2, 3, 8, 8), clip_x0=True, generator=torch.Generator().manual_seed(3))
     times, states = zip(*ours, strict=True)

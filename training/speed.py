@@ -177,4 +177,5 @@ def check_compiler(device: torch.device, option: str) -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # each kind of device has its own compiler, and its own errors
-        raise Mistake(f"{option}: cannot compile here ({str(error).strip().splitlines()[0]})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise Mistake(f"{option}: cannot compile here ({reason})") from error
