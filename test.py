@@ -130,8 +130,9 @@ def run(args: argparse.Namespace) -> None:
     diffusion, state = load_diffusion(path, ema=not args.raw)
     diffusion.to(ranks.device)
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
-    if (values := min(args.n, args.batch_size) * math.prod(shape)) > MAX_VALUES:
-        raise Mistake(f"images of {shape}: {values:,} values at a time, must be at most {MAX_VALUES:,}; see --batch-size")
+    count = min(args.n, args.batch_size)
+    if count * math.prod(shape) > MAX_VALUES:
+        raise Mistake(f"{count} images of {shape} at a time: must be at most {MAX_VALUES:,} values; see --batch-size")
     check_shape(state["config"], shape)
     sampler = find(args.sampler, SAMPLERS, FunctionType, "--sampler")
     options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
