@@ -94,10 +94,9 @@ def guide(diffusion: GaussianDiffusion, state: dict, weight: float, interval: li
     config, net, interval = state["config"], diffusion.time_aware_net, tuple(interval or ALWAYS)
     if weaker:
         other, other_state = load_diffusion(weaker)
-        if (other.prediction, other.T, other_state["shape"]) != (diffusion.prediction, diffusion.T, state["shape"]):
-            raise Mistake(
-                f"--guide {weaker}: is of another prediction, T or shape of images than the checkpoint it is to guide"
-            )
+        theirs, ours = (x["config"]["schedule"] for x in (other_state, state))
+        if (other.prediction, theirs, other_state["shape"]) != (diffusion.prediction, ours, state["shape"]):
+            raise Mistake(f"--guide {weaker}: is of another prediction, schedule or shape of images than what it is to guide")
         diffusion.time_aware_net = AutoGuidance(net, other.time_aware_net.to(diffusion.signal_scale.device), weight, interval)
         return
     with as_mistake("--guidance: "):
@@ -142,25 +141,15 @@ def run(args: argparse.Namespace) -> None:
     labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"))
     if args.guidance is not None:
         guide(diffusion, state, args.guidance, args.interval, args.guide)
-    evaluation = Evaluation(
-        diffusion,
-        state["config"],
-        ranks,
-        args.n,
-        args.batch_size,
-        args.seed,
-        args.bpd_images,
-        args.bpd_timesteps,
-        args.features,
-        args.classifier,
-        guided=args.guidance is not None,
-    )
     if edit := edit_of(args, shape):
         how = {"timesteps": args.timesteps, "clip_x0": not args.no_clip}
         how |= {"sampler": sampler} if edit.kind == "from" else {}
         samples = edit.samples(diffusion, args.n, args.batch_size, args.seed, labels, **how)
         save_edited(path.with_name(f"{path.stem}_{edit.kind}"), edit.picture(), samples)
         return
+    names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "features", "classifier")
+    how = {name: getattr(args, name) for name in names}
+    evaluation = Evaluation(diffusion, state["config"], ranks, **how, guided=args.guidance is not None)
     metrics = {name: find(name, METRICS, object, "--metrics")(evaluation) for name in args.metrics}
     folder = path.with_name(f"{path.stem}_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
@@ -178,15 +167,20 @@ def run(args: argparse.Namespace) -> None:
         folder.mkdir(exist_ok=True)
         save_pictures(folder, drawn, args.pictures, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
+    measure(metrics, folder / "metrics.json", vars(args), precision, ranks)
+
+
+def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ranks) -> None:
+    """Measure one after the other. What is measured is written and printed before the next thing is tried."""
     results = {}
     for name, metric in metrics.items():
         if ranks.rank and not metric.uses_model:
             continue
         with speed.autocast(ranks.device, precision if metric.uses_model else "fp32"):
             results[name] = metric.measure()
-        if ranks.rank == 0:  # what is measured is written before the next thing is tried
-            with whole_file(folder / "metrics.json") as file:
-                file.write(json.dumps(results | {"settings": vars(args)}, indent=4).encode())
+        if ranks.rank == 0:
+            with whole_file(path) as file:
+                file.write(json.dumps(results | {"settings": settings}, indent=4).encode())
             print(metric.describe(results[name]))
 
 
@@ -254,6 +248,8 @@ def _check(args: argparse.Namespace) -> None:
         raise Mistake(f"H W = {' '.join(map(str, args.size))}: must be two numbers of at least 1, or none")
     if args.guidance is None and (args.guide or args.interval):
         raise Mistake("--guide and --interval need --guidance WEIGHT")
+    if args.guidance is not None and args.fit_variance:
+        raise Mistake("--fit-variance is of the network itself: leave out --guidance")
     if args.seed < 0:
         raise Mistake(f"--seed = {args.seed}: must be at least 0")
 
