@@ -120,7 +120,7 @@ def save_edited(folder: Path, given: Tensor, samples: Tensor) -> None:
     folder.mkdir(exist_ok=True)
     for i, x in enumerate(samples):
         save_png(folder / f"{i}.png", grid(x[None]))
-    save_png(folder / "grid.png", grid(torch.cat([given, samples])))
+    save_png(folder / "grid.png", grid(torch.cat([given, samples]), columns=8))
     print(f"{folder}: 0.png .. {len(samples) - 1}.png, grid.png (first what was given)")
 
 
