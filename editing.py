@@ -187,7 +187,7 @@ def posterior_sample(
     operator: Operator,
     noise: float,
     shape: Sequence[int],
-    sampler: str = "ddim",
+    sampler: str = "dpm",
     timesteps: Times = None,
     iterations: int = 5,
     clip_x0: bool = False,

@@ -125,3 +125,67 @@ def even_in_log_snr(steps: int) -> BetaSchedule:
     """Log snr falls from 7 to -5 in even steps. No step is wide, so that what few steps lose vanishes like 1 / T."""
     alpha_bar = torch.linspace(7, -5, steps, dtype=torch.float64).sigmoid()
     return BetaSchedule(1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]]))
+
+
+class Correlated:
+    """N(mean, covariance) in D dimensions: mean [D], covariance [D, D], float64."""
+
+    def __init__(self, mean: Tensor, covariance: Tensor):
+        self.mean, self.covariance = mean.double(), covariance.double()
+        self.n = len(mean)
+
+    def sample(self, size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Float64 [size, D]."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        root = vectors * values.clamp(min=0).sqrt()  # a posterior may know a direction exactly
+        return self.mean + torch.randn(size, self.n, dtype=torch.float64, generator=generator) @ root.T
+
+    def given(self, matrix: Tensor, y: Tensor, noise: float) -> "Correlated":
+        """The posterior, y = matrix x + noise z being known, for y [M]: Bayes' rule for Gaussians."""
+        cross = self.covariance @ matrix.T
+        gain = torch.linalg.solve(matrix @ cross + noise**2 * torch.eye(len(matrix), dtype=torch.float64), cross.T).T
+        return Correlated(self.mean + gain @ (y - matrix @ self.mean), self.covariance - gain @ cross.T)
+
+
+class CorrelatedNet(nn.Module):
+    """E[x_0 | x_t] of Correlated data, for images of any shape with D values. Autograd goes through it."""
+
+    def __init__(self, data: Correlated, beta: Tensor):
+        super().__init__()
+        self.data, self.book = data, Textbook(beta)
+        self.values, self.vectors = torch.linalg.eigh(data.covariance)
+
+    def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = self.book.alpha_bar[t, None]
+        centred = (xt.double().flatten(1) - alpha_bar.sqrt() * self.data.mean) @ self.vectors
+        gain = alpha_bar.sqrt() * self.values / (alpha_bar * self.values + 1 - alpha_bar)
+        return (self.data.mean + (gain * centred) @ self.vectors.T).view(xt.shape)
+
+
+class LabelNet(nn.Module):
+    """The optimal network for a mixture whose component is the label; the label K, or none, says nothing of it."""
+
+    def __init__(self, mixture: Mixture, beta: Tensor, prediction: str):
+        super().__init__()
+        parts = zip(mixture.means.tolist(), mixture.variances.tolist(), strict=True)
+        parts = [Mixture([1.0], [mean], [variance]) for mean, variance in parts]
+        self.nets = nn.ModuleList(OptimalNet(data, beta, prediction) for data in (*parts, mixture))
+        self.n_classes, self.rows = len(parts), []  # rows of each call
+
+    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        self.rows.append(len(xt))
+        if label is None:
+            return self.nets[-1](xt, t)
+        out = torch.empty(xt.shape, dtype=torch.float64)
+        for i, net in enumerate(self.nets):
+            out[label == i] = net(xt[label == i], t[label == i])
+        return out
+
+
+def smooth_images(side: int = 4) -> Correlated:
+    """Images [3, side, side] whose neighbouring pixels and whose channels are alike."""
+    place = torch.cartesian_prod(*[torch.arange(side, dtype=torch.float64)] * 2)
+    near = torch.exp(-torch.cdist(place, place) / 2)
+    channels = 0.8 + 0.2 * torch.eye(3, dtype=torch.float64)
+    mean = torch.linspace(-0.5, 0.5, 3 * side**2, dtype=torch.float64)
+    return Correlated(mean, 0.25 * torch.kron(channels, near))

@@ -1,0 +1,96 @@
+"""The likelihood as a classifier: the class under which x_0 has the least bound (Li et al. 2023, arXiv:2303.16203)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gaussian_diffusion import CHUNK_ROWS, GaussianDiffusion
+
+PATIENCE = 4.0  # standard errors by which a class must be worse than the best one to be given up
+
+
+@torch.no_grad()
+def classify(
+    diffusion: GaussianDiffusion,
+    x0: Tensor,
+    n_classes: int,
+    rounds: int = 16,
+    trials: int = 16,
+    chunk_size: int = CHUNK_ROWS,
+    generator: torch.Generator | None = None,
+    return_calls: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Long [B]: of x0 [B, ...], the class 0..n_classes - 1 of the least bound; Bayes' rule for classes equally likely.
+
+    Only sum_t weight_t ||eps_hat - eps||^2 of the bound depends on the class (README, equations 6, 8 and 12). It is estimated
+    at times drawn with probability in proportion to weight_t, which is nearly even in log snr, one from each of `trials`
+    equal parts of it in a round. All classes get the same times and noise, so that what they share cancels. After each round
+    a class is given up for a sample where it is worse than the best one by PATIENCE standard errors of their difference.
+
+    rounds        at most, until each sample has one class left
+    trials        in a round, for each sample and each class that it has left
+    chunk_size    rows of one network call
+    generator     of all draws, on x_0's device
+    return_calls  also return how often the network saw each sample, long [B]
+    """
+    _check(diffusion, n_classes, rounds, trials)
+    alive = torch.ones(len(x0), n_classes, dtype=torch.bool, device=x0.device)
+    errors = torch.empty(len(x0), n_classes, 0, device=x0.device)  # nan for a class that was given up before
+    with diffusion._evaluating():
+        for _ in range(rounds):
+            undecided = alive.sum(1) > 1
+            if not undecided.any():
+                break
+            more = errors.new_full((len(x0), n_classes, trials), math.nan)
+            more[undecided] = _errors(diffusion, x0[undecided], alive[undecided], trials, chunk_size, generator)
+            errors = torch.cat([errors, more], 2)
+            alive[undecided] &= ~_worse(errors[undecided], alive[undecided])
+    label = _means(errors, alive).argmin(1)
+    return (label, errors.isfinite().sum((1, 2))) if return_calls else label
+
+
+def _check(diffusion: GaussianDiffusion, n_classes: int, rounds: int, trials: int) -> None:
+    known = getattr(diffusion.time_aware_net, "n_classes", None)
+    if known is None:
+        raise ValueError(f"n_classes = {n_classes}: this network has no classes")
+    if not 1 <= n_classes <= known:
+        raise ValueError(f"n_classes = {n_classes}: must lie in 1..{known}, the classes of the network")
+    if rounds < 1 or trials < 2:
+        raise ValueError(f"rounds = {rounds}, trials = {trials}: must be at least 1 round of at least 2 trials")
+
+
+def _errors(diffusion: GaussianDiffusion, x0: Tensor, alive: Tensor, trials: int, chunk_size: int, generator) -> Tensor:
+    """||eps_hat - eps||^2 / n [B, n_classes, trials] of the classes alive, nan for the others."""
+    part = torch.arange(trials, device=x0.device).expand(len(x0), trials)
+    u = (part + torch.rand(part.shape, generator=generator, device=x0.device)) / trials
+    below = _weight(diffusion).cumsum(0)
+    times = torch.searchsorted(below, u * below[-1]).clamp(max=diffusion.T - 1).flatten() + 1
+    samples = torch.arange(len(x0), device=x0.device).repeat_interleave(trials)
+    errors = torch.full((len(samples), alive.shape[1]), math.nan, device=x0.device)
+    pairs = max(1, chunk_size // int(alive.sum(1).max()))  # of a sample and a time, in one call with all their classes
+    for i, t, error in zip(samples.split(pairs), times.split(pairs), errors.split(pairs), strict=True):
+        noise = torch.randn(len(i), *x0.shape[1:], generator=generator, device=x0.device, dtype=x0.dtype)
+        xt = diffusion.q_sample(x0[i], t, noise)
+        row, label = alive[i].nonzero(as_tuple=True)
+        eps = diffusion.predict(xt[row], t[row], {"label": label}).eps
+        error[row, label] = (eps - noise[row]).square().flatten(1).mean(1).float()
+    return errors.view(len(x0), trials, -1).transpose(1, 2)
+
+
+def _weight(diffusion: GaussianDiffusion) -> Tensor:
+    """Of ||eps_hat - eps||^2 / n in the bound per dimension, [T]: ||mu - mu_bar||^2 / (2 sigma^2), with mu's share of eps."""
+    mu_from_eps = diffusion.mu_bar_from_x0 * diffusion.noise_scale / diffusion.signal_scale
+    return mu_from_eps**2 / (2 * diffusion.sigma_square)
+
+
+def _means(errors: Tensor, alive: Tensor) -> Tensor:
+    """[B, n_classes], infinite for a class that was given up. Those left have had all the trials of their sample."""
+    return torch.where(alive, errors.nanmean(2), math.inf)
+
+
+def _worse(errors: Tensor, alive: Tensor) -> Tensor:
+    """[B, n_classes]: where a class is worse than the best one beyond doubt."""
+    best = _means(errors, alive).argmin(1)
+    excess = errors - errors.take_along_dim(best[:, None, None], 1)
+    return excess.mean(2) > PATIENCE * excess.std(2) / math.sqrt(excess.shape[2])
