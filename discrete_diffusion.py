@@ -594,11 +594,18 @@ def _noise(x: Tensor, noise: Tensor | None, generator: torch.Generator | None = 
     return noise.double()
 
 
-def to_symbols(x: Tensor, n_levels: int) -> Tensor:
-    """The nearest of n_levels evenly spaced values in [-1, 1], as symbols 0..n_levels - 1; of 2 levels, a threshold at 0."""
+def to_symbols(x: Tensor, n_levels: int | None) -> Tensor:
+    """The nearest of n_levels evenly spaced values in [-1, 1], as symbols 0..n_levels - 1; of 2 levels, a threshold at 0.
+
+    n_levels of None, of a diffusion of numbers, leaves x as it is.
+    """
+    if n_levels is None:
+        return x
     return ((x + 1) * (0.5 * (n_levels - 1))).round().long().clamp_(0, n_levels - 1)
 
 
-def to_values(x: Tensor, n_levels: int) -> Tensor:
-    """What to_symbols makes symbols of, in [-1, 1]; 0 where x is the mask."""
+def to_values(x: Tensor, n_levels: int | None) -> Tensor:
+    """What to_symbols makes symbols of, in [-1, 1]; 0 where x is the mask. n_levels of None leaves x as it is."""
+    if n_levels is None:
+        return x
     return torch.where(x < n_levels, x * (2 / (n_levels - 1)) - 1, 0.0)

@@ -11,8 +11,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "gaussian_diffusion", "dataset", "config", "checkpoint"}
-LIBRARY |= {"evaluation", "training", "mistakes"}  # whose ValueErrors are about their arguments
+# whose ValueErrors are about their arguments
+LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "gaussian_diffusion", "discrete_diffusion", "dataset", "config"}
+LIBRARY |= {"checkpoint", "evaluation", "training", "mistakes"}
 
 
 class Mistake(ValueError):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from checkpoint import MAX_VALUES, load_diffusion, save
 from config import check_shape, find
+from discrete_diffusion import to_symbols
 from evaluation.metrics import METRICS, Evaluation
 from evaluation.pictures import grid, save_gif, save_png
 from evaluation.sampling import Drawn, draw
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     if (values := min(args.n, args.batch_size) * math.prod(shape)) > MAX_VALUES:
         raise Mistake(f"images of {shape}: {values:,} values at a time, must be at most {MAX_VALUES:,}; see --batch-size")
     check_shape(state["config"], shape)
-    sampler = find(args.sampler, SAMPLERS, FunctionType, "--sampler")
+    sampler = args.sampler if diffusion.n_levels else find(args.sampler, SAMPLERS, FunctionType, "--sampler")
     options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
@@ -94,7 +95,10 @@ def run(args: argparse.Namespace) -> None:
     folder = path.with_name(f"{path.stem}_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
     folder.parent.joinpath(f".{folder.name}.part").unlink()
+    if args.fit_variance and diffusion.n_levels:
+        raise Mistake("--fit-variance: a diffusion of symbols has no reverse variance")
     x0 = torch.zeros(min(args.n, args.batch_size, speed.PROBE_ROWS), *shape, device=ranks.device)
+    x0 = to_symbols(x0, diffusion.n_levels)
     precision = set_speed(diffusion, x0, args.precision, args.compile, ranks)
     with speed.autocast(ranks.device, precision):
         if args.fit_variance:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config import build_dataset, build_diffusion, build_train_config, load_config
+from discrete_diffusion import to_symbols, to_values
 from evaluation.pictures import grid, save_png
 from mistakes import Mistake, OneLineParser, run_script
 from training import speed
@@ -126,7 +127,7 @@ class Trainer:
     def train_step(self, pixels: Tensor) -> None:
         """One update of the weights from this rank's share of a batch. Waits for nothing on the device."""
         torch.manual_seed(mixed_seed(STEP, self.cfg.seed, self.ranks.rank, self.step))
-        self.x0 = x0 = self.train_data.images.to_float(pixels)
+        self.x0 = x0 = to_symbols(self.train_data.images.to_float(pixels), self.model.n_levels)
         parts = x0.chunk(self.cfg.grad_accum)
         loss = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
@@ -146,7 +147,7 @@ class Trainer:
     def _update(self, loss: Tensor) -> None:
         """Step the optimizer and the average; where a gradient is not finite, the fused step leaves everything as it is."""
         finite = self.norm
-        if self.model.reverse_variance == "learnable":
+        if hasattr(self.model, "log_sigma_square"):  # learnable
             finite = finite + self.model.log_sigma_square.grad.sum()
         bad = (~finite.isfinite()).float()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # not by scaler.step, which would set its own
@@ -256,7 +257,8 @@ class Trainer:
         for i, pixels in enumerate(self.valid_data.epoch(0)):
             self.stopper.check()
             torch.manual_seed(mixed_seed(VALIDATION, self.cfg.seed, self.ranks.rank, i))
-            total += self.ema(self.valid_data.images.to_float(pixels), self.cfg.chunk_size) * len(pixels)
+            x0 = to_symbols(self.valid_data.images.to_float(pixels), self.model.n_levels)
+            total += self.ema(x0, self.cfg.chunk_size) * len(pixels)
             count += len(pixels)
         total, count = self.ranks.sum(torch.stack([total, torch.full_like(total, count)])).tolist()
         return total / count
@@ -266,9 +268,10 @@ class Trainer:
         share = math.ceil(SAMPLES / self.ranks.world)
         generator = torch.Generator(self.device).manual_seed(mixed_seed(PICTURE, self.cfg.seed, self.ranks.rank))
         steps = min(self.cfg.sample_timesteps, self.ema.T)
-        for _, x in self.ema.trajectory((share, *self.shape), "dpm", steps, clip_x0=True, generator=generator):
+        sampler = "ddpm" if self.ema.n_levels else "dpm"
+        for _, x in self.ema.trajectory((share, *self.shape), sampler, steps, clip_x0=True, generator=generator):
             self.stopper.check()
-        x = self.ranks.gather_tensor(x)[:SAMPLES]
+        x = self.ranks.gather_tensor(to_values(x, self.ema.n_levels))[:SAMPLES]
         if self.ranks.rank == 0:
             save_png(path, grid(x))
 

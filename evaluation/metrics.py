@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import build_dataset
+from discrete_diffusion import to_symbols
 from evaluation.features import (
     InceptionFeatures,
     SmallClassifier,
@@ -182,7 +183,9 @@ def bits_per_dimension(
     bounds, rank = [], ranks.rank if ranks else 0
     for i, x0 in enumerate(batches):
         generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, seed, rank, i))
-        bound = diffusion.variational_bound(x0, discretized=True, timesteps=timesteps, generator=generator)
+        discretized = {} if diffusion.n_levels else {"discretized": True}  # symbols are discrete as they are
+        x0 = to_symbols(x0, diffusion.n_levels)
+        bound = diffusion.variational_bound(x0, **discretized, timesteps=timesteps, generator=generator)
         bounds.append(torch.stack(bound).cpu() / math.log(2))
     bounds = torch.cat(ranks.gather(bounds) if ranks else bounds, dim=1)  # [4, images]
     means = dict(zip(Bound._fields, bounds.mean(1).tolist(), strict=True))

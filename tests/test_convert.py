@@ -376,7 +376,10 @@ def test_the_first_pipelines_files_are_read(tmp_path):
 SIZES = {"Digits": 8, "FashionMNIST": 28, "CIFAR10": 32, "CelebA_HQ_256": 32}  # the last one's is 256
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.json")))
+GAUSSIAN = [path for path in (ROOT / "configs").glob("*.json") if "DiscreteDiffusion" not in path.read_text()]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GAUSSIAN))
 def test_every_shipped_config_samples_the_same_in_diffusers_and_comes_back(name, tmp_path, capsys, monkeypatch):
     """The structure is the config's own; no wider than 16 channels at the first level, and of 6 steps."""
     config = json.loads((ROOT / "configs" / name).read_text())

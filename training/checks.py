@@ -6,6 +6,7 @@ import torch
 
 from config import TrainConfig
 from dataset import ImageDataset
+from discrete_diffusion import to_symbols
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
 from training.ranks import Ranks
@@ -27,8 +28,10 @@ def check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None
     """Try the network on one image of each data set; warn of a prior that is not pure noise."""
     for split, data in images.items():
         with torch.no_grad(), as_mistake(f"time_aware_net: does not take the images of dataset.{split}: "):
-            model.eval().predict(torch.zeros(1, *data.shape), 1)
+            model.eval().predict(to_symbols(torch.zeros(1, *data.shape), model.n_levels), 1)
     model.train()
+    if model.n_levels:  # what is left of x_0 at T is part of p(x_T)
+        return
     alpha_bar = model.signal_scale[-1].item() ** 2
     if alpha_bar > 0.01:
         log.warning(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from discrete_diffusion import to_symbols
 from mistakes import Mistake
 from training.ranks import Ranks
 
@@ -45,6 +46,7 @@ def prepare(run, deterministic: bool) -> None:
     """Set torch and the networks of a Trainer up, and put what was "auto" into its cfg and config."""
     cfg, net = run.cfg, run.model.time_aware_net
     x0 = torch.rand(min(PROBE_ROWS, cfg.batch_size // run.ranks.world), *run.shape, device=run.device)
+    x0 = to_symbols(x0, run.model.n_levels)
     step = probe_step(run.model, x0, run.device)
     set_flags("bf16", deterministic)
     precision = choose_precision(cfg.precision, step, run.ranks, "train_cfg.precision")
