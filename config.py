@@ -87,6 +87,7 @@ class TrainConfig:
     grad_clip: Annotated[float, Range(ge=0)] = 1.0  # largest norm of the network's gradient, 0 for any
     grad_accum: Annotated[int, Range(ge=1)] = 1  # parts that a batch is split into, one forward and backward pass each
     ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.9999  # of the averaged weights, per step; shorter at first
+    label_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1  # share of labels that the network does not see: it learns both
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of the network; the maths is float32 always
     compile: bool | Literal["auto"] = "auto"  # torch.compile the network
     activation_checkpointing: bool = False  # trade time for memory in the U-Net

@@ -95,6 +95,7 @@ def unet_options(kwargs: Mapping[str, Any], size: int | Sequence[int]) -> dict[s
     bound = inspect.signature(TimeAwareUNet).bind(**kwargs)
     bound.apply_defaults()
     k = bound.arguments
+    _require(k["n_classes"] is None, "n_classes", k["n_classes"], "DDPMPipeline has no labels to give to its network")
     attention = k["attention"] or [False] * len(k["ch_mult"])
     patch = k["patch_size"]
     groups = {module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)}

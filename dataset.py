@@ -37,7 +37,8 @@ TRANSFORMS = {cls.__name__: cls for cls in (*FIXED_TRANSFORMS, *RANDOM_TRANSFORM
 class ImageDataset(Dataset):
     """Base of the data sets: a subclass gives image(i), the PIL image, and __len__.
 
-    labels      long tensor [N], or None where there are none
+    labels      long tensor [N] of class numbers from 0, or None where there are none
+    class_names the name of each class, in the order of its number, or None
     shape       [C, H, W] of every image, after the pipeline
     flips       (dimension, probability) of each flip that to_float does
     is_random   may pixels(i) change from call to call? (not for the flips above; a transform of your own may, and draws from
@@ -45,6 +46,7 @@ class ImageDataset(Dataset):
     """
 
     labels: Tensor | None = None
+    class_names: list[str] | None = None
 
     def __init__(self, pipeline: Sequence[Callable] = ()):
         pipeline = list(pipeline)
@@ -125,6 +127,7 @@ class Digits(ArrayDataset):
         digits = load_digits()
         chosen = (np.arange(len(digits.images)) % 10 != 0) == train
         images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+        self.class_names = [str(name) for name in digits.target_names]
         super().__init__(images, digits.target[chosen], pipeline)
 
 
@@ -143,6 +146,7 @@ class FashionMNIST(ArrayDataset):
     """
 
     def __init__(self, root: str = "data", train: bool = True, download: bool = True, pipeline: Sequence[Callable] = ()):
+        self.class_names = list(torchvision_datasets.FashionMNIST.classes)
         prefix = DEBIAN_FASHION_MNIST / ("train" if train else "t10k")
         images, labels = Path(f"{prefix}-images-idx3-ubyte.gz"), Path(f"{prefix}-labels-idx1-ubyte.gz")
         if images.exists() and labels.exists():
@@ -158,6 +162,7 @@ class CIFAR10(ArrayDataset):
 
     def __init__(self, root: str = "data", train: bool = True, download: bool = True, pipeline: Sequence[Callable] = ()):
         files = _torchvision(torchvision_datasets.CIFAR10, root, train, download)
+        self.class_names = list(files.classes)
         super().__init__(files.data, files.targets, pipeline)
 
 
@@ -170,6 +175,8 @@ class ImageFolder(ImageDataset):
     train            None: every image. False: every tenth, for validation. True: the others
     skip_unreadable  read every file once at the start, and leave out with a warning those that cannot be read
     background       what is seen through transparent pixels: a colour's name, "black", or its hexadecimal "#rrggbb"
+    labels           "folders": an image's class is the first folder below root on its way. The classes are the folders in which
+                     an image lies, of either part of a split, numbered by name. None: there are no classes
     """
 
     def __init__(
@@ -180,16 +187,24 @@ class ImageFolder(ImageDataset):
         skip_unreadable: bool = False,
         pipeline: Sequence[Callable] = (),
         background: str = "white",
+        labels: Literal["folders"] | None = None,
     ):
         self.mode = mode
         self.background = _colour(background)
+        if labels not in (None, "folders"):
+            raise Mistake(f'labels = {labels!r}: must be "folders" or None')
         self.paths = _image_paths(root)
+        if labels == "folders":
+            self.class_names = sorted({_class_folder(path, root) for path in self.paths})
         if train is not None:
             self.paths = [path for i, path in enumerate(self.paths) if (i % 10 != 0) == train]
         if skip_unreadable:
             self.paths = [path for path in tqdm(self.paths, desc=f"reading {root}", unit="img") if _is_readable(path)]
         if not self.paths:
             raise Mistake(f"root = {root!r}: holds no image" + (" that can be read" if skip_unreadable else ""))
+        if self.class_names is not None:
+            number = {name: i for i, name in enumerate(self.class_names)}
+            self.labels = torch.tensor([number[_class_folder(path, root)] for path in self.paths])
         super().__init__(pipeline)
 
     def __len__(self) -> int:
@@ -199,7 +214,7 @@ class ImageFolder(ImageDataset):
         return self.paths[i]
 
     def image(self, i: int) -> Image.Image:
-        return _composited(_read_image(self.paths[i]), self.background).convert(self.mode)
+        return read_image(self.paths[i], self.mode, self.background)
 
 
 class CelebA_HQ_256(ImageFolder):
@@ -232,6 +247,14 @@ def _image_paths(root: str) -> list[str]:
     return sorted(paths)
 
 
+def _class_folder(path: str, root: str) -> str:
+    """The first folder on the way from root to an image; Mistake if there is none."""
+    name, *rest = Path(path).relative_to(root).parts
+    if not rest:
+        raise Mistake(f'labels = "folders": {path} lies in no folder below root = {root!r}, and so has no class')
+    return name
+
+
 def _refuse_folder(error: OSError) -> None:
     raise Mistake(f"{error.filename}: cannot be read ({error.strerror})") from error
 
@@ -243,6 +266,11 @@ def _colour(name: str) -> tuple[int, int, int]:
     except ValueError as error:  # also of four values, "#rrggbbaa"
         raise Mistake(f'background = {name!r}: must be the name of a colour, such as "black", or "#rrggbb"') from error
     return red, green, blue
+
+
+def read_image(path: str, mode: str, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """The image of a file as ImageFolder has it: its first frame, upright, on the background, in the mode "RGB" or "L"."""
+    return _composited(_read_image(path), background).convert(mode)
 
 
 def _read_image(path: str) -> Image.Image:
@@ -267,7 +295,9 @@ def _scale_transparent_colour(image: Image.Image) -> None:
     if image.format != "PNG" or colour is None or not image.tile:
         return
     rawmode = image.tile[0][3]
-    if rawmode in ("L;2", "L;4"):
+    if rawmode == "1":
+        image.info["transparency"] = 255 if colour else 0
+    elif rawmode in ("L;2", "L;4"):
         image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[rawmode]
     elif rawmode == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in colour)

@@ -1,6 +1,7 @@
 """Gaussian diffusion: the forward process, the reverse process, the losses, the variational bound, samples.
 
-Nothing here knows of images: x is any float tensor [B, ...], the network any net(xt, t) -> tensor of xt's shape. Equation
+Nothing here knows of images: x is any float tensor [B, ...], the network any net(xt, t, **condition) -> tensor of xt's shape,
+and condition whatever keyword arguments that network takes, labels for example, passed on unread; None is none. Equation
 numbers are those of the README, section "The mathematics".
 
     python gaussian_diffusion.py                  # time and memory of every setting: on CUDA if there is one, else on the CPU
@@ -13,7 +14,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise, product
@@ -71,10 +72,10 @@ PREDICTIONS = {
     "velocity": lambda q: (-q.noise_scale, q.signal_scale),  # v of Salimans & Ho 2022
 }
 
+Condition = Mapping[str, object] | None
 ReverseVariance = Literal["beta", "sigma_bar_square", "learnable"]
 PredictionName = Literal[tuple(PREDICTIONS)]
 LossMode = Literal["simple", "full", "min_snr"]
-SamplerName = Literal[tuple(SAMPLERS)]
 
 
 class Prediction(NamedTuple):
@@ -103,7 +104,7 @@ class GaussianDiffusion(nn.Module):
     """The diffusion process of a schedule and a network.
 
     schedule          beta_1..beta_T: anything with a float64 tensor `alpha_bar` [T]
-    time_aware_net    net(xt, t) -> tensor of xt's shape, t long [B] in 1..T
+    time_aware_net    net(xt, t, **condition) -> tensor of xt's shape, t long [B] in 1..T
     reverse_variance  sigma_t^2 of p(x_{t-1} | x_t): "beta", "sigma_bar_square" (the posterior's) or "learnable"
     prediction        what the network's output is: "direct" (mu), "reconstruction" (x0), "denoising" (eps) or "velocity"
     loss_mode         "simple", "full" or "min_snr" (README, equations 13 to 15)
@@ -112,7 +113,7 @@ class GaussianDiffusion(nn.Module):
     kept as float32 buffers. T is the number of steps.
     """
 
-    n_levels = None  # of symbols, which DiscreteDiffusion has
+    n_levels = None  # x is no symbol; those of DiscreteDiffusion have a number of levels
 
     def __init__(
         self,
@@ -185,6 +186,16 @@ class GaussianDiffusion(nn.Module):
             return self.log_sigma_square.exp()
         return self._variance(self.x0_error)
 
+    # Between data in [-1, 1] and x, which are the same here, and not in DiscreteDiffusion
+
+    def x0_of(self, values: Tensor) -> Tensor:
+        """x_0 of data in [-1, 1]."""
+        return values
+
+    def values_of(self, x: Tensor) -> Tensor:
+        """What x_0 or x_t looks like as data in [-1, 1]."""
+        return x
+
     # Look-up of times
 
     def _times(self, t: int | Tensor, x: Tensor) -> Tensor:
@@ -232,40 +243,52 @@ class GaussianDiffusion(nn.Module):
 
     # Reverse process
 
-    def _net(self, xt: Tensor, t: Tensor) -> Tensor:
+    def _net(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output in x's precision, whatever precision autocast let it run in."""
-        return self.time_aware_net(xt, t).to(xt.dtype)
+        out = self.time_aware_net(xt, t, **(condition or {}))
+        if out.shape != xt.shape:  # which would broadcast, and train on something else
+            raise ValueError(f"time_aware_net: gives {list(out.shape)} for xt of shape {list(xt.shape)}: must be xt's shape")
+        return out.to(xt.dtype)
 
-    def predict(self, xt: Tensor, t: int | Tensor) -> Prediction:
+    def predict(self, xt: Tensor, t: int | Tensor, condition: Condition = None) -> Prediction:
         """mu, x_0 and eps as one call of the network at (x_t, t) implies them (equation 11)."""
         t = self._times(t, xt)
-        out = self._net(xt, t)
+        out = self._net(xt, t, condition)
         return Prediction(
             mu=self._mix(self.mu_from_xt, xt, self.mu_from_out, out, t),
             x0=self._mix(self.x0_from_xt, xt, self.x0_from_out, out, t),
             eps=self._mix(self.eps_from_xt, xt, self.eps_from_out, out, t),
         )
 
-    def p_mean_variance(self, xt: Tensor, t: int | Tensor, clip_x0: bool = False) -> tuple[Tensor, Tensor]:
+    def p_mean_variance(
+        self, xt: Tensor, t: int | Tensor, clip_x0: bool = False, condition: Condition = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean (x's shape) and variance [B, 1, ..., 1] of p(x_{t-1} | x_t); clip_x0 keeps the predicted x_0 in [-1, 1]."""
         t = self._times(t, xt)
-        mean, x0, _ = self.predict(xt, t)
+        mean, x0, _ = self.predict(xt, t, condition)
         if clip_x0:
             mean = self._mix(self.mu_bar_from_x0, x0.clamp(-1, 1), self.mu_bar_from_xt, xt, t)
         return mean, self._at(self.sigma_square, t, xt)
 
-    def p_sample(self, xt: Tensor, t: int | Tensor, noise: Tensor | None = None, clip_x0: bool = False) -> Tensor:
+    def p_sample(
+        self,
+        xt: Tensor,
+        t: int | Tensor,
+        noise: Tensor | None = None,
+        clip_x0: bool = False,
+        condition: Condition = None,
+    ) -> Tensor:
         """Draw x_{t-1} of p(x_{t-1} | x_t); at t = 1 the mean itself, so that no noise is left in x_0."""
         t = self._times(t, xt)
-        mean, variance = self.p_mean_variance(xt, t, clip_x0)
+        mean, variance = self.p_mean_variance(xt, t, clip_x0, condition)
         noise = _noise(xt, noise)
         return mean + variance.sqrt() * noise * (t > 1).view(variance.shape)
 
     # Losses
 
-    def _residual(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def _residual(self, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> Tensor:
         """The network's output at q_sample(x_0, t, noise) less its target (equation 10)."""
-        out = self._net(self.q_sample(x0, t, noise), t)
+        out = self._net(self.q_sample(x0, t, noise), t, condition)
         return out - self._mix(self.target_from_x0, x0, self.target_from_eps, noise, t)
 
     def _bound_term(self, t: Tensor, error: Tensor) -> Tensor:
@@ -276,8 +299,8 @@ class GaussianDiffusion(nn.Module):
             term = term + sigma_square.log() + self._at(self.sigma_bar_square, t, error) / sigma_square
         return term
 
-    def _loss(self, mode: LossMode, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        error = self._residual(x0, t, noise).square().flatten(1).mean(1)
+    def _loss(self, mode: LossMode, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> Tensor:
+        error = self._residual(x0, t, noise, condition).square().flatten(1).mean(1)
         if mode == "full":
             return self._bound_term(t, error)
         loss = self._at(self.min_snr_weight, t, error) * error if mode == "min_snr" else error
@@ -285,7 +308,7 @@ class GaussianDiffusion(nn.Module):
             loss = loss + self._bound_term(t, error.detach())
         return loss
 
-    def loss(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
+    def loss(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None, condition: Condition = None) -> Tensor:
         """[B], per dimension: the term at t of the configured objective.
 
         "simple"   ||out - target||^2 / n (equation 14)
@@ -296,18 +319,18 @@ class GaussianDiffusion(nn.Module):
         Dhariwal 2021, section 3.1): the network learns from the one, the variance from the other.
         """
         noise = _noise(x0, noise)
-        return self._loss(self.loss_mode, x0, self._times(t, x0), noise)
+        return self._loss(self.loss_mode, x0, self._times(t, x0), noise, condition)
 
     def _random_times(self, x0: Tensor) -> Tensor:
         """[B] times, each uniform on 1..T, spread evenly over the batch (Kingma et al. 2021, appendix I.1)."""
         u = torch.rand((), device=x0.device) + torch.arange(len(x0), device=x0.device) / len(x0)
         return (u % 1 * self.T).long().clamp(max=self.T - 1) + 1
 
-    def loss_simple(self, x0: Tensor) -> Tensor:
+    def loss_simple(self, x0: Tensor, condition: Condition = None) -> Tensor:
         """[B]: the simple loss (equation 14) at random times."""
-        return self._loss("simple", x0, self._random_times(x0), torch.randn_like(x0))
+        return self._loss("simple", x0, self._random_times(x0), torch.randn_like(x0), condition)
 
-    def loss_full(self, x0: Tensor, chunk_size: int | None = None) -> Tensor:
+    def loss_full(self, x0: Tensor, chunk_size: int | None = None, condition: Condition = None) -> Tensor:
         """[B]: the full loss (equation 13), summed over every t = 1..T, each with its own noise.
 
         chunk_size timesteps go through the network in one call (None: as many as make 128 rows). What a call keeps for the
@@ -315,17 +338,17 @@ class GaussianDiffusion(nn.Module):
         """
 
         def chunk(x0: Tensor, t: Tensor) -> Tensor:
-            rows, times = _every_pair(x0, t)
-            return self._loss("full", rows, times, torch.randn_like(rows)).view(len(t), -1).sum(0)
+            rows, times, conditions = _every_pair(x0, t, condition)
+            return self._loss("full", rows, times, torch.randn_like(rows), conditions).view(len(t), -1).sum(0)
 
         chunks = self._chunks(x0, torch.arange(1, self.T + 1, device=x0.device), chunk_size)
         return sum(checkpoint(chunk, x0, t, use_reentrant=False) for t in chunks)
 
-    def forward(self, x0: Tensor, chunk_size: int | None = None) -> Tensor:
+    def forward(self, x0: Tensor, chunk_size: int | None = None, condition: Condition = None) -> Tensor:
         """Scalar: the configured loss, batch mean. chunk_size is loss_full's."""
         if self.loss_mode == "full":
-            return self.loss_full(x0, chunk_size).mean()
-        return self._loss(self.loss_mode, x0, self._random_times(x0), torch.randn_like(x0)).mean()
+            return self.loss_full(x0, chunk_size, condition).mean()
+        return self._loss(self.loss_mode, x0, self._random_times(x0), torch.randn_like(x0), condition).mean()
 
     def _chunks(self, x0: Tensor, times: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
         """times in pieces of chunk_size."""
@@ -348,14 +371,16 @@ class GaussianDiffusion(nn.Module):
             for module, training in modes:
                 module.training = training
 
-    def _residuals(self, x0: Tensor, times: Tensor, chunk_size: int | None, generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def _residuals(
+        self, x0: Tensor, times: Tensor, chunk_size: int | None, generator, condition: Condition
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Pieces of times, t [k] and the network's residuals there [k, B, ...]: first t = 1 alone, then the rest in chunks."""
         first = torch.ones(1, dtype=torch.long, device=x0.device)
         for t in (first, *self._chunks(x0, times, chunk_size)):
             if len(t):
-                rows, row_times = _every_pair(x0, t)
+                rows, row_times, conditions = _every_pair(x0, t, condition)
                 noise = torch.randn(rows.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-                yield t, self._residual(rows, row_times, noise).unflatten(0, (len(t), len(x0)))
+                yield t, self._residual(rows, row_times, noise, conditions).unflatten(0, (len(t), len(x0)))
 
     @torch.no_grad()
     def variational_bound(
@@ -365,6 +390,7 @@ class GaussianDiffusion(nn.Module):
         timesteps: int | None = None,
         chunk_size: int | None = None,
         generator: torch.Generator | None = None,
+        condition: Condition = None,
     ) -> Bound:
         """-ELBO of x_0 (equation 6) in its parts, nats per dimension, each [B], with every constant kept.
 
@@ -384,7 +410,7 @@ class GaussianDiffusion(nn.Module):
         kl = torch.zeros_like(prior)
         sigma_square = self.sigma_square
         with self._evaluating():
-            residuals = self._residuals(x0, times, chunk_size, generator)
+            residuals = self._residuals(x0, times, chunk_size, generator, condition)
             mu = x0 + self.mu_from_out[0] * next(residuals)[1][0]  # mu_bar_1 is x_0
             reconstruction = _gaussian_nll(x0, mu, sigma_square[0], 256 if discretized is True else int(discretized))
             for t, residual in residuals:
@@ -407,19 +433,21 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def fit_reverse_variance(
-        self, batches: Iterable[Tensor], chunk_size: int | None = None, generator: torch.Generator | None = None
+        self, batches: Iterable, chunk_size: int | None = None, generator: torch.Generator | None = None
     ) -> None:
         """Set sigma_t^2, t = 1..T, to the values that minimise the bound for this network, in place (equation 9).
 
-        batches is iterated once; each x_0 [B, ...] is evaluated at all T times. A progress bar counts them. Works for every
-        reverse_variance, and is saved with the module's state. chunk_size and generator as in variational_bound.
+        batches is iterated once; each x_0 [B, ...], or pair (x_0, condition), is evaluated at all T times. A progress bar
+        counts them. Works for every reverse_variance, and is saved with the module's state. chunk_size and generator as in
+        variational_bound.
         """
         errors, count = [], 0
         total = len(batches) * self.T if hasattr(batches, "__len__") else None
         with self._evaluating(), tqdm(total=total, desc="fitting the reverse variance", unit="t") as bar:
-            for x0 in batches:
+            for batch in batches:
+                x0, condition = (batch, None) if isinstance(batch, Tensor) else batch
                 times, pieces = torch.arange(2, self.T + 1, device=x0.device), []
-                for t, residual in self._residuals(x0, times, chunk_size, generator):
+                for t, residual in self._residuals(x0, times, chunk_size, generator, condition):
                     pieces.append(residual.square().flatten(2).mean(2).sum(1))
                     bar.update(len(t))
                 errors.append(torch.cat(pieces))  # [T]; stays on the device, so that nothing waits for it
@@ -445,9 +473,10 @@ class GaussianDiffusion(nn.Module):
         clip_x0: bool = False,
         x_T: Tensor | None = None,
         generator: torch.Generator | None = None,
+        condition: Condition = None,
     ) -> Tensor:
         """x_0 of the given shape: the last state of trajectory, which see for the arguments."""
-        states = self.trajectory(shape, sampler, timesteps, eta, clip_x0, x_T, generator)
+        states = self.trajectory(shape, sampler, timesteps, eta, clip_x0, x_T, generator, condition)
         return deque(states, maxlen=1)[0][1]  # keeps one state at a time
 
     def trajectory(
@@ -459,6 +488,7 @@ class GaussianDiffusion(nn.Module):
         clip_x0: bool = False,
         x_T: Tensor | None = None,
         generator: torch.Generator | None = None,
+        condition: Condition = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Generate (t, x_t) from (T, x_T) down to (0, x_0), without gradients.
 
@@ -482,15 +512,17 @@ class GaussianDiffusion(nn.Module):
             x_T = torch.randn(*shape, generator=generator, device=self.signal_scale.device)
         elif x_T.shape != torch.Size(shape):
             raise ValueError(f"x_T of shape {list(x_T.shape)}: must have the shape asked for, {list(shape)}")
-        return self._states(x_T, levels, rule, clip_x0, generator)
+        return self._states(x_T, levels, rule, clip_x0, generator, condition)
 
     @torch.no_grad()
-    def _states(self, x: Tensor, levels: list[Level], rule: Sampler, clip_x0: bool, generator) -> Iterator[tuple[int, Tensor]]:
+    def _states(
+        self, x: Tensor, levels: list[Level], rule: Sampler, clip_x0: bool, generator, condition: Condition
+    ) -> Iterator[tuple[int, Tensor]]:
         times = torch.empty(len(x), dtype=torch.long, device=x.device)
         noise = torch.empty_like(x)
 
         def predict_x0(x: Tensor, t: int) -> Tensor:
-            out = self._net(x, times.fill_(t))
+            out = self._net(x, times.fill_(t), condition)
             x0 = (self.x0_from_xt[t - 1] * x).addcmul_(self.x0_from_out[t - 1], out)  # equation 11
             return x0.clamp_(-1, 1) if clip_x0 else x0
 
@@ -542,9 +574,9 @@ class GaussianDiffusion(nn.Module):
     def _assumed_x0_error(self) -> Tensor:
         """Equation 9 solved for x0_error, [T] in float64: what sigma_t^2 assumes of the network, in any chain."""
         if self.reverse_variance != "learnable":
-            return self.x0_error.double().cpu()
-        excess = self.log_sigma_square.double().exp() - self.sigma_bar_square.double()
-        return (excess / self.mu_bar_from_x0.double() ** 2).detach().cpu()
+            return self.x0_error.cpu().double()
+        excess = self.log_sigma_square.detach().cpu().double().exp() - self.sigma_bar_square.cpu().double()
+        return excess / self.mu_bar_from_x0.cpu().double() ** 2
 
 
 def _sampler(sampler: str | Sampler) -> Sampler:
@@ -568,9 +600,17 @@ def _noise(x: Tensor, noise: Tensor | None) -> Tensor:
     return noise
 
 
-def _every_pair(x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [k * B, ...] and times [k * B]: all of x0 [B, ...] at the first of the times t [k], then at the second, ..."""
-    return x0.repeat(len(t), *[1] * (x0.ndim - 1)), t.repeat_interleave(len(x0))
+def _every_pair(x0: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Condition]:
+    """Rows [k * B, ...] and times [k * B]: all of x0 [B, ...] at the first of the times t [k], then at the second, ...
+
+    Of the condition, every tensor [B, ...] holds a value for each sample, and is repeated as x0 is; the rest stays as it is.
+    """
+
+    def rows(value: object) -> object:
+        each = isinstance(value, Tensor) and value.shape[:1] == x0.shape[:1]
+        return value.repeat(len(t), *[1] * (value.ndim - 1)) if each else value
+
+    return rows(x0), t.repeat_interleave(len(x0)), condition and {name: rows(value) for name, value in condition.items()}
 
 
 def _gaussian_nll(x: Tensor, mean: Tensor, variance: Tensor, n_levels: int) -> Tensor:

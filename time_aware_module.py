@@ -1,11 +1,13 @@
-"""Time-aware networks: net(xt, t) -> tensor of xt's shape, with t a long tensor [B] of times in 1..T.
+"""Time-aware networks: net(xt, t, label=None) -> tensor of xt's shape, with t a long tensor [B] of times in 1..T.
+
+With n_classes, label is a long tensor [B] in 0..n_classes, where n_classes itself means "no label", and None no label for all.
 
 `TimeAwareUNet` is for images [B, C, H, W], `TimeAwareMLP` for vectors [B, n_features]. Neither knows of beta, and neither mixes
 the samples of a batch: what a sample gets does not depend on its batch mates (no BatchNorm).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -33,22 +35,49 @@ def _groups_of_all(base_channels: int) -> int:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal embedding of t through a two-layer MLP: [B] -> [B, t_channels].
+    """Sinusoidal embedding of t through a two-layer MLP: [B] -> [B, t_channels], with n_classes plus a vector of the label.
 
     sin and cos of (t - 1) w_i, w_i = 10000^(-i / (n/2 - 1)), i = 0..n/2-1 (Vaswani et al. 2017, section 3.5, spaced and
     counted from time 0 as by Ho et al. 2020, so that weights trained elsewhere mean the same here).
+
+    The labels' vectors are learned (Dhariwal & Nichol 2021, section 2.2), the last of them that of "no label". They start at
+    zero: a new network is, to the bit, that without classes, and what the classes have in common stays with the embedding of
+    time. Zero is no trap: the vectors are added, so each has the gradient of the embedding of time.
     """
 
-    def __init__(self, n_sinusoids: int, t_channels: int):
+    def __init__(self, n_sinusoids: int, t_channels: int, n_classes: int | None = None):
         super().__init__()
+        if n_classes is not None:
+            _check_range(MAX_CHANNELS, n_classes=n_classes)
         half = n_sinusoids // 2
         frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / max(half - 1, 1))
         self.register_buffer("frequency", frequency, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * half, t_channels), nn.SiLU(), nn.Linear(t_channels, t_channels))
+        self.n_classes = n_classes
+        if n_classes is not None:  # no random numbers are drawn for it
+            self.label = nn.Embedding.from_pretrained(torch.zeros(n_classes + 1, t_channels), freeze=False)
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
         angle = (t - 1)[:, None] * self.frequency
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
+        time = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
+        if self.n_classes is not None:
+            return time + self.label(self._labels(label, t))
+        if label is not None:
+            raise ValueError("label: this network has no classes; one that takes labels is built with n_classes")
+        return time
+
+    def _labels(self, label: Tensor | None, t: Tensor) -> Tensor:
+        """label as a long tensor [B]; ValueError if it is not one, or leaves 0..n_classes."""
+        if label is None:
+            return torch.full_like(t, self.n_classes)
+        if not isinstance(label, Tensor) or label.shape != t.shape or label.dtype != torch.long:
+            found = f"{label.dtype} of shape {list(label.shape)}" if isinstance(label, Tensor) else repr(label)
+            raise ValueError(f"label: {found}: must be a long tensor [{len(t)}], one a sample")
+        # on another device the look-up itself checks the range, without waiting for the result
+        if label.device.type == "cpu" and len(label) and (label.min() < 0 or label.max() > self.n_classes):
+            allowed = f"must lie in 0..{self.n_classes}, where {self.n_classes} is no label"
+            raise ValueError(f"label = {label.tolist()}: every label {allowed}")
+        return label
 
 
 class _GroupNorm(nn.GroupNorm):
@@ -189,7 +218,7 @@ def logistic_logits(location: Tensor, log_scale: Tensor, n_levels: int) -> Tenso
 
 
 class TimeAwareUNet(nn.Module):
-    """The U-Net of Ho et al. 2020, appendix B: [B, n_channels, H, W], t [B] -> [B, n_channels, H, W].
+    """The U-Net of Ho et al. 2020, appendix B: [B, n_channels, H, W], t [B], label [B] or None -> [B, n_channels, H, W].
 
     n_channels      channels of the images
     base_channels   channels of the first level (even); level i has base_channels * ch_mult[i]
@@ -204,6 +233,7 @@ class TimeAwareUNet(nn.Module):
                     group has at least 4 channels; None: each layer by itself 32, or fewer by that rule (as before "auto")
     patch_size      side of the squares of pixels that the first level sees as channels: 2 saves the level of full resolution
                     (Hoogeboom et al. 2023, section 3.2)
+    n_classes       classes of the labels, None for a network that takes no labels
     n_levels        None, or for images of symbols the number of levels: symbols 0..n_levels - 1 in, or n_levels where one is
                     masked, logits [B, n_channels, H, W, n_levels] out. The first convolution sees each channel twice: the
                     levels spread over [-1, 1], 0 where masked, and whether it is masked
@@ -228,6 +258,7 @@ class TimeAwareUNet(nn.Module):
         dropout: float = 0.0,
         num_groups: int | Literal["auto"] | None = "auto",
         patch_size: int = 1,
+        n_classes: int | None = None,
         n_levels: int | None = None,
         logits: Literal["free", "logistic"] = "free",
     ):
@@ -246,47 +277,60 @@ class TimeAwareUNet(nn.Module):
         self.n_levels = n_levels
         self.logits = logits
         self.patch_size = patch_size
+        self.n_classes = n_classes
         c_in = n_channels if n_levels is None else 2 * n_channels
         c_out = n_channels if n_levels is None else n_channels * (n_levels if logits == "free" else 2)
         self.size_multiple = patch_size * 2 ** (len(ch_mult) - 1)
         self.activation_checkpointing = False
         widths = [base_channels * multiple for multiple in ch_mult]
         residual = partial(ResidualBlock, t_channels=t_channels, dropout=dropout, num_groups=num_groups)
+        self_attention = partial(SelfAttention, num_heads=num_heads, num_groups=num_groups)
+
+        self.time_embedding = TimeEmbedding(base_channels, t_channels, n_classes)
+        self.conv_in = nn.Conv2d(c_in * patch_size**2, base_channels, 3, padding=1)
+        self._build_levels(base_channels, widths, num_res_blocks, attention, residual, self_attention)
+        self.norm_out = _norm(widths[0], num_groups)
+        self.conv_out = _zeroed(nn.Conv2d(widths[0], c_out * patch_size**2, 3, padding=1))
+
+    def _build_levels(
+        self,
+        base_channels: int,
+        widths: Sequence[int],
+        num_res_blocks: int,
+        attention: Sequence[bool],
+        residual: Callable[[int, int], nn.Module],
+        self_attention: Callable[[int], nn.Module],
+    ) -> None:
+        """The way down, the middle and the way up, of levels of these widths."""
 
         def block(c_in: int, level: int) -> Stage:
             stage = Stage(residual(c_in, widths[level]))
             if attention[level]:
-                stage.append(SelfAttention(widths[level], num_heads, num_groups))
+                stage.append(self_attention(widths[level]))
             return stage
-
-        self.time_embedding = TimeEmbedding(base_channels, t_channels)
-        self.conv_in = nn.Conv2d(c_in * patch_size**2, base_channels, 3, padding=1)
 
         self.down = nn.ModuleList()
         channels = [base_channels]  # of every state that the way up takes over from the way down
-        for level in range(len(ch_mult)):
+        for level in range(len(widths)):
             for _ in range(num_res_blocks):
                 self.down.append(block(channels[-1], level))
                 channels.append(widths[level])
-            if level < len(ch_mult) - 1:
+            if level < len(widths) - 1:
                 self.down.append(Stage(Downsample(channels[-1])))
                 channels.append(channels[-1])
 
         c = channels[-1]
-        self.middle = Stage(residual(c, c), SelfAttention(c, num_heads, num_groups), residual(c, c))
+        self.middle = Stage(residual(c, c), self_attention(c), residual(c, c))
 
         self.up = nn.ModuleList()
-        for level in reversed(range(len(ch_mult))):
+        for level in reversed(range(len(widths))):
             for _ in range(num_res_blocks + 1):
                 self.up.append(block(c + channels.pop(), level))
                 c = widths[level]
             if level > 0:
                 self.up[-1].append(Upsample(c))
 
-        self.norm_out = _norm(c, num_groups)
-        self.conv_out = _zeroed(nn.Conv2d(c, c_out * patch_size**2, 3, padding=1))
-
-    def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         if xt.ndim != 4 or xt.shape[1] != self.n_channels:
             raise ValueError(f"images of shape {list(xt.shape)}: this network takes [B, n_channels = {self.n_channels}, H, W]")
         if any(size % self.size_multiple for size in xt.shape[2:]):
@@ -294,7 +338,7 @@ class TimeAwareUNet(nn.Module):
                 f"images of {xt.shape[2]} x {xt.shape[3]} pixels: height and width must be multiples of {self.size_multiple}, "
                 "patch_size * 2^(levels - 1)"
             )
-        time = F.silu(self.time_embedding(t))
+        time = F.silu(self.time_embedding(t, label))
         x = xt if self.n_levels is None else _as_values(xt, self.n_levels)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         skips = [h]
@@ -319,33 +363,35 @@ class TimeAwareUNet(nn.Module):
 
 
 class TimeAwareMLP(nn.Module):
-    """A residual MLP for vectors: [B, n_features], t [B] -> [B, n_features].
+    """A residual MLP for vectors: [B, n_features], t [B], label [B] or None -> [B, n_features].
 
     hidden      width of each layer
     depth       number of residual layers h + linear(SiLU(linear(h) + linear(time)))
     t_channels  width of the time embedding (even)
+    n_classes   classes of the labels, None for a network that takes no labels
     """
 
     hidden_layers = ("inner", "time", "outer")
 
-    def __init__(self, n_features: int, hidden: int = 128, depth: int = 3, t_channels: int = 64):
+    def __init__(self, n_features: int, hidden: int = 128, depth: int = 3, t_channels: int = 64, n_classes: int | None = None):
         super().__init__()
         _check_range(MAX_CHANNELS, n_features=n_features, hidden=hidden, t_channels=t_channels)
         _check_range(MAX_LAYERS, depth=depth)
         if t_channels % 2:
             raise ValueError(f"t_channels = {t_channels}: must be even, half sines and half cosines of t")
         self.n_features = n_features
-        self.time_embedding = TimeEmbedding(t_channels, t_channels)
+        self.n_classes = n_classes
+        self.time_embedding = TimeEmbedding(t_channels, t_channels, n_classes)
         self.linear_in = nn.Linear(n_features, hidden)
         self.inner = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.time = nn.ModuleList(nn.Linear(t_channels, hidden) for _ in range(depth))
         self.outer = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.linear_out = nn.Linear(hidden, n_features)
 
-    def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         if xt.ndim != 2 or xt.shape[1] != self.n_features:
             raise ValueError(f"vectors of shape {list(xt.shape)}: this network takes [B, {self.n_features}]")
-        time = F.silu(self.time_embedding(t))
+        time = F.silu(self.time_embedding(t, label))
         h = self.linear_in(xt)
         for inner, add_time, outer in zip(self.inner, self.time, self.outer, strict=True):
             h = h + outer(F.silu(inner(h) + add_time(time)))

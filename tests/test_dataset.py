@@ -336,3 +336,84 @@ def test_celeba_is_the_whole_folder_unless_split(tmp_path):
     assert [len(CelebA_HQ_256(f"{tmp_path}/", train)) for train in (None, True, False)] == [20, 18, 2]
     assert len(CelebA_HQ_256(f"{tmp_path}/")) == 20
     assert CelebA_HQ_256(str(tmp_path)).shape == (3, 256, 256)
+
+
+# Labels
+
+
+def test_the_classes_have_the_names_of_their_makers(monkeypatch, tmp_path):
+    assert Digits().class_names == [str(digit) for digit in load_digits().target_names]
+    monkeypatch.setattr(dataset.torchvision_datasets, "CIFAR10", CIFAR10OfTwo)
+    assert dataset.CIFAR10().class_names == ["cat", "dog"]
+    assert dataset.CIFAR10().labels.tolist() == [1, 0, 1]
+
+
+class CIFAR10OfTwo:
+    """What torchvision's data set gives."""
+
+    def __init__(self, *args, **kwargs):
+        self.data, self.targets, self.classes = np.zeros((3, 32, 32, 3), np.uint8), [1, 0, 1], ["cat", "dog"]
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.exists(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_fashion_mnists_ten_names():
+    names = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle boot"  # Xiao et al. 2017, table 2
+    assert " ".join(FashionMNIST(train=False).class_names) == names
+
+
+def folders_of_classes(root, counts: dict[str, int]) -> None:
+    """Grey images, all of a class of one level, 20 k for the k-th name; every second one lies a folder deeper."""
+    for k, name in enumerate(sorted(counts)):
+        (root / name / "deep er").mkdir(parents=True)
+        for i in range(counts[name]):
+            Image.new("L", (4, 4), 20 * k).save(root / name / ("deep er" if i % 2 else "") / f"{i:02}.png")
+
+
+def levels(images: ImageFolder) -> list[int]:
+    return [int(images.pixels(i).float().mean()) for i in range(len(images))]
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_the_first_folder_is_the_class_and_keeps_its_name(tmp_path, slash):
+    folders_of_classes(tmp_path, {"zebra": 3, "Ähre": 2, "an owl": 4, "10": 1, "9": 2})
+    (tmp_path / ".hidden" / "no class").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    images = ImageFolder(f"{tmp_path}{slash}", "L", labels="folders")
+    assert images.class_names == ["10", "9", "an owl", "zebra", "Ähre"]
+    assert images.labels.dtype == torch.long
+    assert [20 * label for label in images.labels.tolist()] == levels(images)
+    assert torch.bincount(images.labels).tolist() == [1, 2, 4, 3, 2]
+    assert (ImageFolder(str(tmp_path)).labels, ImageFolder(str(tmp_path)).class_names) == (None, None)
+
+
+def test_both_parts_of_a_split_number_the_classes_alike(tmp_path):
+    folders_of_classes(tmp_path, {"a": 1, "b": 5, "c": 15})  # the only image of a is the first, for validation
+    train, valid = (ImageFolder(str(tmp_path), "L", train, labels="folders") for train in (True, False))
+    assert train.class_names == valid.class_names == ["a", "b", "c"]
+    assert 0 not in train.labels
+    for images in (train, valid):
+        assert [20 * label for label in images.labels.tolist()] == levels(images)
+
+
+def test_labels_stay_with_their_images_where_unreadable_ones_are_left_out(tmp_path):
+    folders_of_classes(tmp_path, {"a": 2, "b": 2, "c": 2})
+    (tmp_path / "a" / "00.png").write_text("no image")
+    (tmp_path / "b" / "00.png").write_text("no image")
+    with pytest.warns(UserWarning, match="left out"):
+        images = ImageFolder(str(tmp_path), "L", skip_unreadable=True, labels="folders")
+    assert images.labels.tolist() == [0, 1, 2, 2]
+    assert levels(images) == [0, 20, 40, 40]
+
+
+@pytest.mark.parametrize("names", [["one.png"], ["a/one.png", "two.png"]])
+def test_an_image_without_a_folder_of_its_class_is_named(tmp_path, names):
+    (tmp_path / "a").mkdir()
+    for name in names:
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    with pytest.raises(Mistake, match=rf"^labels = \"folders\": .*/{names[-1]} lies in no folder below root = .* no class$"):
+        ImageFolder(str(tmp_path), labels="folders")
+
+
+def test_labels_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(Mistake, match=r"^labels = 'files': must be \"folders\""):
+        ImageFolder(str(tmp_path), labels="files")

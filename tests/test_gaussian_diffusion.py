@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import subprocess
 import sys
 from itertools import accumulate
@@ -432,6 +433,61 @@ def test_a_batch_of_images_is_averaged_over_pixels_and_samples():
     assert loss.tolist() == [1.0, 9.0]
 
 
+# Condition
+
+CONDITIONED = {  # every public method that calls the network, on x0 [3, 2] and a condition
+    "predict": lambda diffusion, x, condition: diffusion.predict(x, 1, condition=condition),
+    "p_mean_variance": lambda diffusion, x, condition: diffusion.p_mean_variance(x, 1, condition=condition),
+    "p_sample": lambda diffusion, x, condition: diffusion.p_sample(x, 1, condition=condition),
+    "loss": lambda diffusion, x, condition: diffusion.loss(x, ALL_TIMES[[0, 4, 11]], condition=condition),
+    "loss_simple": lambda diffusion, x, condition: diffusion.loss_simple(x, condition=condition),
+    "loss_full": lambda diffusion, x, condition: diffusion.loss_full(x, 5, condition=condition),
+    "forward": lambda diffusion, x, condition: diffusion(x, condition=condition),
+    "variational_bound": lambda diffusion, x, condition: diffusion.variational_bound(x, chunk_size=5, condition=condition),
+    "quick bound": lambda diffusion, x, condition: diffusion.variational_bound(x, timesteps=4, condition=condition),
+    "sample": lambda diffusion, x, condition: diffusion.sample(x.shape, "heun", 2, x_T=x, condition=condition),
+    "trajectory": lambda diffusion, x, condition: list(diffusion.trajectory(x.shape, x_T=x, condition=condition)),
+    "fit": lambda diffusion, x, condition: diffusion.fit_reverse_variance([(x, condition) if condition else x]),
+}
+FAR_APART = torch.tensor([[-1e4, 1e4], [0.0, 0.0], [3e4, 3e4]])  # so that a state tells which sample it is of
+
+
+@pytest.mark.parametrize("loss_mode", LOSSES)
+@pytest.mark.parametrize("method", CONDITIONED)
+def test_the_network_gets_the_condition_of_each_row_and_the_rest_unread(method, loss_mode):
+    seen, unread, table = [], object(), torch.zeros(5, 7)
+
+    class Watch(nn.Module):
+        def forward(self, xt, t, **condition):
+            seen.append((xt, t, condition))
+            return 0 * xt
+
+    condition = {"label": torch.tensor([7, 8, 9]), "mask": FAR_APART.clone(), "table": table, "unread": unread}
+    before = dict(condition)
+    diffusion = GaussianDiffusion(SCHEDULE, Watch(), "beta", "denoising", loss_mode)
+    CONDITIONED[method](diffusion, FAR_APART, condition)
+    assert len(seen) > 0
+    for xt, t, got in seen:
+        assert got.keys() == condition.keys()
+        assert got["unread"] is unread
+        assert got["table"] is table
+        sample_of_row = (xt[:, 0] / 100).round().sign() + 1  # -, 0 or +, whatever the time
+        assert torch.equal(got["label"], 7 + sample_of_row.long())
+        assert torch.equal(got["mask"], FAR_APART[got["label"] - 7])
+    assert condition == before
+
+
+@pytest.mark.parametrize("method", CONDITIONED)
+def test_without_a_condition_the_network_gets_no_more_than_x_and_t(method):
+    class Two(nn.Module):
+        def forward(self, *args, **kwargs):
+            assert (len(args), kwargs) == (2, {})
+            return args[0]
+
+    CONDITIONED[method](GaussianDiffusion(SCHEDULE, Two()), torch.zeros(3, 2), None)
+    CONDITIONED[method](GaussianDiffusion(SCHEDULE, Two()), torch.zeros(3, 2), {})
+
+
 # Memory
 
 
@@ -476,3 +532,10 @@ def test_the_resident_memory_of_loss_full_does_not_grow_with_T():
     at_50, at_1000 = (int(run.communicate()[0]) for run in runs)
     assert at_50 > 50_000  # KiB: something was measured
     assert at_1000 < 1.2 * at_50
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 1), (1, 3), (4, 3, 1)])
+def test_a_network_that_changes_the_shape_is_refused_where_broadcasting_would_hide_it(shape):
+    diffusion = GaussianDiffusion(LinearSchedule(10), Says(torch.zeros(shape)))
+    with pytest.raises(ValueError, match=rf"time_aware_net: gives {re.escape(str(list(shape)))} for xt of shape \[4, 3\]"):
+        diffusion(torch.zeros(4, 3))

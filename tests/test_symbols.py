@@ -12,7 +12,9 @@ import train
 from beta_schedule import LinearSchedule
 from checkpoint import load
 from config import load_config
+from discrete_diffusion import DiscreteDiffusion
 from gaussian_diffusion import GaussianDiffusion
+from guidance import AutoGuidance, ClassifierFreeGuidance
 from time_aware_module import TimeAwareUNet, logistic_logits
 
 SMALL = {"base_channels": 8, "ch_mult": (1, 2), "num_res_blocks": 1}
@@ -145,7 +147,67 @@ def test_a_checkpoint_is_sampled_and_measured(tmp_path, capsys):
     for flags, words in {
         ("--sampler", "dpm"): "there is only 'ddpm'",
         ("--eta", "0.5"): "eta = 0.5",
-        ("--fit-variance", "4"): "has no reverse variance",
+        ("--fit-variance", "4"): "--fit-variance: this checkpoint is of symbols",
+        ("--from", "digit.png"): "--from: this checkpoint is of symbols",
     }.items():
         assert sampling.main([checkpoint, "--device", "cpu", *flags]) == 2
         assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# Labels
+
+
+class Known(torch.nn.Module):
+    """The p_hat of a label, [n_classes + 1, n_levels], whatever x_t is; a logit's constant means nothing."""
+
+    n_classes = 2
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, xt, t, label):
+        logits = self.p.log()[label] + 3.0 * label[:, None]
+        return logits[:, None, :].expand(*xt.shape, -1)
+
+
+P = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.3, 0.3, 0.4]])  # of two classes, and of none
+
+
+def test_guided_symbols_have_the_guided_probabilities():
+    """p_none (p_label / p_none)^w, normalised, is what extrapolated logits stand for."""
+    net, xt, label = Known(P), torch.tensor([[0, 2], [1, 1]]), torch.tensor([0, 1])
+    guided = DiscreteDiffusion(LinearSchedule(5, 0.1, 0.5), ClassifierFreeGuidance(net, 2.5), 3)
+    expected = P[2] * (P[:2] / P[2]) ** 2.5
+    expected = (expected / expected.sum(1, keepdim=True))[:, None, :].expand(2, 2, 3)
+    torch.testing.assert_close(guided.predict(xt, 3, {"label": label}).exp(), expected)
+    weaker = Known(P[[2, 2, 2]])
+    guided.time_aware_net = AutoGuidance(net, weaker, 2.5)
+    torch.testing.assert_close(guided.predict(xt, 3, {"label": label}).exp(), expected)
+
+
+def test_the_bound_of_symbols_is_that_of_their_label():
+    """Each sample with its own label at every t, as if the network knew only this class."""
+    schedule, x0, label = LinearSchedule(5, 0.1, 0.5), torch.randint(0, 3, (4, 6)), torch.tensor([1, 0, 0, 1])
+    bound = DiscreteDiffusion(schedule, Known(P), 3, "absorbing").variational_bound
+    found = bound(x0, generator=torch.Generator().manual_seed(0), condition={"label": label}).total
+    for k in (0, 1):
+        one = DiscreteDiffusion(schedule, Known(P[[k, k, k]]), 3, "absorbing").variational_bound
+        alone = one(x0, generator=torch.Generator().manual_seed(0), condition={"label": label}).total
+        torch.testing.assert_close(found[label == k], alone[label == k])
+
+
+def test_a_run_of_symbols_with_classes_is_trained_sampled_guided_and_measured(tmp_path, capsys):
+    classes = ("time_aware_net.kwargs.n_classes=10", "train_cfg.label_dropout=0.2")
+    assert train.main(argv(tmp_path / "run", *classes)) == 0
+    checkpoint = tmp_path / "run" / "last.pth"
+    assert load(checkpoint)["model"]["time_aware_net.time_embedding.label.weight"].any()  # zero at the start
+    flags = ["-n", "10", "--device", "cpu", "--class", "all", "--guidance", "2"]
+    assert sampling.main([str(checkpoint), *flags]) == 0
+    assert sampling.main([str(checkpoint), *flags, "--guide", str(checkpoint)]) == 0
+    assert sampling.main([str(checkpoint), "-n", "2", "--device", "cpu", "--metrics", "bpd", "--bpd-images", "8"]) == 0
+    other = tmp_path / "other"
+    assert train.main(argv(other, *classes, "diffusion.transition=uniform", "train_cfg.max_steps=1")) == 0
+    capsys.readouterr()
+    assert sampling.main([str(checkpoint), *flags, "--guide", str(other / "last.pth")]) == 2
+    assert "is of another prediction" in capsys.readouterr().err

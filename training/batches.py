@@ -1,4 +1,7 @@
-"""Batches of images: in an order that the seed fixes, shared out between ranks, decoded once or by worker processes."""
+"""Batches of images and their labels: in an order that the seed fixes, shared out between ranks.
+
+The images are decoded once, or by worker processes as they are needed.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,9 +17,19 @@ from mistakes import Mistake
 from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
 
+Batch = tuple[Tensor, Tensor | None]  # uint8 pixels [b, C, H, W] and their labels [b], None where the data set has none
+
+
+def drop_labels(labels: Tensor, n_classes: int, p: float) -> Tensor:
+    """labels [B], each by its own coin with probability p replaced by n_classes, which a network reads as "no label".
+
+    So one network learns both with and without (Ho & Salimans 2022, algorithm 1). Drawn from the device's global generator.
+    """
+    return labels.masked_fill(torch.rand(labels.shape, device=labels.device) < p, n_classes)
+
 
 class Batches:
-    """The images of a data set in an order that depends on (seed, epoch) alone, this rank's part of each batch.
+    """Images and labels of a data set, in an order that depends on (seed, epoch) alone: this rank's part of each batch.
 
     A set of up to cache_gb is decoded once and kept as uint8, on the device if it is a GPU with room; a larger one, or one with
     random transforms other than flips, is decoded by worker processes as it is needed. Of a set of more than max_images, so
@@ -33,6 +46,9 @@ class Batches:
         check_signals: Callable[[], object] = lambda: None,
     ):
         self.images, self.cfg, self.ranks, self.shuffle, self.check_signals = images, cfg, ranks, shuffle, check_signals
+        self.labels = None if images.labels is None else torch.as_tensor(images.labels)
+        if self.labels is not None and len(self.labels) != len(images):
+            raise Mistake(f"{type(images).__name__} has {len(self.labels)} labels for {len(images)} images")
         self.numbers = torch.arange(len(images))
         if max_images is not None and max_images < len(images):
             self.numbers = torch.linspace(0, len(images) - 1, max_images, dtype=torch.float64).round().long()
@@ -43,6 +59,7 @@ class Batches:
         self.cache, self.loader = None, None
         if not images.is_random and len(images) * math.prod(images.shape) <= cfg.cache_gb * 1e9:
             self.cache = self._decode_all()
+            self.labels = None if self.labels is None else self.labels.to(self.cache.device)
 
     def _decode_all(self) -> Tensor:
         at_hand = isinstance(self.images, ArrayDataset) and not self.images.pipeline
@@ -68,18 +85,20 @@ class Batches:
         for batch in order.split(size)[first : self.steps]:
             yield batch[: len(batch) // world * world][self.ranks.rank :: world]  # ranks have equal shares
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
-        """The uint8 batches of an epoch on the device, from batch `first` on."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch on the device, from batch `first` on."""
         if self.cache is None:
             yield from self._decoded(epoch, first)
             return
         for indices in self.indices(epoch, first):
             if self.cache.device == self.ranks.device:
-                yield self.cache[self._to_device(indices)]
-            else:
-                yield self._to_device(self.cache[indices])
+                indices = self._to_device(indices)
+            yield self._to_device(self.cache[indices]), self._labels_of(indices)
 
-    def _decoded(self, epoch: int, first: int) -> Iterator[Tensor]:
+    def _labels_of(self, indices: Tensor) -> Tensor | None:
+        return None if self.labels is None else self._to_device(self.labels[indices])
+
+    def _decoded(self, epoch: int, first: int) -> Iterator[Batch]:
         """The same from the worker processes, which live as long as this object does."""
         if self.loader is None:
             self.loader = DataLoader(
@@ -89,14 +108,17 @@ class Batches:
                 pin_memory=self.ranks.device.type == "cuda",
                 persistent_workers=self.cfg.num_workers > 0,
             )
-        self.loader.batch_sampler.batches = [[(epoch, i) for i in part.tolist()] for part in self.indices(epoch, first)]
-        for pixels in self.loader:
-            yield pixels.to(self.ranks.device, non_blocking=True)
+        parts = list(self.indices(epoch, first))
+        self.loader.batch_sampler.batches = [[(epoch, i) for i in part.tolist()] for part in parts]
+        for part, pixels in zip(parts, self.loader, strict=True):
+            yield pixels.to(self.ranks.device, non_blocking=True), self._labels_of(part)
 
     def _to_device(self, x: Tensor) -> Tensor:
         """x on the device, without waiting for it."""
         device = self.ranks.device
-        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+        if device.type == "cuda" and x.device != device:
+            return x.pin_memory().to(device, non_blocking=True)
+        return x.to(device)
 
 
 class _Numbers:

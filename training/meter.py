@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from training.ranks import Ranks
+
+Batch = TypeVar("Batch")
 
 
 class Meter:
@@ -38,16 +41,16 @@ class Meter:
         self._seen.copy_(self.bad_in_row, non_blocking=True)
         return int(self._seen)
 
-    def timed(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with the time spent waiting for them counted."""
         batches = iter(batches)
         while True:
             start = time.perf_counter()
-            pixels = next(batches, None)
+            batch = next(batches, None)
             self.seconds_waited += time.perf_counter() - start
-            if pixels is None:
+            if batch is None:
                 return
-            yield pixels
+            yield batch
 
     def record(self, ranks: Ranks, seconds: float) -> dict[str, float | int | None]:
         """Mean loss over all ranks, skipped steps, speed over so many seconds; and start again."""

@@ -1,0 +1,271 @@
+"""Editing: samples that keep something of a given x_0, or of a measurement of it.
+
+    edit              noise to a part of T, and back: Meng et al. 2022 (SDEdit, arXiv:2108.01073)
+    encode            the deterministic inverse of "ddim", from x_0 to x_T
+    interpolate       between two x_0, on the sphere of their encodings
+    inpaint           the unknown part, given the known one: Lugmayr et al. 2022 (RePaint, arXiv:2201.09865)
+    posterior_sample  x_0 given y = operator(x_0) + noise, for any linear operator: Rozet et al. 2024 (arXiv:2405.13712)
+
+Each is a function of a GaussianDiffusion, and runs as a sampler of its own or through one of samplers.SAMPLERS. Symbols are
+those of the README, section "The mathematics". `condition` is the network's; randomness comes from `generator`, on the
+module's device, as for GaussianDiffusion.sample.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from gaussian_diffusion import Condition, GaussianDiffusion
+from samplers import SAMPLERS, Level, Normal, PredictX0, ddpm
+
+Operator = Callable[[Tensor], Tensor]
+Times = int | Sequence[int] | None
+
+
+def edit(
+    diffusion: GaussianDiffusion,
+    x0: Tensor,
+    strength: float,
+    sampler: str = "ddpm",
+    timesteps: Times = None,
+    clip_x0: bool = False,
+    generator: torch.Generator | None = None,
+    condition: Condition = None,
+) -> Tensor:
+    """x_0 noised to the time strength * T and sampled from there: Meng et al. 2022, algorithm 2. Of x_0's shape.
+
+    strength   0 gives x_0 back, 1 keeps of it only what x_T holds
+    timesteps  as for GaussianDiffusion.sample, of the whole way; of these the times up to strength * T are visited
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength = {strength}: must lie between 0 and 1")
+    steps = [t for t in diffusion.steps(timesteps, sampler) if t <= strength * diffusion.T]
+    if not steps:
+        return x0
+    noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+    xt = diffusion.q_sample(x0, steps[0], noise)
+    return diffusion.sample(x0.shape, sampler, steps, 0.0, clip_x0, xt, generator, condition)
+
+
+# Encodings
+
+
+def encode(diffusion: GaussianDiffusion, x0: Tensor, timesteps: Times = None, condition: Condition = None) -> Tensor:
+    """x_T, of x_0's shape, from which "ddim" with the same timesteps leads back to x_0, but for an error of second order.
+
+    One call of the network a step. The step of ddim from t to s is y_s = y_t + (nu_s - nu_t) eps_hat(x_t, t), in
+    y = x / sqrt(alpha_bar) and nu = sqrt((1 - alpha_bar) / alpha_bar) (README, equation 17 with eta = 0). Its inverse has
+    x_t on both sides. Here eps_hat is asked at a guess of x_t, made with the eps_hat of the step before, which is off by the
+    square of the step; asked at x_s itself (Song et al. 2021, section 4.3), the error would be of first order.
+    """
+    return diffusion.sample(x0.shape, _ddim_upwards, timesteps, x_T=x0, condition=condition)
+
+
+def _ddim_upwards(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -> Iterator[Tensor]:
+    y, eps = x, torch.zeros_like(x)
+    for (_, alpha_bar_s, _), (t, alpha_bar_t, _) in pairwise(reversed(levels)):
+        nu_s, nu_t = (math.sqrt((1 - alpha_bar) / alpha_bar) for alpha_bar in (alpha_bar_s, alpha_bar_t))
+        guess = (y + (nu_t - nu_s) * eps) * math.sqrt(alpha_bar_t)
+        eps = (guess - math.sqrt(alpha_bar_t) * predict_x0(guess, t)) / math.sqrt(1 - alpha_bar_t)
+        y = y + (nu_t - nu_s) * eps
+        yield math.sqrt(alpha_bar_t) * y
+
+
+def interpolate(
+    diffusion: GaussianDiffusion,
+    x0_a: Tensor,
+    x0_b: Tensor,
+    count: int,
+    timesteps: Times = None,
+    clip_x0: bool = False,
+    condition: Condition = None,
+) -> Tensor:
+    """`count` x_0 from x0_a to x0_b, both [B, ...]: [count, B, ...], by "ddim" from between their encodings.
+
+    The encodings are joined by an arc: a straight line would pass through x_T shorter than noise is.
+    """
+    if x0_a.shape != x0_b.shape:
+        raise ValueError(f"x0_b of shape {list(x0_b.shape)}: must have the shape of x0_a, {list(x0_a.shape)}")
+    if count < 2:
+        raise ValueError(f"count = {count}: must be at least 2, the two ends")
+    a, b = (encode(diffusion, x0, timesteps, condition) for x0 in (x0_a, x0_b))
+    shares = torch.linspace(0, 1, count).tolist()
+    return torch.stack(
+        [diffusion.sample(a.shape, "ddim", timesteps, 0.0, clip_x0, slerp(a, b, share), None, condition) for share in shares]
+    )
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """The point of the arc from a (share 0) to b (share 1), each sample of [B, ...] by itself (Shoemake 1985)."""
+    unit_a, unit_b = (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (a, b))
+    angle = (unit_a * unit_b).sum(1).clamp(-1, 1).acos().view(-1, *[1] * (a.ndim - 1))
+    arc = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+    return torch.where(angle.sin() > 1e-4, arc, torch.lerp(a, b, share))  # of parallel ones the arc is the line
+
+
+# Inpainting
+
+
+def inpaint(
+    diffusion: GaussianDiffusion,
+    x0: Tensor,
+    mask: Tensor,
+    timesteps: Times = None,
+    resamplings: int = 10,
+    jump: int = 1,
+    clip_x0: bool = False,
+    x_T: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    condition: Condition = None,
+) -> Tensor:
+    """x_0 with its unknown part drawn anew, given the known one: Lugmayr et al. 2022, algorithm 1. Of x_0's shape.
+
+    After each ancestral step the known part is replaced by x_0 with the noise of that time. The unknown part has not seen
+    it, so the two are noised again and the step repeated.
+
+    mask         1 where x_0 is known, 0 where it is not; broadcast to x_0's shape
+    resamplings  how often each step is done, 1: never again. The calls of the network are those of the steps times this
+    jump         how many steps are done and repeated together, the paper's jump length
+
+    The samples approach the conditional distribution as resamplings grows; with few they are biased (benchmarks/editing.py).
+    """
+    if resamplings < 1 or jump < 1:
+        raise ValueError(f"resamplings = {resamplings}, jump = {jump}: must be at least 1")
+    known = _mask(mask, x0)
+    rule = partial(_repaint, x0=x0, known=known, resamplings=resamplings, jump=jump)
+    return diffusion.sample(x0.shape, rule, timesteps, 0.0, clip_x0, x_T, generator, condition)
+
+
+def _mask(mask: Tensor, x0: Tensor) -> Tensor:
+    """mask as booleans of x_0's shape."""
+    try:
+        known = mask.to(x0.device).broadcast_to(x0.shape)
+    except RuntimeError as error:
+        raise ValueError(f"mask of shape {list(mask.shape)}: must broadcast to the shape of x0, {list(x0.shape)}") from error
+    if not ((known == 0) | (known == 1)).all():
+        raise ValueError(f"mask from {mask.min():g} to {mask.max():g}: must be 1 where x0 is known and 0 where it is not")
+    return known.bool()
+
+
+def _repaint(
+    predict_x0: PredictX0,
+    x: Tensor,
+    levels: list[Level],
+    normal: Normal,
+    x0: Tensor,
+    known: Tensor,
+    resamplings: int,
+    jump: int,
+) -> Iterator[Tensor]:
+    for first in range(0, len(levels) - 1, jump):
+        part = levels[first : first + jump + 1]
+        for again in reversed(range(resamplings)):
+            for level_t, level_s in pairwise(part):
+                x = next(ddpm(predict_x0, x, [level_t, level_s], normal))
+                x = torch.where(known, _noised(x0, level_s.alpha_bar, normal), x)
+                if not again:
+                    yield x
+            if again:
+                x = _noised(x, part[0].alpha_bar / part[-1].alpha_bar, normal)
+
+
+def _noised(x: Tensor, alpha: float, normal: Normal) -> Tensor:
+    """Equation 2, or 1, with that share of the signal."""
+    return math.sqrt(alpha) * x + math.sqrt(1 - alpha) * normal() if alpha < 1 else x
+
+
+# Linear measurements
+
+
+def posterior_sample(
+    diffusion: GaussianDiffusion,
+    y: Tensor,
+    operator: Operator,
+    noise: float,
+    shape: Sequence[int],
+    sampler: str = "ddim",
+    timesteps: Times = None,
+    iterations: int = 5,
+    clip_x0: bool = False,
+    x_T: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    condition: Condition = None,
+) -> Tensor:
+    """x_0 of the given shape, given y = operator(x_0) + noise z: moment matching, Rozet et al. 2024, algorithms 2 and 3.
+
+    p(x_0 | x_t) is taken as a Gaussian. Its mean is x_0_hat, its covariance V = (1 - alpha_bar) / sqrt(alpha_bar) times the
+    derivative of x_0_hat by x_t, which is exact. Given y as well, its mean is then x_0_hat + V A' u, where
+    (A V A' + noise^2) u = y - A x_0_hat. Conjugate gradients solve for u, each product with V a derivative of the network
+    backwards. Every sampler takes that mean in the place of x_0_hat. For Gaussian data all of it is exact.
+
+    y           [B, ...], whatever operator gives
+    operator    A: a linear function of tensors of this shape, that autograd goes through
+    noise       standard deviation of the noise in y, 0 or more
+    iterations  of conjugate gradients: one call of the network and iterations + 1 derivatives each time the sampler asks
+    clip_x0     keep that mean in [-1, 1]
+    """
+    if not (math.isfinite(noise) and noise >= 0):
+        raise ValueError(f"noise = {noise}: must be a standard deviation, 0 or more")
+    if iterations < 1:
+        raise ValueError(f"iterations = {iterations}: must be at least 1")
+    adjoint = _adjoint(operator, y, shape)
+    steps = diffusion.steps(timesteps, sampler)
+
+    def rule(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -> Iterator[Tensor]:
+        alpha_bar = {level.t: level.alpha_bar for level in levels}
+
+        def given_y(x: Tensor, t: int) -> Tensor:
+            x0, covariance = _x0_and_covariance(predict_x0, x, t, alpha_bar[t])
+            u = _conjugate_gradients(
+                lambda v: operator(covariance(adjoint(v))) + noise * noise * v, y - operator(x0), iterations
+            )
+            x0 = x0 + covariance(adjoint(u))
+            return x0.clamp_(-1, 1) if clip_x0 else x0
+
+        return SAMPLERS[sampler](given_y, x, levels, normal)
+
+    return diffusion.sample(shape, rule, steps, 0.0, False, x_T, generator, condition)
+
+
+def _adjoint(operator: Operator, y: Tensor, shape: Sequence[int]) -> Operator:
+    """A': by autograd, which needs one x and its A x."""
+    with torch.enable_grad():
+        x = torch.zeros(*shape, device=y.device, dtype=y.dtype, requires_grad=True)
+        Ax = operator(x)
+    if Ax.shape != y.shape:
+        raise ValueError(f"y of shape {list(y.shape)}: operator gives {list(Ax.shape)} of {list(shape)}")
+    if Ax.any():
+        raise ValueError("operator: must be linear, but gives other than 0 of 0")
+    return lambda v: torch.autograd.grad(Ax, x, v, retain_graph=True)[0]
+
+
+def _x0_and_covariance(predict_x0: PredictX0, x: Tensor, t: int, alpha_bar: float) -> tuple[Tensor, Operator]:
+    """Mean of p(x_0 | x_t), and what multiplies by its covariance, which is symmetric: Rozet et al. 2024, equation 12."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        x0 = predict_x0(x, t)
+    scale = (1 - alpha_bar) / math.sqrt(alpha_bar)
+    return x0.detach(), lambda v: scale * torch.autograd.grad(x0, x, v, retain_graph=True)[0]
+
+
+def _conjugate_gradients(matrix: Operator, b: Tensor, iterations: int) -> Tensor:
+    """u with matrix(u) = b, each sample of [B, ...] by itself; a sample that is done, or meets no curvature, stays as it is."""
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
+
+    u, residual, direction = torch.zeros_like(b), b, b
+    square = enough = dot(b, b)
+    for _ in range(iterations):
+        product = matrix(direction)
+        curvature = dot(direction, product)
+        going = (curvature > 0) & (square > 1e-12 * enough)
+        step = torch.where(going, square / curvature, 0)
+        u, residual = u + step * direction, residual - step * product
+        before, square = square, dot(residual, residual)
+        direction = residual + torch.where(going, square / before, 0) * direction
+    return u

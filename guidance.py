@@ -1,0 +1,123 @@
+"""Guidance: wrappers that are networks themselves, net(xt, t, **condition), so that every sampler has it without knowing.
+
+    diffusion.time_aware_net = ClassifierFreeGuidance(diffusion.time_aware_net, weight=2.0)
+    diffusion.sample((16, 1, 28, 28), "dpm", 20, condition={"label": label})
+
+Both extrapolate from a worse prediction through a better one: guided = worse + weight (better - worse). This is done to the
+network's output, whatever its prediction is: at given x_t, the mean, x_0_hat and eps_hat are affine in the output (README,
+equation 11), and weights that add up to 1 pass through an affine map. So guiding the output guides them all.
+Of a network of symbols it is the logits that are guided: p_hat is then proportional to p_worse^(1 - weight) p_better^weight.
+
+A guided network is for samples. It belongs to no density, so it has no likelihood, and training does not go through it.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+ALWAYS = (0, math.inf)  # an interval that holds every time
+
+
+class _Guidance(nn.Module):
+    """What the wrappers share: the network, the weight, and the times lo <= t <= hi in which the weight acts."""
+
+    def __init__(self, net: nn.Module, weight: float, interval: tuple[float, float]):
+        super().__init__()
+        if not math.isfinite(weight):
+            raise ValueError(f"weight = {weight}: must be a finite number")
+        if len(interval) != 2 or not interval[0] <= interval[1]:  # nor is nan
+            raise ValueError(f"interval = {interval}: must be two times, the lower one first")
+        self.net, self.weight, self.interval = net, weight, tuple(interval)
+
+    @property
+    def n_classes(self) -> int | None:
+        return getattr(self.net, "n_classes", None)
+
+    def _rows(self, t: Tensor) -> Tensor | slice:
+        """The rows in which the guidance acts: a slice for all, else their indices.
+
+        Counting them waits for the device, once a call; the guidance that always acts, or never, does not wait.
+        """
+        if self.weight == 1:
+            return slice(0)
+        lowest, highest = self.interval
+        if lowest <= 1 and highest == math.inf:
+            return slice(None)
+        return ((t >= lowest) & (t <= highest)).nonzero()[:, 0]
+
+    def _guided(self, better: Tensor, worse: Tensor, rows: Tensor | slice) -> Tensor:
+        """better, with worse + weight (better - worse) in those rows; of the precision of better."""
+        if len(worse) == 0:
+            return better
+        guided = torch.lerp(worse, better[rows], self.weight)
+        return guided if isinstance(rows, slice) else better.index_copy(0, rows, guided)
+
+
+class ClassifierFreeGuidance(_Guidance):
+    """out_none + weight (out_label - out_none), Ho & Salimans 2022 (arXiv:2207.12598), equation 6.
+
+    net       a network with classes, net(xt, t, label=None): label n_classes means "no label", and it was trained with both
+    weight    1 is the network with its label, bitwise; 0 the one without; more than 1 exaggerates what the label changes. The
+              paper's w is weight - 1: 0 there is 1 here. (`diffusers`, among others, counts as we do.)
+    interval  the times lo <= t <= hi in which it acts (Kynkäänniemi et al. 2024, arXiv:2404.07724, who say it in noise levels).
+              Outside, the network with its label alone, and no second half is computed
+
+    Both halves go through the network in one call. Without a label the call is the network's own.
+    """
+
+    def __init__(self, net: nn.Module, weight: float, interval: tuple[float, float] = ALWAYS):
+        super().__init__(net, weight, interval)
+        if self.n_classes is None:
+            raise ValueError("net: classifier-free guidance needs a network with classes, and this one has no n_classes")
+
+    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, **condition) -> Tensor:
+        if label is None:
+            return self.net(xt, t, **condition)
+        self._check(label, xt)
+        rows, size = self._rows(t), len(xt)
+        again = {name: torch.cat([value, value[rows]]) for name, value in _each(condition, size).items()}
+        none = torch.full_like(label[rows], self.n_classes)
+        both = torch.cat([xt, xt[rows]]), torch.cat([t, t[rows]])
+        out = self.net(*both, label=torch.cat([label, none]), **(condition | again))
+        out = out.to(_precision(xt))  # before it is amplified
+        return self._guided(out[:size], out[size:], rows)
+
+    def _check(self, label: Tensor, xt: Tensor) -> None:
+        if label.dtype != torch.long or label.shape != xt.shape[:1]:
+            raise ValueError(f"label: {label.dtype} of shape {list(label.shape)}: must be a long tensor [{len(xt)}]")
+        # on another device the embedding itself checks the range, without waiting for the result
+        if label.device.type == "cpu" and len(label) and not 0 <= label.min() <= label.max() <= self.n_classes:
+            raise ValueError(
+                f"label = {label.tolist()}: each must lie in 0..{self.n_classes - 1}, or be {self.n_classes} for none"
+            )
+
+
+class AutoGuidance(_Guidance):
+    """out_weaker + weight (out - out_weaker), Karras et al. 2024 (arXiv:2406.02507), equation 3.
+
+    net       the network
+    weaker    a worse one of the same prediction and the same T: less trained, or smaller. It gets the same condition
+    weight    1 is the network alone, bitwise; 0 the weaker; more than 1 leads away from what the weaker does worse
+    interval  as for ClassifierFreeGuidance
+    """
+
+    def __init__(self, net: nn.Module, weaker: nn.Module, weight: float, interval: tuple[float, float] = ALWAYS):
+        super().__init__(net, weight, interval)
+        self.weaker = weaker
+
+    def forward(self, xt: Tensor, t: Tensor, **condition) -> Tensor:
+        rows, out = self._rows(t), self.net(xt, t, **condition).to(_precision(xt))
+        some = {name: value[rows] for name, value in _each(condition, len(xt)).items()}
+        worse = self.weaker(xt[rows], t[rows], **(condition | some)) if len(t[rows]) else out[:0]
+        return self._guided(out, worse.to(_precision(xt)), rows)
+
+
+def _precision(xt: Tensor) -> torch.dtype:
+    """That of x_t, or where x_t is symbols, float32."""
+    return xt.dtype if xt.is_floating_point() else torch.float32
+
+
+def _each(condition: dict, size: int) -> dict[str, Tensor]:
+    """Of the condition, what holds a value for each of the samples."""
+    return {name: value for name, value in condition.items() if isinstance(value, Tensor) and value.shape[:1] == (size,)}

@@ -1,0 +1,336 @@
+"""Labels: from the data set to the network, and never to where a label was dropped."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+
+import convert
+from config import TrainConfig, load_config
+from dataset import ArrayDataset
+from mistakes import Mistake
+from time_aware_module import TimeAwareMLP, TimeAwareUNet
+from training.batches import Batches, drop_labels
+from training.optimizers import build_optimizer
+from training.ranks import Ranks
+
+UNET = {"n_channels": 3, "base_channels": 16, "ch_mult": (1, 2), "num_res_blocks": 1}
+X = {"unet": torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))}
+X["mlp"] = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
+T = torch.tensor([1, 2, 30, 400, 1000, 7])
+LABEL = torch.tensor([2, 0, 3, 3, 0, 2])  # with 3 classes: twice no label, never 1
+BOTH = pytest.mark.parametrize("kind", ["unet", "mlp"])
+
+
+def build(kind: str, n_classes: int | None, moved: bool = True) -> nn.Module:
+    """A small network; moved: without zeros where it starts from them, so that everything in it matters."""
+    torch.manual_seed(3)
+    net = TimeAwareUNet(**UNET, n_classes=n_classes) if kind == "unet" else TimeAwareMLP(5, n_classes=n_classes)
+    if moved:
+        for parameter in net.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def table(net: nn.Module) -> nn.Parameter:
+    """The vectors of the labels, [n_classes + 1, t_channels]."""
+    return net.time_embedding.label.weight
+
+
+# The network
+
+
+def test_the_network_with_labels_is_that_of_diffusers():
+    """Whose class embedding has a row for each of our labels, no label being one more."""
+    diffusers = pytest.importorskip("diffusers")
+    net = build("unet", 3)
+    unet = diffusers.UNet2DModel(**convert.unet_options(UNET, 8) | {"num_class_embeds": 4})
+    unet.load_state_dict(convert.weights_to_diffusers(net) | {"class_embedding.weight": table(net)})
+    with torch.no_grad():
+        for label, same in ((LABEL, LABEL), (None, torch.full((6,), 3))):
+            expected = unet(X["unet"], T - 1, class_labels=same).sample
+            torch.testing.assert_close(net(X["unet"], T, label), expected, rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_a_label_acts_as_its_vector_added_to_the_embedding_of_time_alone(kind):
+    """So the network without classes is the same, once the vector is in the last bias of its embedding of time."""
+    net, plain = build(kind, 3), build(kind, None)
+    weights = {name: value for name, value in net.state_dict().items() if name != "time_embedding.label.weight"}
+    outs = []
+    for k in range(4):
+        bias = weights["time_embedding.mlp.2.bias"] + table(net)[k].detach()
+        plain.load_state_dict(weights | {"time_embedding.mlp.2.bias": bias})
+        outs.append(net(X[kind], T, torch.full((6,), k)))
+        torch.testing.assert_close(outs[k], plain(X[kind], T), rtol=1e-4, atol=1e-5)
+    assert torch.pdist(torch.stack(outs).flatten(1)).min() > 0.01
+    mixed = net(X[kind], T, LABEL)
+    for i, k in enumerate(LABEL.tolist()):  # whatever the labels of the others are
+        torch.testing.assert_close(mixed[i], outs[k][i], rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_no_label_is_the_last_row(kind):
+    net = build(kind, 3)
+    assert torch.equal(net(X[kind], T), net(X[kind], T, torch.full((6,), 3)))
+    assert torch.equal(net(X[kind], T), net(X[kind], T, label=None))
+
+
+@BOTH
+def test_a_new_network_with_classes_is_that_without(kind):
+    """Also in the numbers drawn after it was built."""
+    plain = build(kind, None, moved=False)
+    drawn = torch.rand(3)
+    net = build(kind, 3, moved=False)
+    assert torch.equal(torch.rand(3), drawn)
+    assert plain.state_dict().keys() == net.state_dict().keys() - {"time_embedding.label.weight"}
+    for name, value in plain.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value)
+    if kind == "unet":  # which says zero otherwise
+        nn.init.ones_(plain.conv_out.weight), nn.init.ones_(net.conv_out.weight)
+    assert torch.equal(net(X[kind], T, LABEL), plain(X[kind], T))
+
+
+def test_without_classes_the_state_has_the_keys_of_older_checkpoints():
+    layers = ["time_embedding.mlp.0", "time_embedding.mlp.2", "linear_in", "inner.0", "time.0", "outer.0", "linear_out"]
+    expected = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert TimeAwareMLP(4, 16, 1, 8).state_dict().keys() == expected
+    assert not any("label" in name for name, _ in build("unet", None).named_parameters())
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (
+            torch.tensor([0, 1, 2, 3, 4, 0]),
+            r"^label = \[0, 1, 2, 3, 4, 0\]: every .* in 0\.\.3, where 3 is no label",
+        ),
+        (torch.tensor([0, 1, -1, 3, 0, 0]), r"^label = .*in 0\.\.3"),
+        (torch.tensor([0, 1]), r"^label: torch.int64 of shape \[2\]: must be a long tensor \[6\]"),
+        (torch.zeros(6), r"^label: torch.float32 of shape"),
+        (torch.zeros(6, 1).long(), r"^label: torch.int64 of shape \[6, 1\]"),
+        (2, r"^label: 2: must be a long tensor"),
+    ],
+)
+def test_labels_that_are_none_are_refused(kind, label, message):
+    with pytest.raises(ValueError, match=message):
+        build(kind, 3)(X[kind], T, label)
+
+
+@BOTH
+def test_a_network_without_classes_refuses_a_label(kind):
+    with pytest.raises(ValueError, match=r"^label: this network has no classes"):
+        build(kind, None)(X[kind], T, LABEL)
+
+
+@BOTH
+@pytest.mark.parametrize("n_classes", [0, -1, 2**16 + 1])
+def test_a_number_of_classes_out_of_range_is_refused(kind, n_classes):
+    with pytest.raises(ValueError, match=rf"^n_classes = {n_classes}: must lie in 1\.\.65536"):
+        build(kind, n_classes)
+
+
+@BOTH
+def test_muon_leaves_the_vectors_of_the_labels_to_adam(kind):
+    net = build(kind, 3)
+    model = SimpleNamespace(time_aware_net=net, reverse_variance="beta")
+    cfg = SimpleNamespace(optimizer="muon", lr=1e-3)
+    groups = {group["name"]: group["params"] for group in build_optimizer(cfg, model, torch.device("cpu")).param_groups}
+    assert [any(p is table(net) for p in groups[name]) for name in ("network", "hidden")] == [True, False]
+
+
+# What the network must not see
+
+
+@BOTH
+@pytest.mark.parametrize("label", [LABEL, None])
+def test_only_the_rows_of_the_labels_given_get_a_gradient(kind, label):
+    net = build(kind, 3)
+    net(X[kind], T, label).square().sum().backward()
+    moved = [bool(row.any()) for row in table(net).grad]
+    assert moved == ([True, False, True, True] if label is not None else [False, False, False, True])
+
+
+@BOTH
+def test_a_dropped_label_leaves_no_trace(kind):
+    """Neither in the output nor in a gradient, whatever it was."""
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    results = []
+    for shift in range(3):
+        torch.manual_seed(4)
+        dropped = drop_labels(labels, 3, 0.5) == 3
+        torch.manual_seed(4)
+        seen = drop_labels(torch.where(dropped, (labels + shift) % 3, labels), 3, 0.5)
+        net = build(kind, 3)
+        out = net(X[kind], T, seen)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in net.parameters())])
+        kept = labels[~dropped].unique().tolist()
+        assert 0 < len(kept) < 3
+        assert [bool(row.any()) for row in table(net).grad] == [k in kept for k in range(3)] + [True]
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_labels_are_dropped_each_by_its_own_coin():
+    labels = torch.arange(10).repeat(2000)
+    before = labels.clone()
+    seen = drop_labels(labels, 10, 0.1)
+    assert torch.equal(labels, before)
+    assert seen.dtype == torch.long
+    dropped = seen == 10
+    assert torch.equal(seen[~dropped], labels[~dropped])
+    assert dropped.sum().item() == pytest.approx(2000, abs=5 * (20_000 * 0.1 * 0.9) ** 0.5)
+    a_class = torch.stack([dropped[labels == k].sum() for k in range(10)])
+    assert (a_class - 200).abs().max() < 5 * (2000 * 0.1 * 0.9) ** 0.5
+    together = (dropped[1:] & dropped[:-1]).sum().item()  # of two neighbours
+    assert together == pytest.approx(200, abs=5 * 200**0.5)
+
+
+def test_the_coins_come_from_the_global_generator():
+    labels = torch.zeros(1000, dtype=torch.long)
+    torch.manual_seed(5)
+    first, second = drop_labels(labels, 1, 0.5), drop_labels(labels, 1, 0.5)
+    torch.manual_seed(5)
+    assert torch.equal(drop_labels(labels, 1, 0.5), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(drop_labels(labels, 1, 0), labels)
+    assert drop_labels(labels, 1, 1).unique().tolist() == [1]
+
+
+def test_the_network_learns_each_class_and_without_a_label_their_mean():
+    """x_t is noise. What the label tells is the target; who does not see it can only say the targets' mean."""
+    targets, shares = torch.tensor([[2.0, 0.0], [-1.0, 1.0], [0.0, -3.0]]), torch.tensor([0.5, 0.3, 0.2])
+    net = TimeAwareMLP(2, 32, 1, 16, n_classes=3)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 400)
+    for _ in range(400):
+        label = torch.multinomial(shares, 256, replacement=True)
+        out = net(torch.randn(256, 2), torch.randint(1, 100, (256,)), drop_labels(label, 3, 0.3))
+        loss = (out - targets[label]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        for label, expected in [*enumerate(targets), (3, shares @ targets)]:
+            out = net(torch.randn(500, 2), torch.randint(1, 100, (500,)), torch.full((500,), label)).mean(0)
+            torch.testing.assert_close(out, expected, rtol=0, atol=0.1)
+
+
+# Batches
+
+
+class Numbered(ArrayDataset):
+    """Image i is of level i, and its label is i^2 mod 7."""
+
+    def __init__(self, count: int, pipeline=()):
+        self.opened = 0
+        levels = np.arange(count, dtype=np.uint8)
+        super().__init__(np.broadcast_to(levels[:, None, None], (count, 4, 4)), levels.astype(int) ** 2 % 7, pipeline)
+
+    def image(self, i: int) -> Image.Image:
+        self.opened += 1
+        return super().image(i)
+
+
+def batches(
+    count: int = 50, rank: int = 0, world: int = 1, pipeline=(), shuffle: bool = True, max_images=None, **cfg
+) -> Batches:
+    ranks = Ranks("cpu", alone=True)
+    ranks.rank, ranks.world = rank, world
+    cfg = TrainConfig(epochs=1, lr=1e-3, model_save_dirpath="run", **{"batch_size": 12, "num_workers": 0} | cfg)
+    return Batches(Numbered(count, pipeline), cfg, ranks, shuffle, max_images)
+
+
+def numbers(batch) -> list[int]:
+    """The numbers of a batch's images, whose labels are seen to be theirs."""
+    pixels, labels = batch
+    assert labels.dtype == torch.long
+    found = pixels.amax((1, 2, 3)).long()
+    assert torch.equal(labels, found**2 % 7)
+    return found.tolist()
+
+
+WAYS = {
+    "cached": {},
+    "in order": {"shuffle": False},
+    "some": {"max_images": 31},
+    "decoded as needed": {"cache_gb": 0.0},
+    "by a worker": {"cache_gb": 0.0, "num_workers": 1},
+    "random crops": {"pipeline": [v2.RandomCrop(4, padding=1)], "num_workers": 1},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_label_follows_its_image(way):
+    data = batches(**WAYS[way])
+    first, again = ([numbers(batch) for batch in data.epoch(epoch)] for epoch in (0, 1))
+    count = WAYS[way].get("max_images", 50)
+    for order in (first, again):
+        seen = list(itertools.chain(*order))
+        assert len(set(seen)) == len(seen) == count
+    assert (first == again) == (way == "in order")
+    assert [numbers(batch) for batch in data.epoch(1, first=2)] == again[2:]
+
+
+@pytest.mark.parametrize("way", ["cached", "decoded as needed", "by a worker"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_on_several_ranks_too_and_together_they_have_the_batches_of_one(way, world):
+    whole = [numbers(batch) for batch in batches(count=48, **WAYS[way]).epoch(3)]
+    parts = [[numbers(batch) for batch in batches(48, rank, world, **WAYS[way]).epoch(3)] for rank in range(world)]
+    for batch, shares in zip(whole, zip(*parts, strict=True), strict=True):
+        assert [len(share) for share in shares] == [12 // world] * world
+        assert sorted(itertools.chain(*shares)) == sorted(batch)
+
+
+def test_labels_are_had_without_opening_an_image():
+    for cfg in ({"pipeline": [v2.Resize(4)]}, {"cache_gb": 0.0}):  # of the cache, and of what is decoded as needed
+        data = batches(**cfg)
+        data.images.opened = 0
+        assert sum(len(numbers(batch)) for batch in data.epoch(0)) == 50
+        assert data.images.opened == (0 if data.cache is not None else 50)
+
+
+def test_a_data_set_without_labels_has_batches_without():
+    for cfg in ({}, {"cache_gb": 0.0}):
+        data = batches(**cfg)
+        data.images.labels = None
+        data = Batches(data.images, data.cfg, data.ranks, True)
+        assert [labels for _, labels in data.epoch(0)] == [None] * 5
+
+
+def test_fewer_labels_than_images_are_refused():
+    data = batches()
+    data.images.labels = data.images.labels[:-1]
+    with pytest.raises(Mistake, match=r"^Numbered has 49 labels for 50 images"):
+        Batches(data.images, data.cfg, data.ranks, True)
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    "names", [("Digits_class", "Digits_den"), ("FashionMNIST_class", "FashionMNIST_fast"), ("CIFAR10_class", "CIFAR10_den")]
+)
+def test_a_config_with_classes_is_one_without_but_for_them(names):
+    config, plain = (load_config(f"configs/{name}.json") for name in names)
+    assert config["time_aware_net"]["kwargs"].pop("n_classes") == 10
+    assert plain["time_aware_net"]["kwargs"].pop("n_classes") is None
+    assert config["train_cfg"].pop("label_dropout") == 0.1
+    for settings in (config, plain):
+        settings["train_cfg"] = {**settings["train_cfg"], "model_save_dirpath": "", "label_dropout": 0.1}
+    assert config == plain
+
+
+@pytest.mark.parametrize("share", ["1", "-0.1", "true", '"0.1"'])
+def test_a_share_of_dropped_labels_out_of_range_is_refused(share):
+    with pytest.raises(Mistake, match=r"^train_cfg\.label_dropout = .*: must be a number of at least 0 and below 1"):
+        load_config("configs/Digits_class.json", [f"train_cfg.label_dropout={share}"])
