@@ -1,8 +1,9 @@
 """Diffusion of symbols: the forward process, the reverse process, the losses, the exact bound, samples.
 
-x is a long tensor [B, ...] with values 0..n_levels - 1, the network any net(xt, t) -> logits [B, ..., n_levels] of x_0. The
-methods are those of GaussianDiffusion wherever the word means the same. From Austin et al. 2021 (arXiv:2107.03006, D3PM), and
-for two levels Sohl-Dickstein et al. 2015. Equation numbers are those of the README, section "The mathematics".
+x is a long tensor [B, ...] with values 0..n_levels - 1, the network any net(xt, t, **condition) -> logits [B, ..., n_levels]
+of x_0, and condition whatever keyword arguments that network takes, passed on unread. The methods are those of
+GaussianDiffusion wherever the word means the same. From Austin et al. 2021 (arXiv:2107.03006, D3PM), and for two levels
+Sohl-Dickstein et al. 2015. Equation numbers are those of the README, section "The mathematics".
 """
 
 import math
@@ -49,7 +50,7 @@ def _beside(table: Tensor, x: Tensor) -> Tensor:
 
 
 class UniformKernel(NamedTuple):
-    """keep I + move 1 1^T / n_levels: stay, or forget x for any level (equation 21)."""
+    """keep I + move 1 1^T / n_levels: stay, or forget x for any level (equation 24)."""
 
     keep: Tensor  # [b]
     move: Tensor  # [b], 1 - keep
@@ -77,7 +78,7 @@ class UniformKernel(NamedTuple):
 
 
 class AbsorbingKernel(NamedTuple):
-    """keep I + move 1 e_mask^T: stay, or be masked for good (equation 22). The mask is state n_levels."""
+    """keep I + move 1 e_mask^T: stay, or be masked for good (equation 25). The mask is state n_levels."""
 
     keep: Tensor  # [b]
     move: Tensor  # [b], 1 - keep
@@ -190,7 +191,7 @@ class TwoNumbers(nn.Module):
 
 
 class DiscretizedGaussian(nn.Module):
-    """Q_t[i, j] proportional to exp(-4 (i - j)^2 / ((n_levels - 1)^2 beta_t)) off the diagonal (equation 23).
+    """Q_t[i, j] proportional to exp(-4 (i - j)^2 / ((n_levels - 1)^2 beta_t)) off the diagonal (equation 26).
 
     The matrices of two times do not commute, so that there is no basis in which their products are numbers. What helps is that
     turning both axes round changes none of them: half the rows are enough. Of the products, computed in float64, so many times
@@ -290,16 +291,16 @@ class DiscreteDiffusion(nn.Module):
     """The diffusion process of a schedule and a network, on symbols.
 
     schedule              anything with a float64 tensor `alpha_bar` [T]; beta_t is 1 - alpha_bar_t / alpha_bar_{t-1}
-    time_aware_net        net(xt, t) -> logits [B, ..., n_levels] of x_0, t long [B] in 1..T
+    time_aware_net        net(xt, t, **condition) -> logits [B, ..., n_levels] of x_0, t long [B] in 1..T
     n_levels              K: x_0 is a long tensor with values in 0..K - 1. K lies in 2..65536, for "gaussian" in 2..1024
     transition            what a step does to a symbol: "uniform" (any level with probability beta_t), "absorbing" (masked with
                           probability beta_t: x_t is then n_levels, which x_0 never is), "gaussian" (moves to a near level),
                           "binomial" (K = 2)
     loss_mode             "bound", or "hybrid": the bound plus cross_entropy_weight times the cross-entropy of x_0
-    cross_entropy_weight  lambda of "hybrid"
+    cross_entropy_weight  kappa of "hybrid" (equation 31)
 
     A time t is a long tensor [B] in 1..T on x's device, or an int for the whole batch. Every symbol is diffused by itself, with
-    the matrices Q_t (equation 20), which are derived in float64 and kept as float32 buffers outside the state dictionary.
+    the matrices Q_t (equation 23), which are derived in float64 and kept as float32 buffers outside the state dictionary.
     """
 
     def __init__(
@@ -324,7 +325,17 @@ class DiscreteDiffusion(nn.Module):
         self.n_states = self.transitions.n_states
         uniform = torch.full((1, 1, n_levels), -math.log(n_levels))
         log_prior = self.transitions.jump(torch.tensor([self.T])).log_push(uniform)[0, 0]
-        self.register_buffer("log_prior", log_prior, persistent=False)  # [S]: p(x_T) of one symbol (equation 26)
+        self.register_buffer("log_prior", log_prior, persistent=False)  # [S]: p(x_T) of one symbol (equation 29)
+
+    # Between data in [-1, 1] and symbols
+
+    def x0_of(self, values: Tensor) -> Tensor:
+        """x_0 of data in [-1, 1]: the symbol of the nearest of n_levels evenly spaced values."""
+        return to_symbols(values, self.n_levels)
+
+    def values_of(self, x: Tensor) -> Tensor:
+        """What x_0 or x_t looks like as data in [-1, 1]: those values, and 0 for the mask."""
+        return to_values(x, self.n_levels)
 
     # Look-up of times and symbols
 
@@ -354,16 +365,16 @@ class DiscreteDiffusion(nn.Module):
     # Forward process
 
     def q_step(self, x_prev: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
-        """Draw x_t of q(x_t | x_{t-1}) = Q_t[x_{t-1}, x_t] (equation 20). noise: uniform on [0, 1), of x's shape."""
+        """Draw x_t of q(x_t | x_{t-1}) = Q_t[x_{t-1}, x_t] (equation 23). noise: uniform on [0, 1), of x's shape."""
         x_prev = self._symbols("x_prev", x_prev, self.n_states)
         return self.transitions.step(self._times(t, x_prev)).draw(x_prev, _noise(x_prev, noise))
 
     def q_sample(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None) -> Tensor:
-        """Draw x_t of q(x_t | x_0) = Q_bar_t[x_0, x_t] (equation 20). noise: uniform on [0, 1), of x's shape."""
+        """Draw x_t of q(x_t | x_0) = Q_bar_t[x_0, x_t] (equation 23). noise: uniform on [0, 1), of x's shape."""
         return self.transitions.jump(self._times(t, self._x0(x0))).draw(x0, _noise(x0, noise))
 
     def q_posterior(self, x0: Tensor, xt: Tensor, t: int | Tensor) -> Tensor:
-        """Probabilities [B, ..., S] of q(x_{t-1} | x_0, x_t) (equation 24), nan where x_0 cannot become x_t.
+        """Probabilities [B, ..., S] of q(x_{t-1} | x_0, x_t) (equation 27), nan where x_0 cannot become x_t.
 
         S is n_levels, and with the mask n_levels + 1.
         """
@@ -384,12 +395,12 @@ class DiscreteDiffusion(nn.Module):
         return logits.float().log_softmax(-1)
 
     def _log_p(self, xt: Tensor, t: int | Tensor, condition: Condition) -> Tensor:
-        """log p(x_{t-1} | x_t) [B, ..., S], not normalised (equation 25)."""
+        """log p(x_{t-1} | x_t) [B, ..., S], not normalised (equation 28)."""
         t, log_p = self._times(t, xt), self.predict(xt, t, condition)
         return self.transitions.step(t).log_into(xt) + self.transitions.jump(t - 1).log_push(log_p)
 
     def p_probabilities(self, xt: Tensor, t: int | Tensor, condition: Condition = None) -> Tensor:
-        """Probabilities [B, ..., S] of p(x_{t-1} | x_t) (equation 25)."""
+        """Probabilities [B, ..., S] of p(x_{t-1} | x_t) (equation 28)."""
         return self._log_p(xt, t, condition).softmax(-1)
 
     def p_sample(self, xt: Tensor, t: int | Tensor, noise: Tensor | None = None, condition: Condition = None) -> Tensor:
@@ -399,7 +410,7 @@ class DiscreteDiffusion(nn.Module):
     # Losses
 
     def _kl(self, x0: Tensor, xt: Tensor, t: Tensor, log_p: Tensor) -> Tensor:
-        """D(q(x_{t-1} | x_0, x_t) || p(x_{t-1} | x_t)) of every symbol, at t = 1: -log p(x_0 | x_1) (equation 26).
+        """D(q(x_{t-1} | x_0, x_t) || p(x_{t-1} | x_t)) of every symbol, at t = 1: -log p(x_0 | x_1) (equation 29).
 
         t [b]; x_0, x_t [b, ...] and log_p [b, ..., n_levels]. Q_t[., x_t] is a factor of both distributions and cancels.
         """
@@ -413,8 +424,8 @@ class DiscreteDiffusion(nn.Module):
     def loss(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None, condition: Condition = None) -> Tensor:
         """[B], nats per dimension: the term at t of the configured objective.
 
-        "bound"   the bound's divergence at t, at t = 1 the reconstruction (equation 26)
-        "hybrid"  the same plus cross_entropy_weight * -log p_hat(x_0 | x_t) (equation 28)
+        "bound"   the bound's divergence at t, at t = 1 the reconstruction (equation 29)
+        "hybrid"  the same plus cross_entropy_weight * -log p_hat(x_0 | x_t) (equation 31)
 
         noise: uniform on [0, 1), of x's shape.
         """
@@ -467,7 +478,7 @@ class DiscreteDiffusion(nn.Module):
         generator: torch.Generator | None = None,
         condition: Condition = None,
     ) -> Bound:
-        """-ELBO of x_0 (equation 26) in its parts, nats per dimension, each [B]: of its probability, for x_0 is discrete.
+        """-ELBO of x_0 (equation 29) in its parts, nats per dimension, each [B]: of its probability, for x_0 is discrete.
 
         timesteps   None: every KL term. An int: that many, one drawn from each of as many equal parts of 2..T and weighted by
                     the part's length; unbiased, and as much faster
@@ -488,11 +499,19 @@ class DiscreteDiffusion(nn.Module):
         return Bound(prior, kl, reconstruction, prior + kl + reconstruction)
 
     def _terms(self, x0: Tensor, t: Tensor, generator: torch.Generator | None, condition: Condition) -> Tensor:
-        """[k, B]: the bound's terms of x_0 [B, ...] at the times t [k], per dimension, each with its own draw of x_t."""
+        """[k, B]: the bound's terms of x_0 [B, ...] at the times t [k], per dimension, each with its own draw of x_t.
+
+        Of the condition, every tensor [B, ...] holds a value for each sample, and is repeated as x_0 is; the rest stays.
+        """
+
+        def rows(value: object) -> object:
+            each = isinstance(value, Tensor) and value.shape[:1] == x0.shape[1:2]
+            return value.repeat(len(t), *[1] * (value.ndim - 1)) if each else value
+
         x0 = x0.expand(len(t), *x0.shape)
         xt = self.transitions.jump(t).draw(x0, _noise(x0, None, generator))
-        rows = {name: value.repeat(len(t), *[1] * (value.ndim - 1)) for name, value in (condition or {}).items()}
-        log_p = self.predict(xt.flatten(0, 1), t.repeat_interleave(x0.shape[1]), rows).unflatten(0, x0.shape[:2])
+        condition = condition and {name: rows(value) for name, value in condition.items()}
+        log_p = self.predict(xt.flatten(0, 1), t.repeat_interleave(x0.shape[1]), condition).unflatten(0, x0.shape[:2])
         return self._kl(x0, xt, t, log_p).flatten(2).mean(2)
 
     def _strata(self, timesteps: int | None, device: torch.device, generator) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "gaussian_diffusion", "dataset", "config", "checkpoint"}
-LIBRARY |= {"guidance", "editing", "evaluation", "training", "mistakes"}  # whose ValueErrors are about their arguments
+LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "gaussian_diffusion", "discrete_diffusion", "dataset", "config"}
+LIBRARY |= {"checkpoint", "guidance", "editing", "evaluation", "training", "mistakes"}  # whose ValueErrors are of arguments
 
 
 class Mistake(ValueError):

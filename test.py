@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FunctionType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import MAX_VALUES, load_diffusion, save
 from config import check_shape, find
@@ -89,15 +89,21 @@ def labels_of(
     return torch.full((n,), number), None
 
 
-def guide(diffusion: GaussianDiffusion, state: dict, weight: float, interval: list[int] | None, weaker: str | None) -> None:
+def _kind(diffusion: nn.Module, state: dict) -> tuple:
+    """What two models must share for the output of one to mean that of the other."""
+    names = ("prediction", "n_levels", "transition")  # of which a diffusion of numbers has the first, one of symbols the others
+    return *(getattr(diffusion, name, None) for name in names), state["config"]["schedule"], state["shape"]
+
+
+def guide(diffusion: nn.Module, state: dict, weight: float, interval: list[int] | None, weaker: str | None) -> None:
     """Wrap the network in guidance: by another checkpoint, or by itself without the label."""
     config, net, interval = state["config"], diffusion.time_aware_net, tuple(interval or ALWAYS)
     if weaker:
         other, other_state = load_diffusion(weaker)
-        theirs, ours = (x["config"]["schedule"] for x in (other_state, state))
-        if (other.prediction, theirs, other_state["shape"]) != (diffusion.prediction, ours, state["shape"]):
+        if _kind(other, other_state) != _kind(diffusion, state):
             raise Mistake(f"--guide {weaker}: is of another prediction, schedule or shape of images than what it is to guide")
-        diffusion.time_aware_net = AutoGuidance(net, other.time_aware_net.to(diffusion.signal_scale.device), weight, interval)
+        device = next(diffusion.buffers()).device
+        diffusion.time_aware_net = AutoGuidance(net, other.time_aware_net.to(device), weight, interval)
         return
     with as_mistake("--guidance: "):
         diffusion.time_aware_net = ClassifierFreeGuidance(net, weight, interval)
@@ -124,6 +130,13 @@ def save_edited(folder: Path, given: Tensor, samples: Tensor) -> None:
     print(f"{folder}: 0.png .. {len(samples) - 1}.png, grid.png (first what was given)")
 
 
+def refuse_for_symbols(args: argparse.Namespace) -> None:
+    """Mistake if a flag asks of a DiscreteDiffusion what needs numbers: a variance to fit, or states to lead to an edit."""
+    for name in ("fit_variance", *EDITS):
+        if getattr(args, name) is not None:
+            raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of symbols, and this is only for numbers")
+
+
 def run(args: argparse.Namespace) -> None:
     ranks, path = Ranks(args.device), Path(args.checkpoint)
     diffusion, state = load_diffusion(path, ema=not args.raw)
@@ -133,7 +146,9 @@ def run(args: argparse.Namespace) -> None:
     if count * math.prod(shape) > MAX_VALUES:
         raise Mistake(f"{count} images of {shape} at a time: must be at most {MAX_VALUES:,} values; see --batch-size")
     check_shape(state["config"], shape)
-    sampler = find(args.sampler, SAMPLERS, FunctionType, "--sampler")
+    if diffusion.n_levels:
+        refuse_for_symbols(args)
+    sampler = args.sampler if diffusion.n_levels else find(args.sampler, SAMPLERS, FunctionType, "--sampler")
     options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
@@ -155,7 +170,7 @@ def run(args: argparse.Namespace) -> None:
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
     folder.parent.joinpath(f".{folder.name}.part").unlink()
     x0 = torch.zeros(min(args.n, args.batch_size, speed.PROBE_ROWS), *shape, device=ranks.device)
-    precision = set_speed(diffusion, x0, args.precision, args.compile, ranks)
+    precision = set_speed(diffusion, diffusion.x0_of(x0), args.precision, args.compile, ranks)
     with speed.autocast(ranks.device, precision):
         if args.fit_variance:
             target = path.with_stem(f"{path.stem}_fitted")

@@ -132,7 +132,7 @@ class Trainer:
     def train_step(self, pixels: Tensor, labels: Tensor | None = None) -> None:
         """One update of the weights from this rank's share of a batch. Waits for nothing on the device."""
         torch.manual_seed(mixed_seed(STEP, self.cfg.seed, self.ranks.rank, self.step))
-        self.x0 = x0 = self.train_data.images.to_float(pixels)
+        self.x0 = x0 = self.model.x0_of(self.train_data.images.to_float(pixels))
         if self.n_classes is not None:
             labels = drop_labels(labels, self.n_classes, self.cfg.label_dropout)
         parts = x0.chunk(self.cfg.grad_accum)
@@ -156,7 +156,7 @@ class Trainer:
     def _update(self, loss: Tensor) -> None:
         """Step the optimizer and the average; where a gradient is not finite, the fused step leaves everything as it is."""
         finite = self.norm
-        if self.model.reverse_variance == "learnable":
+        if hasattr(self.model, "log_sigma_square"):  # learnable
             finite = finite + self.model.log_sigma_square.grad.sum()
         bad = (~finite.isfinite()).float()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # not by scaler.step, which would set its own
@@ -255,7 +255,7 @@ class Trainer:
         for i, (pixels, labels) in enumerate(self.valid_data.epoch(0)):
             self.stopper.check()
             torch.manual_seed(mixed_seed(VALIDATION, self.cfg.seed, self.ranks.rank, i))
-            x0 = self.valid_data.images.to_float(pixels)
+            x0 = self.ema.x0_of(self.valid_data.images.to_float(pixels))
             total += self.ema(x0, self.cfg.chunk_size, condition=self._condition(labels)) * len(pixels)
             count += len(pixels)
         total, count = self.ranks.sum(torch.stack([total, torch.full_like(total, count)])).tolist()
@@ -269,9 +269,9 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(mixed_seed(PICTURE, self.cfg.seed, self.ranks.rank))
         steps = min(self.cfg.sample_timesteps, self.ema.T)
         how = {"clip_x0": True, "generator": generator, "condition": condition}
-        for _, x in self.ema.trajectory((share, *self.shape), "dpm", steps, **how):
+        for _, x in self.ema.trajectory((share, *self.shape), "ddpm" if self.ema.n_levels else "dpm", steps, **how):
             self.stopper.check()
-        x = self.ranks.gather_tensor(x)[:SAMPLES]
+        x = self.ranks.gather_tensor(self.ema.values_of(x))[:SAMPLES]
         if self.ranks.rank == 0:
             save_png(path, grid(x, columns))
 

@@ -184,7 +184,9 @@ def bits_per_dimension(
     for i, batch in enumerate(batches):
         x0, condition = (batch, None) if isinstance(batch, Tensor) else batch
         generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, seed, rank, i))
-        bound = diffusion.variational_bound(x0, True, timesteps, generator=generator, condition=condition)
+        kind = {} if diffusion.n_levels else {"discretized": True}  # symbols are discrete as they are
+        how = {"timesteps": timesteps, "generator": generator, "condition": condition}
+        bound = diffusion.variational_bound(diffusion.x0_of(x0), **kind, **how)
         bounds.append(torch.stack(bound).cpu() / math.log(2))
     bounds = torch.cat(ranks.gather(bounds) if ranks else bounds, dim=1)  # [4, images]
     means = dict(zip(Bound._fields, bounds.mean(1).tolist(), strict=True))

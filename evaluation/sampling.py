@@ -47,7 +47,7 @@ def draw(
 
     sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory. labels is long [n], one a sample.
     """
-    device, rank, world = diffusion.signal_scale.device, ranks.rank if ranks else 0, ranks.world if ranks else 1
+    device, rank, world = next(diffusion.buffers()).device, ranks.rank if ranks else 0, ranks.world if ranks else 1
     steps = len(diffusion.steps(timesteps, sampler))
     strip_at, gif_at = evenly(frames, steps + 1), evenly(GIF_FRAMES, steps + 1)
     batches = range(0, n, batch_size)[rank::world]
@@ -62,6 +62,7 @@ def draw(
             )
             strip, animation, x = [], [], None
             for i, (_, x) in enumerate(states):
+                x = diffusion.values_of(x)
                 kept = x[: max(0, pictures - first)]
                 strip += [kept.cpu()] if i in strip_at else []
                 animation += [kept.cpu()] if i in gif_at else []

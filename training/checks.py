@@ -47,8 +47,10 @@ def check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None
     _check_labels(getattr(model.time_aware_net, "n_classes", None), images)
     for split, data in images.items():
         with torch.no_grad(), as_mistake(f"time_aware_net: does not fit the images of dataset.{split}: "):
-            model.eval().predict(torch.zeros(1, *data.shape), 1)
+            model.eval().predict(model.x0_of(torch.zeros(1, *data.shape)), 1)
     model.train()
+    if model.n_levels:  # what is left of x_0 at T is part of p(x_T)
+        return
     alpha_bar = model.signal_scale[-1].item() ** 2
     if alpha_bar > 0.01:
         log.warning(
