@@ -1,5 +1,6 @@
-"""What can be known of a GPU without one: the trainer's step on "cuda" tensors that have no values, and what dynamo, the front of
-torch.compile, makes of the network and the loss. (test_samplers.py has the samplers, the bound and the fit on such tensors.)
+"""What can be known of a GPU without one: a training step on CUDA tensors without values, and what dynamo makes of the network.
+
+test_samplers.py has the samplers, the bound and the fit on such tensors.
 
 A value that the host would wait for is an error in such a step: FakeTensorMode has none to give (`.item()`, `if tensor:`), and
 `NoWaiting` refuses the copies that wait.
