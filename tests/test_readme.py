@@ -19,7 +19,8 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in FENCED.findall(README) if language == "python"]
 # What a page names and a run, a reader or another package has
 ELSEWHERE = re.compile(
-    r"(models|my|data)/|my_|train_unconditional\.py|image_\w+\.py|(epoch_N|\d+|strips|grid)\.png|metrics\.json|.*\bNAME\b"
+    r"(models|my|data)/|my_|train_unconditional\.py|image_\w+\.py|metrics\.json|.*\bNAME\b|"
+    r"(epoch_N|\d+|strips|grid|image|mask|other|small|grey)\.png"
 )
 
 
