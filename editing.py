@@ -202,6 +202,8 @@ def posterior_sample(
     (A V A' + noise^2) u = y - A x_0_hat. Conjugate gradients solve for u, each product with V a derivative of the network
     backwards. Every sampler takes that mean in the place of x_0_hat. For Gaussian data all of it is exact.
 
+    "ddpm" adds noise for the error e_t of x_0_hat without y, which is larger: with few steps its samples spread too far.
+
     y           [B, ...], whatever operator gives
     operator    A: a linear function of tensors of this shape, that autograd goes through
     noise       standard deviation of the noise in y, 0 or more
@@ -210,6 +212,8 @@ def posterior_sample(
     """
     if not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise = {noise}: must be a standard deviation, 0 or more")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler = {sampler!r}: must be one of {', '.join(SAMPLERS)}")
     if iterations < 1:
         raise ValueError(f"iterations = {iterations}: must be at least 1")
     adjoint = _adjoint(operator, y, shape)

@@ -87,6 +87,11 @@ class Mixture:
             return 0.5 * math.log(2 * math.pi * math.e * self.variances.item())
         return -self.log_prob(self.sample(size)).mean().item() / self.n
 
+    def components(self) -> list["Mixture"]:
+        """Each Gaussian by itself."""
+        parts = zip(self.means.tolist(), self.variances.tolist(), strict=True)
+        return [Mixture([1.0], [mean], [variance]) for mean, variance in parts]
+
     def x0_error(self, alpha_bar: Tensor) -> Tensor:
         """E||x_0 - E[x_0 | x_t]||^2 / n of one Gaussian, at each alpha_bar."""
         return self.variances * (1 - alpha_bar) / (alpha_bar * self.variances + 1 - alpha_bar)
@@ -163,14 +168,12 @@ class CorrelatedNet(nn.Module):
 
 
 class LabelNet(nn.Module):
-    """The optimal network for a mixture whose component is the label; the label K, or none, says nothing of it."""
+    """The optimal network for classes of data, net(xt, t, label). Without a label, or with label K, it is that of `none`."""
 
-    def __init__(self, mixture: Mixture, beta: Tensor, prediction: str):
+    def __init__(self, classes: list[Mixture], none: Mixture, beta: Tensor, prediction: str):
         super().__init__()
-        parts = zip(mixture.means.tolist(), mixture.variances.tolist(), strict=True)
-        parts = [Mixture([1.0], [mean], [variance]) for mean, variance in parts]
-        self.nets = nn.ModuleList(OptimalNet(data, beta, prediction) for data in (*parts, mixture))
-        self.n_classes, self.rows = len(parts), []  # rows of each call
+        self.nets = nn.ModuleList(OptimalNet(data, beta, prediction) for data in (*classes, none))
+        self.n_classes, self.rows = len(classes), []  # how many rows each call had
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.rows.append(len(xt))

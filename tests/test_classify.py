@@ -1,0 +1,77 @@
+import pytest
+import torch
+from closed_form import LabelNet, Mixture, even_in_log_snr
+
+from evaluation.classify import classify
+from gaussian_diffusion import GaussianDiffusion
+from time_aware_module import TimeAwareMLP
+
+CLASSES = Mixture([1 / 3] * 3, [[-1.0, 0.5], [0.8, -0.4], [0.3, 0.6]], [0.1, 0.2, 0.3])
+SCHEDULE = even_in_log_snr(300)
+
+
+def model(reverse_variance="beta"):
+    return GaussianDiffusion(SCHEDULE, LabelNet(CLASSES.components(), CLASSES, SCHEDULE.beta, "denoising"), reverse_variance)
+
+
+def bayes(x):
+    """Probability of each class [B, 3]."""
+    return CLASSES._joint(x.double(), torch.ones(len(x), dtype=torch.float64)).softmax(1)
+
+
+@pytest.mark.parametrize("reverse_variance", ["beta", "sigma_bar_square"])
+def test_the_class_of_least_bound_is_that_of_bayes_wherever_it_is_nearly_certain(reverse_variance):
+    x = CLASSES.sample(300)
+    probability, label = bayes(x).max(1)
+    found = classify(model(reverse_variance), x, 3)
+    assert found.dtype == torch.long
+    sure = probability > 0.9
+    assert sure.sum() > 100
+    assert torch.equal(found[sure], label[sure])
+    assert (found == label).double().mean() > 0.9
+
+
+def test_classes_that_cannot_win_are_given_up_and_the_calls_are_counted():
+    diffusion, x = model(), CLASSES.sample(100)
+    _, calls = classify(diffusion, x, 3, return_calls=True)
+    assert calls.sum() == sum(diffusion.time_aware_net.rows)
+    assert calls.min() < 16 * 16 * 3 / 4
+    sure = bayes(x).max(1).values > 0.99
+    assert calls[sure].double().mean() < calls[~sure].double().mean() / 2
+    assert calls.max() <= 16 * 16 * 3
+
+
+def test_the_samples_of_a_batch_do_not_change_each_others_class():
+    x = CLASSES.sample(30)
+    sure = bayes(x).max(1).values > 0.99
+    assert sure.sum() > 5
+    whole = classify(model(), x, 3, chunk_size=1000)
+    parts = torch.cat([classify(model(), part, 3, chunk_size=20) for part in x.split(8)])
+    assert torch.equal(whole[sure], parts[sure])
+
+
+def test_the_same_seed_gives_the_same_classes_and_calls():
+    x = CLASSES.sample(50)
+    first, again = (classify(model(), x, 3, generator=torch.Generator().manual_seed(1), return_calls=True) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+def test_of_the_classes_asked_for_the_last_may_be_left_out():
+    assert classify(model(), CLASSES.sample(50), 2).max() <= 1
+    assert classify(model(), CLASSES.sample(4), 1).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("net", "kwargs", "message"),
+    [
+        (TimeAwareMLP(2), {"n_classes": 3}, "n_classes = 3: this network has no classes"),
+        (TimeAwareMLP(2, n_classes=3), {"n_classes": 4}, "n_classes = 4: must lie in 1..3"),
+        (TimeAwareMLP(2, n_classes=3), {"n_classes": 0}, "n_classes = 0"),
+        (TimeAwareMLP(2, n_classes=3), {"n_classes": 3, "trials": 1}, "trials = 1"),
+        (TimeAwareMLP(2, n_classes=3), {"n_classes": 3, "rounds": 0}, "rounds = 0"),
+    ],
+)
+def test_a_bad_argument_is_refused(net, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        classify(GaussianDiffusion(SCHEDULE, net), torch.zeros(2, 2), **kwargs)

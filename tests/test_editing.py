@@ -1,0 +1,284 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from closed_form import GAUSSIAN, MIXTURE, Correlated, CorrelatedNet, OptimalNet, Textbook, smooth_images
+from torch import nn
+
+from beta_schedule import LinearSchedule
+from editing import edit, encode, inpaint, interpolate, posterior_sample, slerp
+from gaussian_diffusion import GaussianDiffusion
+
+SCHEDULE = LinearSchedule(1000)
+IMAGES = smooth_images(2)
+SHAPE = (3, 2, 2)
+SIZE = 4000
+
+
+def images_model(reverse_variance="beta", schedule=SCHEDULE):
+    return GaussianDiffusion(schedule, CorrelatedNet(IMAGES, schedule.beta), reverse_variance, "reconstruction")
+
+
+def optimal(data, schedule):
+    return GaussianDiffusion(schedule, OptimalNet(data, schedule.beta, "reconstruction"), "beta", "reconstruction")
+
+
+def assert_drawn_from(x, expected, bias=0.0):
+    """Samples x [N, D] have that mean and covariance, within 5 standard errors, in every direction of the covariance.
+
+    bias is what the chain's steps may take from a variance or add to it, as a share.
+    """
+    x = x.flatten(1).double()
+    values, vectors = torch.linalg.eigh(expected.covariance)
+    known = values < 1e-9 * values[-1]
+    along = (x - expected.mean) @ vectors
+    assert along[:, known].abs().max() < 1e-2 if known.any() else True
+    along = along[:, ~known] / values[~known].sqrt()
+    assert along.mean(0).abs().max() < 5 / math.sqrt(len(x))
+    error = along.T.cov() - torch.eye(along.shape[1])
+    assert error.diagonal().abs().max() < 5 * math.sqrt(2 / len(x)) + bias
+    assert (error - error.diagonal().diag()).abs().max() < 5 / math.sqrt(len(x)) + bias
+
+
+# SDEdit
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.3, 1.0])
+def test_an_edit_has_the_moments_of_noise_and_back(strength):
+    # x_t of x0 is Gaussian, and p(x0 | x_t) too, whose mean is linear in x_t
+    x0 = torch.tensor([1.0, 0.2])
+    data = GAUSSIAN.variances.item()
+    alpha_bar = SCHEDULE.alpha_bar[round(1000 * strength) - 1].item()
+    gain = math.sqrt(alpha_bar) * data / (alpha_bar * data + 1 - alpha_bar)
+    mean = GAUSSIAN.means[0] + gain * math.sqrt(alpha_bar) * (x0 - GAUSSIAN.means[0])
+    variance = gain**2 * (1 - alpha_bar) + data * (1 - alpha_bar) / (alpha_bar * data + 1 - alpha_bar)
+    diffusion = optimal(GAUSSIAN, SCHEDULE)
+    diffusion.fit_reverse_variance([GAUSSIAN.sample(200)])
+    edited = edit(diffusion, x0.expand(SIZE, 2), strength)
+    assert_drawn_from(edited, Correlated(mean, variance * torch.eye(2)), bias=0.01)
+
+
+def test_an_edit_of_strength_0_is_the_image_itself():
+    x0 = torch.randn(3, 2)
+    assert torch.equal(edit(optimal(GAUSSIAN, SCHEDULE), x0, 0), x0)
+
+
+def test_an_edit_visits_the_times_up_to_its_strength():
+    seen = []
+
+    class Watch(nn.Module):
+        def forward(self, xt, t):
+            seen.append(t[0].item())
+            return 0 * xt
+
+    edit(GaussianDiffusion(SCHEDULE, Watch()), torch.zeros(1, 2), 0.35, "ddim", [900, 351, 350, 200, 1])
+    assert seen == [350, 200, 1]
+
+
+# Encodings
+
+
+@pytest.mark.parametrize("data", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
+def test_encode_then_ddim_comes_back_with_an_error_of_second_order(data):
+    x0, errors = data.sample(100).double(), []
+    for steps in (100, 200, 400):
+        schedule = LinearSchedule(steps, 0.1 / steps, 12 / steps)  # also the first step shrinks
+        diffusion = optimal(data, schedule)
+        back = diffusion.sample(x0.shape, "ddim", x_T=encode(diffusion, x0))
+        errors.append((back - x0).square().mean().sqrt().item())
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.3)
+
+
+def test_the_encoding_of_gaussian_data_is_that_of_the_exact_flow():
+    x0, errors = GAUSSIAN.sample(100).double(), []
+    mean, variance = GAUSSIAN.means[0], GAUSSIAN.variances.item()
+    for steps in (200, 400, 800):
+        schedule = LinearSchedule(steps, 0.1 / steps, 12 / steps)
+        alpha_bar = schedule.alpha_bar[-1].item()
+        spread = math.sqrt((alpha_bar * variance + 1 - alpha_bar) / variance)
+        exact = math.sqrt(alpha_bar) * mean + spread * (x0 - mean)
+        errors.append((encode(optimal(GAUSSIAN, schedule), x0) - exact).square().mean().sqrt().item())
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(1, abs=0.2)  # as ddim's own
+
+
+def test_slerp_walks_the_arc():
+    a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    for share in (0, 0.25, 0.5, 1):
+        angle = share * math.pi / 2
+        torch.testing.assert_close(slerp(a, b, share), 2 * torch.tensor([[math.cos(angle), math.sin(angle)]]))
+    torch.testing.assert_close(slerp(a, 2 * a, 0.5), 1.5 * a)
+
+
+def test_an_interpolation_goes_from_the_one_to_the_other():
+    a, b = MIXTURE.sample(5), MIXTURE.sample(5)
+    diffusion = optimal(MIXTURE, LinearSchedule(400, 0.1 / 400, 12 / 400))
+    way = interpolate(diffusion, a, b, 5)
+    assert way.shape == (5, 5, 2)
+    torch.testing.assert_close(way[0], a, atol=0.02, rtol=0)
+    torch.testing.assert_close(way[-1], b, atol=0.02, rtol=0)
+
+
+# Inpainting
+
+MASK = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # the left half is known
+
+
+def repaint_moments(steps, resamplings, jump, known_x0):
+    """Mean and covariance of RePaint's samples on IMAGES: every step is linear, so both have a recursion, in float64."""
+    book, n = Textbook(SCHEDULE.beta), IMAGES.n
+    known = MASK.bool().expand(SHAPE).flatten()
+    mean, covariance = torch.zeros(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    levels = [*steps, 0]
+
+    def down(t, s, mean, covariance):
+        alpha_bar_t, alpha_bar_s = book.alpha_bar[t], book.alpha_bar[s]
+        alpha = alpha_bar_t / alpha_bar_s
+        from_xt = alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+        from_x0 = alpha_bar_s.sqrt() * (1 - alpha) / (1 - alpha_bar_t)
+        noise = 0 if s == 0 else (1 - alpha) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+        gain = alpha_bar_t.sqrt() * IMAGES.covariance
+        gain = gain @ torch.linalg.inv(alpha_bar_t * IMAGES.covariance + (1 - alpha_bar_t) * torch.eye(n))
+        x0_hat = IMAGES.mean + gain @ (mean - alpha_bar_t.sqrt() * IMAGES.mean)
+        matrix = from_xt * torch.eye(n) + from_x0 * gain
+        mean = torch.where(known, alpha_bar_s.sqrt() * known_x0, from_xt * mean + from_x0 * x0_hat)
+        covariance = matrix @ covariance @ matrix.T + noise * torch.eye(n)
+        keep = (~known).double()
+        return mean, keep[:, None] * covariance * keep + (1 - alpha_bar_s) * known.double().diag()
+
+    for first in range(0, len(steps), jump):
+        part = levels[first : first + jump + 1]
+        for again in reversed(range(resamplings)):
+            for t, s in pairwise(part):
+                mean, covariance = down(t, s, mean, covariance)
+            if again:
+                alpha = book.alpha_bar[part[0]] / book.alpha_bar[part[-1]]
+                mean, covariance = alpha.sqrt() * mean, alpha * covariance + (1 - alpha) * torch.eye(n)
+    return Correlated(mean, covariance)
+
+
+@pytest.mark.parametrize(("resamplings", "jump"), [(1, 1), (5, 1), (3, 4)])
+def test_repaint_has_the_moments_of_its_recursion(resamplings, jump):
+    x0 = IMAGES.sample(1).float().view(1, *SHAPE)
+    diffusion = images_model("sigma_bar_square")
+    steps = diffusion.steps(30)
+    x = inpaint(diffusion, x0.expand(SIZE, *SHAPE), MASK, steps, resamplings, jump)
+    assert_drawn_from(x, repaint_moments(steps, resamplings, jump, x0.flatten().double()))
+
+
+def test_repaint_nears_the_posterior_as_it_resamples():
+    x0 = IMAGES.sample(1)[0]
+    matrix = torch.eye(12, dtype=torch.float64)[MASK.bool().expand(SHAPE).flatten()]
+    exact = IMAGES.given(matrix, matrix @ x0, 0)
+    errors = [
+        (repaint_moments(range(1000, 0, -20), r, 1, x0).mean - exact.mean).norm() / exact.covariance.trace().sqrt()
+        for r in (1, 4, 16, 64)
+    ]
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+    assert errors[3] < errors[0] / 3
+
+
+def test_the_known_part_is_kept_bitwise_and_the_rest_is_not():
+    x0 = torch.randn(5, *SHAPE)
+    x = inpaint(images_model(), x0, MASK, 10, 2, generator=torch.Generator().manual_seed(1))
+    known = MASK.bool().expand_as(x0)
+    assert torch.equal(x[known], x0[known])
+    assert (x[~known] != x0[~known]).all()
+    assert torch.equal(x, inpaint(images_model(), x0, MASK.bool(), 10, 2, generator=torch.Generator().manual_seed(1)))
+
+
+# Linear measurements
+
+OPERATORS = {
+    "inpainting": lambda x: x[..., 0],
+    "super-resolution": lambda x: F.avg_pool2d(x, 2),
+    "colouring": lambda x: x.mean(1),
+}
+
+
+def measured(operator, noise):
+    """y of one image, [1, ...], and the posterior."""
+    matrix = operator(torch.eye(12, dtype=torch.float64).view(12, *SHAPE)).flatten(1).T
+    y = matrix @ IMAGES.sample(1)[0] + noise * torch.randn(len(matrix), dtype=torch.float64)
+    return y.float().view(1, *operator(torch.zeros(1, *SHAPE)).shape[1:]), IMAGES.given(matrix, y.float().double(), noise)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_samples_of_a_measured_gaussian_have_the_mean_and_covariance_of_the_posterior(operator, noise):
+    operator = OPERATORS[operator]
+    y, exact = measured(operator, noise)
+    y = y.expand(SIZE, *y.shape[1:])
+    x = posterior_sample(images_model(), y, operator, noise, (SIZE, *SHAPE), "dpm", 60, iterations=8)
+    assert_drawn_from(x, exact, bias=0.02)
+
+
+def test_a_few_steps_of_conjugate_gradients_come_near():
+    y, _ = measured(OPERATORS["colouring"], 0.1)
+    y, errors = y.expand(500, *y.shape[1:]), []
+    x_T = torch.randn(500, *SHAPE)
+    for iterations in (1, 2, 4, 8):
+        x = posterior_sample(images_model(), y, OPERATORS["colouring"], 0.1, x_T.shape, "dpm", 20, iterations, x_T=x_T)
+        errors.append(x)
+    gaps = [(x - errors[-1]).norm() for x in errors[:-1]]
+    assert gaps[0] > gaps[1] > gaps[2]
+
+
+def test_the_measurement_is_met_where_it_has_no_noise():
+    operator = OPERATORS["super-resolution"]
+    y = operator(IMAGES.sample(50).float().view(50, *SHAPE))
+    x = posterior_sample(images_model(), y, operator, 0.0, (50, *SHAPE), "dpm", 20)
+    torch.testing.assert_close(operator(x), y, atol=1e-3, rtol=0)
+
+
+def test_clip_x0_keeps_the_samples_in_range():
+    y = torch.full((50, 3, 1, 1), 0.9)
+    x = posterior_sample(images_model(), y, OPERATORS["super-resolution"], 0.1, (50, *SHAPE), "dpm", 10, clip_x0=True)
+    assert x.abs().max() <= 1
+    assert inpaint(images_model(), torch.ones(50, *SHAPE), MASK, 10, clip_x0=True).abs().max() <= 1
+
+
+def test_gradients_stay_off_outside_and_the_network_gets_its_condition():
+    class Watch(nn.Module):
+        def forward(self, xt, t, label):
+            assert label == "a"
+            return 0.5 * xt
+
+    diffusion, x0 = GaussianDiffusion(SCHEDULE, Watch()), torch.zeros(2, *SHAPE)
+    options = {"timesteps": 4, "condition": {"label": "a"}}
+    made = [
+        edit(diffusion, x0, 0.5, **options),
+        encode(diffusion, x0, **options),
+        interpolate(diffusion, x0 + 1, x0 - 0.3, 3, **options),
+        inpaint(diffusion, x0, MASK, **options),
+        posterior_sample(diffusion, x0, lambda x: x, 0.1, x0.shape, **options),
+    ]
+    assert not any(x.requires_grad for x in made)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d, x: edit(d, x, 1.1), "strength = 1.1"),
+        (lambda d, x: edit(d, x, math.nan), "strength = nan"),
+        (lambda d, x: interpolate(d, x, x[:1], 3), "x0_b of shape"),
+        (lambda d, x: interpolate(d, x, x, 1), "count = 1"),
+        (lambda d, x: inpaint(d, x, torch.ones(3, 3)), "mask of shape"),
+        (lambda d, x: inpaint(d, x, torch.ones(2, 2, 3, 2, 2)), "mask of shape"),
+        (lambda d, x: inpaint(d, x, 0.5 * MASK), "mask from 0 to 0.5"),
+        (lambda d, x: inpaint(d, x, MASK, resamplings=0), "resamplings = 0"),
+        (lambda d, x: posterior_sample(d, x, lambda x: x, -0.1, x.shape), "noise = -0.1"),
+        (lambda d, x: posterior_sample(d, x, lambda x: x, math.nan, x.shape), "noise = nan"),
+        (lambda d, x: posterior_sample(d, x[:1], lambda x: x, 0.1, x.shape), "y of shape"),
+        (lambda d, x: posterior_sample(d, x, lambda x: x + 1, 0.1, x.shape), "operator: must be linear"),
+        (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, "euler"), "sampler = 'euler'"),
+        (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, iterations=0), "iterations = 0"),
+    ],
+)
+def test_a_bad_argument_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(images_model(), torch.zeros(2, *SHAPE))
