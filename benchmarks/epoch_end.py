@@ -90,7 +90,7 @@ def slowdown(run: Trainer, pixels: torch.Tensor, step: float, rounds: int) -> fl
 
 def measure(args: argparse.Namespace, run: Trainer) -> tuple[float, float, dict[str, float]]:
     """Seconds of a training step, of an epoch's steps, and of each thing that an epoch's end does, once."""
-    pixels, device, cfg = next(run.train_data.epoch(0)), run.device, run.cfg
+    (pixels, _), device, cfg = next(run.train_data.epoch(0)), run.device, run.cfg
     inner = 10 if device.type == "cuda" else 1
     step = seconds_of(device, args.rounds, lambda: [run.train_step(pixels) for _ in range(inner)]) / inner
     waited = seconds_of(device, args.rounds, lambda: run.train_step(pixels))  # for each step, as slowdown does

@@ -3,9 +3,9 @@
     python benchmarks/gpu.py               # about an hour on a GPU
     python benchmarks/gpu.py --quick       # two minutes anywhere, on small networks and digits, to see that it runs
 
-Each part is a command of its own, printed before it runs. A part that fails is said to have failed on the page, with the last line
-of its error, and the others go on. Into benchmarks/results/gpu-DEVICE: JSON files, pictures, a log for each part, and page.md, which
-can be pasted into a README.
+Each part is a command of its own, printed before it runs. A part that fails is said to have failed on the page, with the last
+line of its error, and the others go on. Into benchmarks/results/gpu-DEVICE: JSON files, pictures, a log for each part, and
+page.md, which can be pasted into a README.
 """
 
 import argparse
@@ -50,9 +50,8 @@ def last_line(log: Path) -> str:
 
 def shown(command: list[str]) -> str:
     """The command as a reader would type it."""
-    return shlex.join(
-        ["python", *(str(Path(word).relative_to(ROOT)) if word.startswith(str(ROOT)) else word for word in command[1:])]
-    )
+    words = [str(Path(word).relative_to(ROOT)) if word.startswith(str(ROOT)) else word for word in command[1:]]
+    return shlex.join(["python", *words])
 
 
 def script(title: str, command: list[str], folder: Path, fenced: bool = False) -> Part:

@@ -63,7 +63,7 @@ def machine(args, device: torch.device) -> list[dict]:
 
 def steps_of(run: Trainer, calls: int) -> dict:
     """A training step and a sampling run of that many network calls, as train.py and test.py do them."""
-    pixels = next(run.train_data.epoch(0))
+    pixels, _ = next(run.train_data.epoch(0))
     shape, times = pixels.shape, list(range(run.model.T, run.model.T - calls, -1))
 
     def sample():
@@ -115,7 +115,7 @@ def added(args, device: torch.device) -> list[dict]:
     bare_run = trainer(device, args.network, args.batch_size, args.image_size, seed=1, precision=precision)
     bare, optimizer = bare_run.model, bare_run.optimizer  # with a state of its own
     batches = forever(run)
-    x0 = run.train_data.images.to_float(next(batches))
+    x0 = run.train_data.images.to_float(next(batches)[0])
     noise, t = torch.randn_like(x0), torch.randint(1, model.T + 1, (len(x0),), device=device)
 
     def bare_step():
@@ -125,7 +125,7 @@ def added(args, device: torch.device) -> list[dict]:
         optimizer.step()
         optimizer.zero_grad()
 
-    training = {"whole": lambda: run.train_step(next(batches)), "bare": bare_step}
+    training = {"whole": lambda: run.train_step(*next(batches)), "bare": bare_step}
     seconds = {"training step / forward, backward, optimizer": interleaved(training, device, args.rounds, args.inner)}
 
     model.eval()

@@ -49,7 +49,7 @@ class Side(NamedTuple):
 def ours(args, device, best: bool) -> Side:
     compiled = best and args.compile
     run = trainer(device, args.network, args.batch_size, args.image_size, timesteps=T, compile=compiled)
-    pixels = next(run.train_data.epoch(0))
+    pixels, _ = next(run.train_data.epoch(0))
 
     # test.py has a model of its own, from a checkpoint
     sampling = build_diffusion(run.config).to(device).eval()

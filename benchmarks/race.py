@@ -159,12 +159,12 @@ def _steps_within(budget: float, probe: Trainer) -> int:
     clock = Clock(probe.device)
     batches = itertools.chain.from_iterable(map(probe.train_data.epoch, itertools.count()))
     for _ in range(5):
-        probe.train_step(next(batches))
+        probe.train_step(*next(batches))
     steps = 0
     while clock.total < 0.02 * budget:
         clock.start()
         for _ in range(WAIT_STEPS):
-            probe.train_step(next(batches))
+            probe.train_step(*next(batches))
             steps += 1
             if clock.is_over(0.02 * budget):
                 break

@@ -27,7 +27,7 @@ CALLS = 4  # network calls of a sampling run
 def measure(args: argparse.Namespace, device: torch.device, batch_size: int, image_size: int, timesteps: int = 1000) -> dict:
     """Median milliseconds of a step of each kind."""
     run = trainer(device, args.network, batch_size, image_size, timesteps=timesteps)
-    pixels = next(run.train_data.epoch(0))
+    pixels, _ = next(run.train_data.epoch(0))
     inner = 5 if device.type == "cuda" else 1
 
     def sample():
@@ -51,7 +51,7 @@ def worker(args: argparse.Namespace) -> None:
     """One of the processes that torchrun started: a training step of the whole batch, over all of them."""
     set_up(args)
     run = trainer(torch.device(args.device), args.network, args.batch_size, args.image_size)
-    pixels = next(run.train_data.epoch(0))
+    pixels, _ = next(run.train_data.epoch(0))
     times = interleaved({"train": lambda: run.train_step(pixels)}, run.device, args.rounds)["train"]
     if run.ranks.rank == 0:
         print(json.dumps(statistics.median(times)), flush=True)
