@@ -1,9 +1,10 @@
 # make demo: digits out of noise.  make test, make lint, make soak: for those who change the code.  make bench: what it costs.
+# make gpu: all that a card has to show, on one page; make gpu-quick: the same in two minutes anywhere, to see that it runs.
 PYTHON ?= python3
 BIN = .venv/bin
 DEMO = models/Digits_den
 
-.PHONY: demo test lint soak bench
+.PHONY: demo test lint soak bench gpu gpu-quick
 
 demo: .venv/installed
 	$(BIN)/python train.py configs/Digits_den.json $(if $(wildcard $(DEMO)/*),--resume)
@@ -22,6 +23,12 @@ soak: .venv/installed-dev
 
 bench: .venv/installed-bench
 	for name in limit peers full_loss scaling; do $(BIN)/python benchmarks/$$name.py || exit; done
+
+gpu: .venv/installed-dev .venv/installed-bench
+	$(BIN)/python benchmarks/gpu.py
+
+gpu-quick: .venv/installed-dev .venv/installed-bench
+	$(BIN)/python benchmarks/gpu.py --quick
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import beta_schedule
 import dataset
 import time_aware_module
+from discrete_diffusion import DiscreteDiffusion
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
 
@@ -39,6 +40,7 @@ def _public(module: types.ModuleType, base: type, prefix: str = "") -> dict[str,
 
 SCHEDULES = _public(beta_schedule, beta_schedule.BetaSchedule)
 NETWORKS = _public(time_aware_module, nn.Module, "TimeAware")
+DIFFUSIONS = {"GaussianDiffusion": GaussianDiffusion, "DiscreteDiffusion": DiscreteDiffusion}  # without a name: the first
 MAX_PARAMETERS = 4 * 10**9  # of a network: 16 GB in float32
 MAX_PIXELS = 2**14  # of a transform's size, and the bound of every other number that it takes
 
@@ -279,6 +281,27 @@ def _named(path: str, value: Any, registry: Mapping[str, Callable], base: type) 
     return {"name": value["name"], "kwargs": _arguments(f"{path}.kwargs", cls, value.get("kwargs", {}))}
 
 
+def _diffusion(path: str, value: Any) -> dict:
+    """The section diffusion, resolved: the arguments of the class that its "name" says, beside it."""
+    name, value = _split_name(value)
+    given = {} if name is None else {"name": name}
+    return given | _arguments(path, _diffusion_class(name), value, ["schedule", "time_aware_net"])
+
+
+def _split_name(value: Any) -> tuple[Any, Any]:
+    """The name in a section and what stands beside it."""
+    if not isinstance(value, Mapping):
+        return None, value
+    return value.get("name"), {key: item for key, item in value.items() if key != "name"}
+
+
+def _diffusion_class(name: Any) -> type[GaussianDiffusion | DiscreteDiffusion]:
+    name = "GaussianDiffusion" if name is None else name
+    if not isinstance(name, str) or name not in DIFFUSIONS:
+        raise Mistake(f"diffusion.name = {as_json_line(name)}: unknown; {_nearest(str(name)[:80], list(DIFFUSIONS))}")
+    return DIFFUSIONS[name]
+
+
 def _dataset(path: str, value: Any, stored: bool) -> dict:
     """The section dataset, resolved."""
     value = _object(path, value, ["name", "train", "valid"], ["test"])
@@ -351,7 +374,7 @@ def resolve(config: Any, stored: bool = False) -> dict:
     resolved = {
         "schedule": _named("schedule", config["schedule"], SCHEDULES, object),
         "time_aware_net": _named("time_aware_net", config["time_aware_net"], NETWORKS, nn.Module),
-        "diffusion": _arguments("diffusion", GaussianDiffusion, config["diffusion"], ["schedule", "time_aware_net"]),
+        "diffusion": _diffusion("diffusion", config["diffusion"]),
         "dataset": _dataset("dataset", config["dataset"], stored),
         "train_cfg": _arguments("train_cfg", TrainConfig, config["train_cfg"]),
     }
@@ -463,11 +486,12 @@ def _build_network(config: Mapping) -> nn.Module:
     return _build_named("time_aware_net", config["time_aware_net"], NETWORKS, nn.Module)
 
 
-def build_diffusion(config: Mapping) -> GaussianDiffusion:
+def build_diffusion(config: Mapping) -> GaussianDiffusion | DiscreteDiffusion:
     """The process and its network, with new weights drawn from the global generator."""
     schedule = _build_named("schedule", config["schedule"], SCHEDULES, object)
     if not isinstance(getattr(schedule, "alpha_bar", None), Tensor):
         raise Mistake(f"schedule.name = {as_json_line(config['schedule']['name'])}: must have alpha_bar, a float64 tensor [T]")
     if not _is_own(config["time_aware_net"]["name"]):
         network_without_memory(config)  # is it too large?
-    return _build("diffusion", GaussianDiffusion, config["diffusion"], schedule=schedule, time_aware_net=_build_network(config))
+    name, settings = _split_name(config["diffusion"])
+    return _build("diffusion", _diffusion_class(name), settings, schedule=schedule, time_aware_net=_build_network(config))

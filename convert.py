@@ -221,6 +221,8 @@ def scheduler_options(config: Mapping) -> dict[str, Any]:
     A schedule that diffusers has no name for goes out as the table of its betas.
     """
     diffusion, name, kwargs = config["diffusion"], config["schedule"]["name"], config["schedule"]["kwargs"]
+    kind = diffusion.get("name", "GaussianDiffusion")
+    _require(kind == "GaussianDiffusion", "diffusion.name", kind, "DDPMScheduler is a Gaussian one")
     for setting, known in (("prediction", PREDICTIONS), ("reverse_variance", VARIANCES)):
         allowed = f"DDPMScheduler has only {', '.join(known)}"
         _require(diffusion[setting] in known, f"diffusion.{setting}", diffusion[setting], allowed)

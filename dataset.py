@@ -214,7 +214,7 @@ class ImageFolder(ImageDataset):
         return self.paths[i]
 
     def image(self, i: int) -> Image.Image:
-        return _composited(_read_image(self.paths[i]), self.background).convert(self.mode)
+        return read_image(self.paths[i], self.mode, self.background)
 
 
 class CelebA_HQ_256(ImageFolder):
@@ -268,6 +268,11 @@ def _colour(name: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def read_image(path: str, mode: str, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """The image of a file as ImageFolder has it: its first frame, upright, on the background, in the mode "RGB" or "L"."""
+    return _composited(_read_image(path), background).convert(mode)
+
+
 def _read_image(path: str) -> Image.Image:
     """The first frame of a file, upright, with 8 bits a channel; Mistake names a file that cannot be read."""
     try:
@@ -290,7 +295,9 @@ def _scale_transparent_colour(image: Image.Image) -> None:
     if image.format != "PNG" or colour is None or not image.tile:
         return
     rawmode = image.tile[0][3]
-    if rawmode in ("L;2", "L;4"):
+    if rawmode == "1":
+        image.info["transparency"] = 255 if colour else 0
+    elif rawmode in ("L;2", "L;4"):
         image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[rawmode]
     elif rawmode == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in colour)

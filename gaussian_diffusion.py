@@ -113,6 +113,8 @@ class GaussianDiffusion(nn.Module):
     kept as float32 buffers. T is the number of steps.
     """
 
+    n_levels = None  # x is no symbol; those of DiscreteDiffusion have a number of levels
+
     def __init__(
         self,
         schedule,
@@ -184,6 +186,16 @@ class GaussianDiffusion(nn.Module):
             return self.log_sigma_square.exp()
         return self._variance(self.x0_error)
 
+    # Between data in [-1, 1] and x, which are the same here, and not in DiscreteDiffusion
+
+    def x0_of(self, values: Tensor) -> Tensor:
+        """x_0 of data in [-1, 1]."""
+        return values
+
+    def values_of(self, x: Tensor) -> Tensor:
+        """What x_0 or x_t looks like as data in [-1, 1]."""
+        return x
+
     # Look-up of times
 
     def _times(self, t: int | Tensor, x: Tensor) -> Tensor:
@@ -233,7 +245,10 @@ class GaussianDiffusion(nn.Module):
 
     def _net(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output in x's precision, whatever precision autocast let it run in."""
-        return self.time_aware_net(xt, t, **(condition or {})).to(xt.dtype)
+        out = self.time_aware_net(xt, t, **(condition or {}))
+        if out.shape != xt.shape:  # which would broadcast, and train on something else
+            raise ValueError(f"time_aware_net: gives {list(out.shape)} for xt of shape {list(xt.shape)}: must be xt's shape")
+        return out.to(xt.dtype)
 
     def predict(self, xt: Tensor, t: int | Tensor, condition: Condition = None) -> Prediction:
         """mu, x_0 and eps as one call of the network at (x_t, t) implies them (equation 11)."""
@@ -371,7 +386,7 @@ class GaussianDiffusion(nn.Module):
     def variational_bound(
         self,
         x0: Tensor,
-        discretized: bool = False,
+        discretized: bool | int = False,
         timesteps: int | None = None,
         chunk_size: int | None = None,
         generator: torch.Generator | None = None,
@@ -381,7 +396,7 @@ class GaussianDiffusion(nn.Module):
 
         discretized  False: for the density of x_0. True: for the probability of 8-bit data, whose 256 levels lie 2/255 apart in
                      [-1, 1], the outer two reaching to infinity (Ho et al. 2020, equation 13); total / ln 2 is then bits per
-                     dimension. ValueError where x_0 leaves [-1, 1]
+                     dimension. A number: the same of so many levels. ValueError where x_0 leaves [-1, 1]
         timesteps    None: every KL term. An int: that many, one drawn from each of as many equal parts of 2..T and weighted by
                      the part's length; unbiased, and as much faster
         chunk_size   timesteps in one network call, None for as many as make 128 rows
@@ -397,7 +412,7 @@ class GaussianDiffusion(nn.Module):
         with self._evaluating():
             residuals = self._residuals(x0, times, chunk_size, generator, condition)
             mu = x0 + self.mu_from_out[0] * next(residuals)[1][0]  # mu_bar_1 is x_0
-            reconstruction = _gaussian_nll(x0, mu, sigma_square[0], discretized)
+            reconstruction = _gaussian_nll(x0, mu, sigma_square[0], 256 if discretized is True else int(discretized))
             for t, residual in residuals:
                 mu_error = self.mu_from_out[t - 1, None] ** 2 * residual.square().flatten(2).mean(2)  # [k, B]
                 ratio = (self.sigma_bar_square / sigma_square)[t - 1, None]
@@ -598,14 +613,15 @@ def _every_pair(x0: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Te
     return rows(x0), t.repeat_interleave(len(x0)), condition and {name: rows(value) for name, value in condition.items()}
 
 
-def _gaussian_nll(x: Tensor, mean: Tensor, variance: Tensor, discretized: bool) -> Tensor:
-    """-log N(x; mean, variance) per dimension in nats, [B]; discretized: of the interval of x's level instead."""
+def _gaussian_nll(x: Tensor, mean: Tensor, variance: Tensor, n_levels: int) -> Tensor:
+    """-log N(x; mean, variance) per dimension in nats, [B]; of n_levels > 0: of the interval of x's level instead."""
     z = (x - mean) / variance.sqrt()
-    if not discretized:
+    if not n_levels:
         return 0.5 * ((2 * math.pi * variance).log() + z.square().flatten(1).mean(1))
-    half = 1 / 255 / variance.sqrt()
-    lower = torch.where(x < -1 + 1 / 255, -math.inf, z - half)
-    upper = torch.where(x > 1 - 1 / 255, math.inf, z + half)
+    reach = 1 / (n_levels - 1)  # half the distance of two levels
+    half = reach / variance.sqrt()
+    lower = torch.where(x < -1 + reach, -math.inf, z - half)
+    upper = torch.where(x > 1 - reach, math.inf, z + half)
     right = lower > 0  # there the two probabilities are close to 1: take their complements
     lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
     log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)

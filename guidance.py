@@ -6,6 +6,7 @@
 Both extrapolate from a worse prediction through a better one: guided = worse + weight (better - worse). This is done to the
 network's output, whatever its prediction is: at given x_t, the mean, x_0_hat and eps_hat are affine in the output (README,
 equation 11), and weights that add up to 1 pass through an affine map. So guiding the output guides them all.
+Of a network of symbols it is the logits that are guided: p_hat is then proportional to p_worse^(1 - weight) p_better^weight.
 
 A guided network is for samples. It belongs to no density, so it has no likelihood, and training does not go through it.
 """
@@ -79,7 +80,8 @@ class ClassifierFreeGuidance(_Guidance):
         again = {name: torch.cat([value, value[rows]]) for name, value in _each(condition, size).items()}
         none = torch.full_like(label[rows], self.n_classes)
         both = torch.cat([xt, xt[rows]]), torch.cat([t, t[rows]])
-        out = self.net(*both, label=torch.cat([label, none]), **(condition | again)).to(xt.dtype)  # before it is amplified
+        out = self.net(*both, label=torch.cat([label, none]), **(condition | again))
+        out = out.to(_precision(xt))  # before it is amplified
         return self._guided(out[:size], out[size:], rows)
 
 
@@ -97,10 +99,15 @@ class AutoGuidance(_Guidance):
         self.weaker = weaker
 
     def forward(self, xt: Tensor, t: Tensor, **condition) -> Tensor:
-        rows, out = self._rows(t), self.net(xt, t, **condition).to(xt.dtype)
+        rows, out = self._rows(t), self.net(xt, t, **condition).to(_precision(xt))
         some = {name: value[rows] for name, value in _each(condition, len(xt)).items()}
         worse = self.weaker(xt[rows], t[rows], **(condition | some)) if len(t[rows]) else out[:0]
-        return self._guided(out, worse.to(xt.dtype), rows)
+        return self._guided(out, worse.to(_precision(xt)), rows)
+
+
+def _precision(xt: Tensor) -> torch.dtype:
+    """That of x_t, or where x_t is symbols, float32."""
+    return xt.dtype if xt.is_floating_point() else torch.float32
 
 
 def _each(condition: dict, size: int) -> dict[str, Tensor]:

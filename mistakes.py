@@ -11,8 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "gaussian_diffusion", "dataset", "config", "checkpoint"}
-LIBRARY |= {"evaluation", "training", "mistakes"}  # whose ValueErrors are about their arguments
+LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "gaussian_diffusion", "discrete_diffusion", "dataset", "config"}
+LIBRARY |= {"checkpoint", "guidance", "editing", "evaluation", "training", "mistakes"}  # whose ValueErrors are of arguments
 
 
 class Mistake(ValueError):
@@ -28,7 +28,7 @@ def as_mistake(where: str = "") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not _raised_by_the_library(error):
+        if not isinstance(error, Mistake) and not _raised_by_the_library(error):
             raise
         raise Mistake(f"{where}{error}") from error
 

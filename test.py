@@ -4,6 +4,8 @@
     python test.py models/Digits_den/last.pth -n 64 --sampler dpm --timesteps 20
     python test.py models/FashionMNIST_den/last.pth -n 1000 --sampler ddim --timesteps 50 --metrics bpd fd
     python test.py models/CelebA_HQ_256_den/last.pth 128 192                   # another height and width
+    python test.py models/FashionMNIST_class/last.pth -n 80 --class all --guidance 2            # a row a class
+    python test.py models/FashionMNIST_class/last.pth --inpaint shoe.png --mask mask.png        # white: known
     torchrun --nproc_per_node=4 test.py models/CIFAR10_den/last.pth -n 50000 --batch-size 512 --pictures 64
 
 Writes to the folder NAME_gen beside NAME.pth: 0.png, 1.png, ..., a strip of states from x_T to x_0 for each sample; strips.png,
@@ -19,15 +21,17 @@ from pathlib import Path
 from types import FunctionType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import MAX_VALUES, load_diffusion, save
 from config import check_shape, find
+from evaluation.edits import EDITS, Edit
 from evaluation.metrics import METRICS, Evaluation
 from evaluation.pictures import grid, save_gif, save_png
-from evaluation.sampling import Drawn, draw
+from evaluation.sampling import Drawn, draw, labels_by_row
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
+from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
 from samplers import SAMPLERS
 from training import speed
@@ -35,18 +39,18 @@ from training.ranks import Ranks, leave_ranks
 from training.seeds import STEP, mixed_seed
 
 
-def save_pictures(folder: Path, drawn: Drawn, pictures: int) -> None:
+def save_pictures(folder: Path, drawn: Drawn, pictures: int, columns: int | None) -> None:
     for i, strip in enumerate(drawn.strips):
         save_png(folder / f"{i}.png", grid(strip, columns=len(strip)))
     save_png(folder / "strips.png", grid(drawn.strips[:8].flatten(0, 1), columns=drawn.strips.shape[1]))
-    save_png(folder / "grid.png", grid(drawn.samples[:pictures]))
-    save_gif(folder / "trajectory.gif", [grid(frame) for frame in drawn.animation.unbind(1)])
+    save_png(folder / "grid.png", grid(drawn.samples[:pictures], columns))
+    save_gif(folder / "trajectory.gif", [grid(frame, columns) for frame in drawn.animation.unbind(1)])
 
 
 def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path, weights: str) -> None:
     """Fit the reverse variance to training images, the same on every rank, and save it with the rest of the checkpoint."""
     ranks = evaluation.ranks
-    images = list(evaluation.images("train", count, Ranks(str(ranks.device), alone=True)))
+    images = list(evaluation.images("train", count, Ranks(str(ranks.device), alone=True)))  # and their labels
     generator = torch.Generator(ranks.device).manual_seed(mixed_seed(STEP, evaluation.seed))
     evaluation.diffusion.fit_reverse_variance(images, generator=generator)
     if ranks.rank == 0:
@@ -66,56 +70,132 @@ def set_speed(diffusion: GaussianDiffusion, x0: Tensor, asked: str, compiled: bo
     return precision
 
 
+def labels_of(
+    name: str | None, n: int, n_classes: int | None, class_names: list[str] | None
+) -> tuple[Tensor | None, int | None]:
+    """The labels [n] that --class asks for, by number or by name or all in turn, and the columns of the grid; None without."""
+    if name is None:
+        return None, None
+    if n_classes is None:
+        raise Mistake(f"--class {name}: this network has no classes")
+    if name == "all":
+        if n < n_classes:
+            raise Mistake(f"-n {n}: --class all needs at least one sample for each of the {n_classes} classes")
+        return labels_by_row(n_classes, n)
+    number = class_names.index(name) if class_names and name in class_names else int(name) if name.isdecimal() else -1
+    if not 0 <= number < n_classes:
+        known = f" ({', '.join(class_names)})" if class_names else ""
+        raise Mistake(f"--class {name}: must lie in 0..{n_classes - 1}{known}, or be all")
+    return torch.full((n,), number), None
+
+
+def _kind(diffusion: nn.Module, state: dict) -> tuple:
+    """What two models must share for the output of one to mean that of the other."""
+    names = ("prediction", "n_levels", "transition")  # of which a diffusion of numbers has the first, one of symbols the others
+    return *(getattr(diffusion, name, None) for name in names), state["config"]["schedule"], state["shape"]
+
+
+def guide(diffusion: nn.Module, state: dict, weight: float, interval: list[int] | None, weaker: str | None) -> None:
+    """Wrap the network in guidance: by another checkpoint, or by itself without the label."""
+    config, net, interval = state["config"], diffusion.time_aware_net, tuple(interval or ALWAYS)
+    if weaker:
+        other, other_state = load_diffusion(weaker)
+        if _kind(other, other_state) != _kind(diffusion, state):
+            raise Mistake(f"--guide {weaker}: is of another prediction, schedule or shape of images than what it is to guide")
+        device = next(diffusion.buffers()).device
+        diffusion.time_aware_net = AutoGuidance(net, other.time_aware_net.to(device), weight, interval)
+        return
+    with as_mistake("--guidance: "):
+        diffusion.time_aware_net = ClassifierFreeGuidance(net, weight, interval)
+    if not config["train_cfg"]["label_dropout"]:
+        raise Mistake("--guidance: the network was trained with train_cfg.label_dropout = 0, and knows nothing without a label")
+
+
+def edit_of(args: argparse.Namespace, shape: list[int]) -> Edit | None:
+    """The edit that the flags ask for, if they do."""
+    asked = {kind: getattr(args, kind) for kind in EDITS if getattr(args, kind)}
+    if len(asked) > 1 or bool(args.mask) != ("inpaint" in asked):
+        raise Mistake("--inpaint needs --mask, and only one of --" + ", --".join(EDITS) + " can be done at once")
+    for kind, paths in asked.items():
+        return Edit(kind, paths if isinstance(paths, list) else [paths], shape, args.mask, args.strength)
+    return None
+
+
+def save_edited(folder: Path, given: Tensor, samples: Tensor) -> None:
+    """0.png, 1.png, ... of the samples, and grid.png with what was given before them."""
+    folder.mkdir(exist_ok=True)
+    for i, x in enumerate(samples):
+        save_png(folder / f"{i}.png", grid(x[None]))
+    save_png(folder / "grid.png", grid(torch.cat([given, samples]), columns=8))
+    print(f"{folder}: 0.png .. {len(samples) - 1}.png, grid.png (first what was given)")
+
+
+def refuse_for_symbols(args: argparse.Namespace) -> None:
+    """Mistake if a flag asks of a DiscreteDiffusion what needs numbers: a variance to fit, or states to lead to an edit."""
+    for name in ("fit_variance", *EDITS):
+        if getattr(args, name) is not None:
+            raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of symbols, and this is only for numbers")
+
+
 def run(args: argparse.Namespace) -> None:
     ranks, path = Ranks(args.device), Path(args.checkpoint)
     diffusion, state = load_diffusion(path, ema=not args.raw)
     diffusion.to(ranks.device)
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
-    if (values := min(args.n, args.batch_size) * math.prod(shape)) > MAX_VALUES:
-        raise Mistake(f"images of {shape}: {values:,} values at a time, must be at most {MAX_VALUES:,}; see --batch-size")
+    count = min(args.n, args.batch_size)
+    if count * math.prod(shape) > MAX_VALUES:
+        raise Mistake(f"{count} images of {shape} at a time: must be at most {MAX_VALUES:,} values; see --batch-size")
     check_shape(state["config"], shape)
-    sampler = find(args.sampler, SAMPLERS, FunctionType, "--sampler")
+    if diffusion.n_levels:
+        refuse_for_symbols(args)
+    sampler = args.sampler if diffusion.n_levels else find(args.sampler, SAMPLERS, FunctionType, "--sampler")
     options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
-    evaluation = Evaluation(
-        diffusion,
-        state["config"],
-        ranks,
-        args.n,
-        args.batch_size,
-        args.seed,
-        args.bpd_images,
-        args.bpd_timesteps,
-        args.features,
-        args.classifier,
-    )
+    n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
+    labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"))
+    if args.guidance is not None:
+        guide(diffusion, state, args.guidance, args.interval, args.guide)
+    if edit := edit_of(args, shape):
+        how = {"timesteps": args.timesteps, "clip_x0": not args.no_clip}
+        how |= {"sampler": sampler} if edit.kind == "from" else {}
+        samples = edit.samples(diffusion, args.n, args.batch_size, args.seed, labels, **how)
+        save_edited(path.with_name(f"{path.stem}_{edit.kind}"), edit.picture(), samples)
+        return
+    names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "features", "classifier")
+    how = {name: getattr(args, name) for name in names}
+    evaluation = Evaluation(diffusion, state["config"], ranks, **how, guided=args.guidance is not None)
     metrics = {name: find(name, METRICS, object, "--metrics")(evaluation) for name in args.metrics}
     folder = path.with_name(f"{path.stem}_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
     folder.parent.joinpath(f".{folder.name}.part").unlink()
     x0 = torch.zeros(min(args.n, args.batch_size, speed.PROBE_ROWS), *shape, device=ranks.device)
-    precision = set_speed(diffusion, x0, args.precision, args.compile, ranks)
+    precision = set_speed(diffusion, diffusion.x0_of(x0), args.precision, args.compile, ranks)
     with speed.autocast(ranks.device, precision):
         if args.fit_variance:
             target = path.with_stem(f"{path.stem}_fitted")
             fit_variance(evaluation, state, args.fit_variance, target, "model" if args.raw else "ema")
         how = {name: getattr(args, name) for name in ("batch_size", "seed", "pictures", "frames")}
-        drawn = draw(diffusion, args.n, shape, **options, **how, ranks=ranks)
+        drawn = draw(diffusion, args.n, shape, **options, **how, labels=labels, ranks=ranks)
     evaluation.samples = drawn.samples
     if ranks.rank == 0:
         folder.mkdir(exist_ok=True)
-        save_pictures(folder, drawn, args.pictures)
+        save_pictures(folder, drawn, args.pictures, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
+    measure(metrics, folder / "metrics.json", vars(args), precision, ranks)
+
+
+def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ranks) -> None:
+    """Measure one after the other. What is measured is written and printed before the next thing is tried."""
     results = {}
     for name, metric in metrics.items():
         if ranks.rank and not metric.uses_model:
             continue
         with speed.autocast(ranks.device, precision if metric.uses_model else "fp32"):
             results[name] = metric.measure()
-        if ranks.rank == 0:  # what is measured is written before the next thing is tried
-            with whole_file(folder / "metrics.json") as file:
-                file.write(json.dumps(results | {"settings": vars(args)}, indent=4).encode())
+        if ranks.rank == 0:
+            with whole_file(path) as file:
+                file.write(json.dumps(results | {"settings": settings}, indent=4).encode())
             print(metric.describe(results[name]))
 
 
@@ -133,6 +213,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timesteps", type=int, help="steps a sample, by default T; heun has two network calls in each")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the sampler ddim: 0 none, 1 as much as ddpm")
     parser.add_argument("--no-clip", action="store_true", help="do not keep each predicted x_0 in [-1, 1]")
+    parser.add_argument("--class", dest="label", help="of every sample: a number, a name, or all for a row of each")
+    parser.add_argument("--guidance", type=float, metavar="WEIGHT", help="1 is the network alone, more exaggerates the class")
+    parser.add_argument("--guide", metavar="WEAKER.pth", help="guide away from this checkpoint instead of from no label")
+    parser.add_argument("--interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="times in which the guidance acts")
+    parser.add_argument("--inpaint", metavar="IMAGE", help="draw anew what --mask leaves black")
+    parser.add_argument("--mask", metavar="IMAGE", help="of --inpaint: white where the image is known")
+    parser.add_argument("--from", metavar="IMAGE", help="noise it to --strength of T, and sample from there")
+    parser.add_argument("--strength", type=float, default=0.5, help="of --from: 0 gives the image back, 1 forgets it")
+    parser.add_argument("--interpolate", metavar="IMAGE", nargs=2, help="-n images from one to the other")
+    parser.add_argument("--upscale", metavar="IMAGE", help="images of which this small one is the average")
+    parser.add_argument("--colour", metavar="IMAGE", help="colour images of which this is the grey")
     parser.add_argument("--frames", type=int, default=11, help="states in a strip")
     parser.add_argument(
         "--pictures", type=int, default=64, help="samples that get a strip, a place in the grid and the animation"
@@ -170,6 +261,10 @@ def _check(args: argparse.Namespace) -> None:
             raise Mistake(f"--{name.replace('_', '-')} = {getattr(args, name)}: must be at least 1")
     if len(args.size) not in (0, 2) or min(args.size, default=1) < 1:
         raise Mistake(f"H W = {' '.join(map(str, args.size))}: must be two numbers of at least 1, or none")
+    if args.guidance is None and (args.guide or args.interval):
+        raise Mistake("--guide and --interval need --guidance WEIGHT")
+    if args.guidance is not None and args.fit_variance:
+        raise Mistake("--fit-variance is of the network itself: leave out --guidance")
     if args.seed < 0:
         raise Mistake(f"--seed = {args.seed}: must be at least 0")
 

@@ -7,7 +7,7 @@ the samples of a batch: what a sample gets does not depend on its batch mates (n
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -198,6 +198,25 @@ def _check_unet(base_channels: int, ch_mult: Sequence[int], attention: Sequence[
         raise ValueError(f"dropout = {dropout}: must be at least 0 and below 1")
 
 
+def _as_values(xt: Tensor, n_levels: int) -> Tensor:
+    """Symbols [B, C, H, W] as float channels [B, 2 C, H, W]: the levels spread over [-1, 1], 0 for the mask; masked or not."""
+    masked = xt >= n_levels
+    value = torch.where(masked, 0.0, xt * (2 / max(n_levels - 1, 1)) - 1)
+    return torch.cat([value, masked.to(value.dtype)], dim=1)
+
+
+def logistic_logits(location: Tensor, log_scale: Tensor, n_levels: int) -> Tensor:
+    """[..., n_levels]: log of the probability of the interval around each level in [-1, 1], up to a constant (softmax's).
+
+    Austin et al. 2021, appendix A.8. Of a logistic distribution with the location and the scale exp(log_scale - 2):
+    sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)), of which the last factor is the same for every level.
+    """
+    levels = torch.linspace(-1, 1, n_levels, device=location.device)
+    half = 1 / max(n_levels - 1, 1)
+    distance, inverse = levels - location[..., None], torch.exp(2 - log_scale)[..., None]
+    return F.logsigmoid((distance + half) * inverse) + F.logsigmoid((half - distance) * inverse)
+
+
 class TimeAwareUNet(nn.Module):
     """The U-Net of Ho et al. 2020, appendix B: [B, n_channels, H, W], t [B], label [B] or None -> [B, n_channels, H, W].
 
@@ -215,6 +234,11 @@ class TimeAwareUNet(nn.Module):
     patch_size      side of the squares of pixels that the first level sees as channels: 2 saves the level of full resolution
                     (Hoogeboom et al. 2023, section 3.2)
     n_classes       classes of the labels, None for a network that takes no labels
+    n_levels        None, or for images of symbols the number of levels: symbols 0..n_levels - 1 in, or n_levels where one is
+                    masked, logits [B, n_channels, H, W, n_levels] out. The first convolution sees each channel twice: the
+                    levels spread over [-1, 1], 0 where masked, and whether it is masked
+    logits          "free": one output a level. "logistic", for ordered levels: a logistic distribution's logarithms at the
+                    levels, of a location and a scale (Austin et al. 2021, appendix A.8), two outputs whatever n_levels is
 
     H and W must be multiples of patch_size * 2^(levels - 1), else ValueError. `activation_checkpointing = True` computes the
     inside of each block again in the backward pass instead of keeping it.
@@ -235,6 +259,8 @@ class TimeAwareUNet(nn.Module):
         num_groups: int | Literal["auto"] | None = "auto",
         patch_size: int = 1,
         n_classes: int | None = None,
+        n_levels: int | None = None,
+        logits: Literal["free", "logistic"] = "free",
     ):
         super().__init__()
         t_channels = 4 * base_channels if t_channels is None else t_channels
@@ -243,47 +269,66 @@ class TimeAwareUNet(nn.Module):
         _check_range(MAX_CHANNELS, n_channels=n_channels, base_channels=base_channels, t_channels=t_channels)
         _check_range(MAX_CHANNELS, num_heads=num_heads, num_groups=1 if num_groups is None else num_groups)
         _check_range(MAX_LAYERS, num_res_blocks=num_res_blocks, patch_size=patch_size)
+        _check_range(MAX_CHANNELS, n_levels=1 if n_levels is None else n_levels)
+        if logits not in ("free", "logistic"):
+            raise ValueError(f"logits = {logits!r}: must be one of free, logistic")
         _check_unet(base_channels, ch_mult, attention, dropout)
         self.n_channels = n_channels
+        self.n_levels = n_levels
+        self.logits = logits
         self.patch_size = patch_size
         self.n_classes = n_classes
+        c_in = n_channels if n_levels is None else 2 * n_channels
+        c_out = n_channels if n_levels is None else n_channels * (n_levels if logits == "free" else 2)
         self.size_multiple = patch_size * 2 ** (len(ch_mult) - 1)
         self.activation_checkpointing = False
         widths = [base_channels * multiple for multiple in ch_mult]
         residual = partial(ResidualBlock, t_channels=t_channels, dropout=dropout, num_groups=num_groups)
+        self_attention = partial(SelfAttention, num_heads=num_heads, num_groups=num_groups)
+
+        self.time_embedding = TimeEmbedding(base_channels, t_channels, n_classes)
+        self.conv_in = nn.Conv2d(c_in * patch_size**2, base_channels, 3, padding=1)
+        self._build_levels(base_channels, widths, num_res_blocks, attention, residual, self_attention)
+        self.norm_out = _norm(widths[0], num_groups)
+        self.conv_out = _zeroed(nn.Conv2d(widths[0], c_out * patch_size**2, 3, padding=1))
+
+    def _build_levels(
+        self,
+        base_channels: int,
+        widths: Sequence[int],
+        num_res_blocks: int,
+        attention: Sequence[bool],
+        residual: Callable[[int, int], nn.Module],
+        self_attention: Callable[[int], nn.Module],
+    ) -> None:
+        """The way down, the middle and the way up, of levels of these widths."""
 
         def block(c_in: int, level: int) -> Stage:
             stage = Stage(residual(c_in, widths[level]))
             if attention[level]:
-                stage.append(SelfAttention(widths[level], num_heads, num_groups))
+                stage.append(self_attention(widths[level]))
             return stage
-
-        self.time_embedding = TimeEmbedding(base_channels, t_channels, n_classes)
-        self.conv_in = nn.Conv2d(n_channels * patch_size**2, base_channels, 3, padding=1)
 
         self.down = nn.ModuleList()
         channels = [base_channels]  # of every state that the way up takes over from the way down
-        for level in range(len(ch_mult)):
+        for level in range(len(widths)):
             for _ in range(num_res_blocks):
                 self.down.append(block(channels[-1], level))
                 channels.append(widths[level])
-            if level < len(ch_mult) - 1:
+            if level < len(widths) - 1:
                 self.down.append(Stage(Downsample(channels[-1])))
                 channels.append(channels[-1])
 
         c = channels[-1]
-        self.middle = Stage(residual(c, c), SelfAttention(c, num_heads, num_groups), residual(c, c))
+        self.middle = Stage(residual(c, c), self_attention(c), residual(c, c))
 
         self.up = nn.ModuleList()
-        for level in reversed(range(len(ch_mult))):
+        for level in reversed(range(len(widths))):
             for _ in range(num_res_blocks + 1):
                 self.up.append(block(c + channels.pop(), level))
                 c = widths[level]
             if level > 0:
                 self.up[-1].append(Upsample(c))
-
-        self.norm_out = _norm(c, num_groups)
-        self.conv_out = _zeroed(nn.Conv2d(c, n_channels * patch_size**2, 3, padding=1))
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         if xt.ndim != 4 or xt.shape[1] != self.n_channels:
@@ -294,7 +339,8 @@ class TimeAwareUNet(nn.Module):
                 "patch_size * 2^(levels - 1)"
             )
         time = F.silu(self.time_embedding(t, label))
-        h = self.conv_in(F.pixel_unshuffle(xt, self.patch_size))
+        x = xt if self.n_levels is None else _as_values(xt, self.n_levels)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         skips = [h]
         for stage in self.down:
             h = self._run(stage, h, time)
@@ -302,7 +348,13 @@ class TimeAwareUNet(nn.Module):
         h = self._run(self.middle, h, time)
         for stage in self.up:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), time)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
+        out = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
+        if self.n_levels is None:
+            return out
+        if self.logits == "free":
+            return out.unflatten(1, (self.n_channels, self.n_levels)).movedim(2, -1)
+        location, log_scale = out.float().chunk(2, dim=1)
+        return logistic_logits(torch.tanh(location + x[:, : self.n_channels]), log_scale, self.n_levels)
 
     def _run(self, stage: Stage, h: Tensor, time: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -30,10 +30,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config import build_dataset, build_diffusion, build_train_config, load_config
 from evaluation.pictures import grid, save_png
-from mistakes import Mistake, OneLineParser, run_script
+from evaluation.sampling import labels_by_row
+from mistakes import OneLineParser, run_script
 from training import speed
-from training.batches import Batches
-from training.checks import check_batch, check_fit
+from training.batches import Batches, drop_labels
+from training.checks import bad_numbers, check_batch, check_fit
 from training.meter import Meter
 from training.optimizers import build_optimizer, lr_schedule
 from training.ranks import Ranks, leave_ranks
@@ -99,7 +100,8 @@ class Trainer:
         self.model = build_diffusion(self.config)  # before the data, which may be a long download
         images = {split: build_dataset(self.config, split) for split in ("train", "valid")}
         check_fit(self.model, images)
-        self.shape = images["train"].shape
+        self.shape, self.class_names = images["train"].shape, images["train"].class_names
+        self.n_classes = getattr(self.model.time_aware_net, "n_classes", None)
         check = self.stopper.check
         self.train_data = Batches(images["train"], cfg, self.ranks, shuffle=True, check_signals=check)
         self.valid_data = Batches(images["valid"], cfg, self.ranks, False, cfg.valid_images, check)
@@ -123,15 +125,23 @@ class Trainer:
 
     # Training
 
-    def train_step(self, pixels: Tensor) -> None:
+    def _condition(self, labels: Tensor | None) -> dict[str, Tensor]:
+        """What the network gets besides x_t and t."""
+        return {} if self.n_classes is None else {"label": labels}
+
+    def train_step(self, pixels: Tensor, labels: Tensor | None = None) -> None:
         """One update of the weights from this rank's share of a batch. Waits for nothing on the device."""
         torch.manual_seed(mixed_seed(STEP, self.cfg.seed, self.ranks.rank, self.step))
-        self.x0 = x0 = self.train_data.images.to_float(pixels)
+        self.x0 = x0 = self.model.x0_of(self.train_data.images.to_float(pixels))
+        if self.n_classes is not None:
+            labels = drop_labels(labels, self.n_classes, self.cfg.label_dropout)
         parts = x0.chunk(self.cfg.grad_accum)
+        labels = [None] * len(parts) if labels is None else labels.chunk(len(parts))
         loss = torch.zeros((), device=self.device)
-        for i, part in enumerate(parts):
+        for i, (part, part_labels) in enumerate(zip(parts, labels, strict=True)):
             with self._no_sync(unless=i == len(parts) - 1), speed.autocast(self.device, self.cfg.precision):
-                part_loss = self.parallel(part, self.cfg.chunk_size) * (len(part) / len(x0))
+                part_loss = self.parallel(part, self.cfg.chunk_size, condition=self._condition(part_labels))
+                part_loss = part_loss * (len(part) / len(x0))
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -146,7 +156,7 @@ class Trainer:
     def _update(self, loss: Tensor) -> None:
         """Step the optimizer and the average; where a gradient is not finite, the fused step leaves everything as it is."""
         finite = self.norm
-        if self.model.reverse_variance == "learnable":
+        if hasattr(self.model, "log_sigma_square"):  # learnable
             finite = finite + self.model.log_sigma_square.grad.sum()
         bad = (~finite.isfinite()).float()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # not by scaler.step, which would set its own
@@ -188,7 +198,8 @@ class Trainer:
             log.info(f"stopped at step {self.step} by {signal.Signals(stopped.number).name}; to go on, add --resume")
             raise
         finally:
-            self._write("best.pth", self.best)
+            if not self.writer.error:
+                self._write("best.pth", self.best)
             self.writer.close()
             folder.close()
 
@@ -198,34 +209,22 @@ class Trainer:
         while self.step < self.total_steps:
             self.meter.restart()
             batches = self.train_data.epoch(*divmod(self.step, self.train_data.steps))
-            for pixels in itertools.islice(self.meter.timed(batches), self.total_steps - self.step):
-                self.train_step(pixels)
+            for pixels, labels in itertools.islice(self.meter.timed(batches), self.total_steps - self.step):
+                self.train_step(pixels, labels)
                 self.meter.images += len(pixels) * self.ranks.world
                 bar.update()
                 self._after_step(bar)
             self.close_epoch(bar)
 
     def _after_step(self, bar: tqdm) -> None:
-        self._check_numbers()
+        if self.meter.recent_bad_steps() >= self.cfg.max_bad_steps:
+            raise bad_numbers(self)
         self.writer.check()
         if self.step % self.cfg.record_period == 0 and not self._at_end():  # which is recorded with its validation
             self.record(bar)
         minutes = (time.monotonic() - self.last_save) / 60
         if self.stopper.check(save=0 < self.cfg.save_minutes < minutes):
             self.save_last(take_state(self))
-
-    def _check_numbers(self) -> None:
-        """Mistake after max_bad_steps in a row; on a GPU some steps later, for it is not waited for."""
-        if self.meter.recent_bad_steps() < self.cfg.max_bad_steps:
-            return
-        t = torch.randint(1, self.model.T + 1, (len(self.x0),), device=self.device)
-        with torch.no_grad():
-            losses = self.model.loss(self.x0, t).nan_to_num(nan=math.inf)
-        raise Mistake(
-            f"loss or gradient was not finite in the last {int(self.meter.bad_in_row)} steps, up to step {self.step}: "
-            f"gradient norm {self.norm.item():g}, loss scale {self.scaler.get_scale():g}, largest loss {losses.max():g} at t = "
-            f"{t[losses.argmax()]}; the last good checkpoint is {self.folder.path / 'last.pth'}"
-        )
 
     # At the end of an epoch
 
@@ -253,24 +252,28 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss of the averaged weights on the validation set, with the same t and eps every time."""
         total, count = torch.zeros((), device=self.device), 0
-        for i, pixels in enumerate(self.valid_data.epoch(0)):
+        for i, (pixels, labels) in enumerate(self.valid_data.epoch(0)):
             self.stopper.check()
             torch.manual_seed(mixed_seed(VALIDATION, self.cfg.seed, self.ranks.rank, i))
-            total += self.ema(self.valid_data.images.to_float(pixels), self.cfg.chunk_size) * len(pixels)
+            x0 = self.ema.x0_of(self.valid_data.images.to_float(pixels))
+            total += self.ema(x0, self.cfg.chunk_size, condition=self._condition(labels)) * len(pixels)
             count += len(pixels)
         total, count = self.ranks.sum(torch.stack([total, torch.full_like(total, count)])).tolist()
         return total / count
 
     def save_picture(self, path: Path) -> None:
-        """Samples of the averaged weights, from the same noise every time; each rank draws its share."""
+        """Samples of the averaged weights, from the same noise every time, a row a class; each rank draws its share."""
         share = math.ceil(SAMPLES / self.ranks.world)
+        labels, columns = labels_by_row(self.n_classes, share * self.ranks.world)
+        condition = self._condition(None if labels is None else labels.split(share)[self.ranks.rank].to(self.device))
         generator = torch.Generator(self.device).manual_seed(mixed_seed(PICTURE, self.cfg.seed, self.ranks.rank))
         steps = min(self.cfg.sample_timesteps, self.ema.T)
-        for _, x in self.ema.trajectory((share, *self.shape), "dpm", steps, clip_x0=True, generator=generator):
+        how = {"clip_x0": True, "generator": generator, "condition": condition}
+        for _, x in self.ema.trajectory((share, *self.shape), "ddpm" if self.ema.n_levels else "dpm", steps, **how):
             self.stopper.check()
-        x = self.ranks.gather_tensor(x)[:SAMPLES]
+        x = self.ranks.gather_tensor(self.ema.values_of(x))[:SAMPLES]
         if self.ranks.rank == 0:
-            save_png(path, grid(x))
+            save_png(path, grid(x, columns))
 
     # Records and checkpoints
 

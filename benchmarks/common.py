@@ -1,6 +1,12 @@
-"""What the benchmarks share: their options, a trainer to measure, interleaved timing, tables and result files."""
+"""What the benchmarks share: their options, a trainer to measure, interleaved timing, tables and result files.
+
+Equal on every side of every comparison: torch's switches (TF32 on, cuDNN's choice of the fastest kernel on), set once by
+`set_up`, and the rule for the precision, train.py's "auto", which is asked with each side's own step (`choose_precision`).
+"""
 
 import argparse
+import bisect
+import contextlib
 import json
 import os
 import platform
@@ -9,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -17,15 +23,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import resolve
-from train import Ranks, Stopper, Trainer
+from gaussian_diffusion import GaussianDiffusion
+from train import Trainer
+from training import speed
+from training.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
+ATTENTION = {"attention": [False, True, False, False]}  # at 16 x 16, of 32 x 32
 # "cifar10" is the network of Ho et al. 2020, appendix B: 35,746,307 parameters
-NETWORKS = {"cifar10": {"base_channels": 128}, "small": {"base_channels": 32, "num_groups": 8}}
+NETWORKS = {"cifar10": {"base_channels": 128} | ATTENTION, "small": {"base_channels": 32, "num_groups": 8} | ATTENTION}
 PACKAGES = ("torch", "torchvision", "numpy", "diffusers", "denoising-diffusion-pytorch")
 
 
@@ -52,10 +63,16 @@ def start(args: argparse.Namespace, cpu: Mapping, cuda: Mapping, quick: Mapping)
     for name, value in (quick if args.quick else cuda if device.type == "cuda" else cpu).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_up(args)
     print(f"{device_name(device)}, torch {torch.__version__}, {args.network} network, batch {args.batch_size}", flush=True)
     return device
+
+
+def set_up(args: argparse.Namespace) -> None:
+    """Threads and torch's switches: once in a process, the same for all that it measures."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    speed.set_flags("tf32")
 
 
 # What is measured
@@ -64,7 +81,7 @@ def start(args: argparse.Namespace, cpu: Mapping, cuda: Mapping, quick: Mapping)
 def config(network: str, batch_size: int, root: str, *, timesteps: int = 1000, loss_mode: str = "simple", **train_cfg) -> dict:
     """A resolved config of configs/CIFAR10_den.json's kind, for a folder of images."""
     images = {"root": root}
-    train_cfg = {"epochs": 1000000, "lr": 2e-4, "num_workers": 0, "model_save_dirpath": root} | train_cfg
+    train_cfg = {"epochs": 1000000, "lr": 2e-4, "num_workers": 0, "compile": False, "model_save_dirpath": root} | train_cfg
     return resolve(
         {
             "schedule": {"name": "LinearSchedule", "kwargs": {"timesteps": timesteps}},
@@ -76,18 +93,44 @@ def config(network: str, batch_size: int, root: str, *, timesteps: int = 1000, l
     )
 
 
-def trainer(device: torch.device, network: str, batch_size: int, image_size: int, **more) -> Trainer:
-    """train.py's own trainer on random images, with random weights: also where training starts from zeros."""
+@contextlib.contextmanager
+def random_images(count: int, size: int) -> Iterator[str]:
+    """A folder of `count` random colour images, which is gone afterwards."""
     with tempfile.TemporaryDirectory() as root:
-        pixels = np.random.default_rng(0).integers(0, 256, (batch_size, image_size, image_size, 3), np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
         for i, image in enumerate(pixels):
             Image.fromarray(image).save(f"{root}/{i}.png")
-        made = Trainer(config(network, batch_size, root, **more), Ranks(str(device)), Stopper())
+        yield root
+
+
+def trainer(device: torch.device, network: str, batch_size: int, image_size: int, **more) -> Trainer:
+    """train.py's own trainer on random images, with random weights: also where training starts from zeros."""
+    with random_images(batch_size, image_size) as root:
+        made = Trainer(config(network, batch_size, root, **more), str(device))
+        made.folder.close()
     with torch.no_grad():
-        for parameter in made.net_parameters:
+        for parameter in made.parameters:
             if not parameter.any():
                 parameter.copy_(0.02 * torch.randn(parameter.shape))  # drawn on the CPU: the same everywhere
     return made
+
+
+def choose_precision(loss: Callable[[], Tensor], net: nn.Module, device: torch.device) -> str:
+    """The precision of a side by train.py's rule, asked with that side's own step: loss() and its backward pass."""
+
+    def step(precision: str) -> None:
+        with speed.autocast(device, precision):
+            value = loss()
+        value.backward()
+        net.zero_grad()
+
+    return speed.choose_precision("auto", step, Ranks(str(device), alone=True), "precision")
+
+
+def steps_within(diffusion: GaussianDiffusion, sampler: str, calls: int) -> int:
+    """The most steps of a sampler for which a sample takes no more than so many network calls, at least 1."""
+    counts = range(1, min(calls, diffusion.T) + 1)
+    return max(1, bisect.bisect_right(counts, calls, key=lambda count: diffusion.network_calls(count, sampler)))
 
 
 # Timing
@@ -165,13 +208,19 @@ def result_path(name: str, device: torch.device, quick: bool, folder: str | Path
 
 
 def show(title: str, rows: list[dict]) -> None:
-    """Print rows as a Markdown table, their keys as its head."""
-    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    table = [list(rows[0]), *cells]
-    widths = [max(len(row[i]) for row in table) for i in range(len(rows[0]))]
+    """Print rows as a Markdown table."""
+    print(f"\n{title}\n\n{markdown(rows)}", flush=True)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows as a Markdown table, with every key of a row in its head."""
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[row.get(key, "") for key in head] for row in rows]
+    table = [head, *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in cells)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    print(f"\n{title}\n\n" + "\n".join(lines), flush=True)
+    return "\n".join(lines)
 
 
 def write(name: str, args: argparse.Namespace, device: torch.device, tables: dict[str, list[dict]]) -> None:

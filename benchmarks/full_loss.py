@@ -3,8 +3,9 @@
     python benchmarks/full_loss.py         # minutes
     python benchmarks/full_loss.py --quick
 
-Each setting runs in a process of its own. Its peak memory is read from outside: VmHWM of /proc/PID/status on a CPU, which holds
-all of Python and PyTorch ("base" is the peak before the first call of the network); on a GPU what PyTorch allocated there.
+Each setting runs in a process of its own, in float32, with TF32 on a GPU. Its peak memory is read from outside: VmHWM of
+/proc/PID/status on a CPU, which holds all of Python and PyTorch ("base" is the peak before the first call of the network); on a
+GPU what PyTorch allocated there.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import NETWORKS, options, start, synchronize, write
+from common import NETWORKS, options, set_up, start, synchronize, write
 
 from beta_schedule import LinearSchedule
 from gaussian_diffusion import CHUNK_ROWS, GaussianDiffusion
@@ -27,8 +28,7 @@ def worker(args: argparse.Namespace) -> None:
     """Measure one setting, say so on stdout, and stay until the parent has read this process's peak memory."""
     device = torch.device(args.device)
     cuda = device.type == "cuda"
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_up(args)
     torch.manual_seed(0)
     net = TimeAwareUNet(3, **NETWORKS[args.network]).to(device, memory_format=torch.channels_last)
     net.activation_checkpointing = args.activation_checkpointing

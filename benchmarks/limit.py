@@ -5,7 +5,9 @@
 
 The limits are measured here, not taken from a data sheet: a product of two large square matrices, a 3x3 convolution of the
 network's middle size in its better memory layout, and a copy. The share is counted operations (torch.utils.flop_counter, a
-multiplication with its addition counts as two) a second, over the rate of the matrix product in the same precision.
+multiplication with its addition counts as two) a second, over the rate of the matrix product in the same precision. In each
+row of a precision torch's switches are train.py's for it, on both sides. What our code adds is measured in the precision that
+"auto" finds here, the bare loops in the same.
 """
 
 import statistics
@@ -14,18 +16,16 @@ import torch
 import torch.nn.functional as F
 from common import counted, interleaved, median_ratio, options, start, trainer, write
 
-from train import PRECISIONS, Trainer
+from samplers import SAMPLERS
+from train import Trainer
+from training.speed import PRECISIONS, autocast, has_bfloat16, set_flags
 
 
 def precisions(device: torch.device) -> list[str]:
-    return ["fp32", "tf32", "bf16", "fp16"] if device.type == "cuda" else ["fp32", "bf16"]
-
-
-def dtype_of(precision: str) -> torch.dtype:
-    """Of tensors for which the precision is used; also switches TF32."""
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    return PRECISIONS[precision] or torch.float32
+    """Those that the device has in hardware."""
+    if device.type == "cuda":
+        return list(PRECISIONS)
+    return ["fp32", "bf16"] if has_bfloat16(device) else ["fp32"]
 
 
 @torch.no_grad()
@@ -34,7 +34,8 @@ def machine(args, device: torch.device) -> list[dict]:
     n, batch, side = args.matrix, args.batch_size, args.image_size // 2
     rows = []
     for precision in precisions(device):
-        dtype = dtype_of(precision)
+        set_flags(precision)
+        dtype = PRECISIONS[precision] or torch.float32
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         x = torch.randn(batch, 256, side, side, device=device).to(dtype)
         w = torch.randn(256, 256, 3, 3, device=device).to(dtype)
@@ -62,11 +63,11 @@ def machine(args, device: torch.device) -> list[dict]:
 
 def steps_of(run: Trainer, calls: int) -> dict:
     """A training step and a sampling run of that many network calls, as train.py and test.py do them."""
-    pixels = next(run.train_data.epoch(0))
+    pixels, _ = next(run.train_data.epoch(0))
     shape, times = pixels.shape, list(range(run.model.T, run.model.T - calls, -1))
 
     def sample():
-        with run.ranks.autocast(run.cfg.precision):
+        with autocast(run.device, run.cfg.precision):
             run.ema.sample(shape, "ddpm", times, clip_x0=True)
 
     return {"training step": lambda: run.train_step(pixels), "sampling step": sample}
@@ -87,7 +88,7 @@ def share(args, device: torch.device, limits: list[dict]) -> list[dict]:
             run = trainer(device, args.network, args.batch_size, args.image_size, **make)
             if compiled:
                 run.ema.time_aware_net.compile()
-            calls = {"training step": 1, "sampling step": min(4, args.calls)}
+            calls = {"training step": 1, "sampling step": min(4, args.steps)}
             seconds = interleaved(steps_of(run, calls["sampling step"]), device, args.rounds, args.inner)
             for name, times in seconds.items():
                 middle = statistics.median(times) / calls[name]
@@ -110,36 +111,42 @@ def added(args, device: torch.device) -> list[dict]:
     """What the sampler adds to its network calls, and the trainer to a loop of forward, backward and optimizer step."""
     run = trainer(device, args.network, args.batch_size, args.image_size, seed=1)
     model, net = run.model, run.model.time_aware_net
-    bare_run = trainer(device, args.network, args.batch_size, args.image_size, seed=1)  # with an optimizer state of its own
-    bare, optimizer = bare_run.model, bare_run.optimizer
+    precision = run.cfg.precision
+    bare_run = trainer(device, args.network, args.batch_size, args.image_size, seed=1, precision=precision)
+    bare, optimizer = bare_run.model, bare_run.optimizer  # with a state of its own
     batches = forever(run)
-    x0 = run.train_data.images.to_float(next(batches))
+    x0 = run.train_data.images.to_float(next(batches)[0])
     noise, t = torch.randn_like(x0), torch.randint(1, model.T + 1, (len(x0),), device=device)
 
     def bare_step():
-        F.mse_loss(bare.time_aware_net(x0, t), noise).backward()
+        with autocast(device, precision):
+            loss = F.mse_loss(bare.time_aware_net(x0, t), noise)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    training = {"whole": lambda: run.train_step(next(batches)), "bare": bare_step}
+    training = {"whole": lambda: run.train_step(*next(batches)), "bare": bare_step}
     seconds = {"training step / forward, backward, optimizer": interleaved(training, device, args.rounds, args.inner)}
 
     model.eval()
     image = x0.contiguous()
 
-    @torch.no_grad()
-    def calls():
-        x = image
-        for _ in range(args.calls):
-            x = net(x, t)
-
-    for sampler in ("ddpm", "ddim", "dpm"):
+    for sampler in SAMPLERS:
+        calls = model.network_calls(args.steps, sampler)
 
         def sample():
-            model.sample(image.shape, sampler, args.calls, clip_x0=True, x_T=image)  # noqa: B023
+            with autocast(device, precision):
+                model.sample(image.shape, sampler, args.steps, clip_x0=True, x_T=image)  # noqa: B023
 
-        timed = interleaved({"whole": sample, "bare": calls}, device, args.rounds, warmup=1)
-        seconds[f"{sampler}, {args.calls} steps / {args.calls} network calls"] = timed
+        @torch.no_grad()
+        def bare_calls():
+            x = image
+            with autocast(device, precision):
+                for _ in range(calls):  # noqa: B023
+                    x = net(x, t).to(x.dtype)
+
+        timed = interleaved({"whole": sample, "bare": bare_calls}, device, args.rounds, warmup=1)
+        seconds[f"{sampler}, {args.steps} steps / {calls} network calls"] = timed
     return [
         {
             "what": name,
@@ -163,16 +170,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--matrix", type=int, help="rows of the square matrices")
     parser.add_argument("--copy-mib", type=int, help="MiB that are copied")
-    parser.add_argument("--calls", type=int, help="network calls in a sampling run")
+    parser.add_argument("--steps", type=int, help="steps in a sampling run")
     parser.add_argument("--inner", type=int, help="calls in one timing")
     parser.add_argument("--no-compile", dest="compile", action="store_const", const=False, help="compile nothing")
     parser.set_defaults(compile=None)
     args = parser.parse_args(argv)
     device = start(
         args,
-        cpu=dict(network="cifar10", batch_size=4, rounds=3, matrix=2048, copy_mib=256, calls=50, inner=1, compile=False),
-        cuda=dict(network="cifar10", batch_size=128, rounds=7, matrix=8192, copy_mib=1024, calls=50, inner=10, compile=True),
-        quick=dict(network="small", batch_size=4, rounds=3, matrix=512, copy_mib=64, calls=3, inner=1, compile=False),
+        cpu=dict(network="cifar10", batch_size=4, rounds=3, matrix=2048, copy_mib=256, steps=50, inner=1, compile=False),
+        cuda=dict(network="cifar10", batch_size=128, rounds=7, matrix=8192, copy_mib=1024, steps=50, inner=10, compile=True),
+        quick=dict(network="small", batch_size=4, rounds=3, matrix=512, copy_mib=64, steps=3, inner=1, compile=False),
     )
     torch.manual_seed(0)
     limits = machine(args, device)

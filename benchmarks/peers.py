@@ -7,102 +7,95 @@ A training step is: noise, network, loss, backward pass, gradient clipping, opti
 of images that lies on the device (ours as uint8, theirs as floats). A sampling step is a network call and the update of
 ancestral sampling, as the library's own sampler does it. Each side has two settings:
 
-    ours         default: train.py and test.py as they are. best: compiled (train_cfg.compile, --compile), bf16 on a GPU
+    ours         default: train.py and test.py as they are, uncompiled. best: compiled (train_cfg.compile, --compile)
     diffusers    default: the loop of its train_unconditional.py with EMA; its DDPMPipeline. best: what its page on speed says,
-                 channels_last, compiled, bf16 on a GPU; and PyTorch's fused AdamW, the foreach variant of its EMA
+                 channels_last, compiled, weights in bf16 to sample; and PyTorch's fused AdamW, the foreach variant of its EMA
     denoising-   default: the loop of its Trainer, but averaging every step, as the others do; its p_sample.
-    diffusion-   best: flash_attn, compiled, bf16 on a GPU; and PyTorch's fused Adam, the foreach variant of its EMA
+    diffusion-   best: flash_attn, compiled; and PyTorch's fused Adam, the foreach variant of its EMA
     pytorch
 
-All live in one process and are timed in turns. Nothing is synchronised inside a step on any side.
+Equal on all sides: one process, timed in turns; nothing is synchronised inside a step; torch's switches (TF32 on, cuDNN chooses
+the fastest kernels); the rule for the precision, which is train.py's "auto", asked with the side's own training step and kept
+for its sampling: bf16 on a GPU that has it, on a CPU the faster of bf16 and fp32.
 """
 
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, median_ratio, options, start, trainer, write
-from torch import nn
+from common import choose_precision, interleaved, median_ratio, options, set_up, start, trainer, write
+from torch import Tensor, nn
 
+from config import build_diffusion
 from convert import scheduler_options, unet_options, weights_to_diffusers
+from test import set_speed
+from training.speed import autocast
 
 T = 1000
-Step = Callable[[], object]
-PARAMETERS = {}  # of each side's network
 
 
-def torch_defaults() -> None:
-    """What a peer finds when it is used alone: our trainer sets these two for itself."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = True
+class Side(NamedTuple):
+    """A library in one of its settings."""
+
+    train: Callable[[], object]  # a training step
+    sample: Callable[[], object]  # args.steps sampling steps
+    precision: str
+    parameters: int
 
 
-def low_precision(device: torch.device, best: bool):
-    """bf16 where a GPU has it."""
-    return torch.autocast("cuda", torch.bfloat16) if best and device.type == "cuda" else nullcontext()
+def ours(args, device, best: bool) -> Side:
+    compiled = best and args.compile
+    run = trainer(device, args.network, args.batch_size, args.image_size, timesteps=T, compile=compiled)
+    pixels, _ = next(run.train_data.epoch(0))
 
-
-def ours(args, device, best: bool) -> tuple[Step, Step]:
-    precision = "bf16" if best and device.type == "cuda" else "fp32"
-    made = {"precision": precision, "compile": best and args.compile}
-    run = trainer(device, args.network, args.batch_size, args.image_size, timesteps=T, **made)
-    PARAMETERS["ours"] = count(run.model)
-    pixels = next(run.train_data.epoch(0))
-
-    # test.py has a model of its own, from a checkpoint, compiled on its own, in the memory format that suits it
-    sampling = trainer(device, args.network, args.batch_size, args.image_size, timesteps=T).model.eval()
-    if not made["compile"] and device.type != "cuda":
-        sampling.to(memory_format=torch.contiguous_format)
+    # test.py has a model of its own, from a checkpoint
+    sampling = build_diffusion(run.config).to(device).eval()
     sampling.load_state_dict(run.model.state_dict())
-    if best and args.compile:
-        sampling.time_aware_net.compile()
+    precision = set_speed(sampling, torch.zeros(pixels.shape, device=device), run.cfg.precision, compiled, run.ranks)
     times = list(range(T, T - args.steps, -1))
 
     def sample():
-        with run.ranks.autocast(precision):
-            return sampling.sample((args.batch_size, *run.shape), "ddpm", times, clip_x0=True)
+        with autocast(device, precision):
+            return sampling.sample(pixels.shape, "ddpm", times, clip_x0=True)
 
-    return lambda: run.train_step(pixels), sample
+    return Side(lambda: run.train_step(pixels), sample, precision, count(run.model))
 
 
-def of_diffusers(args, device, best: bool) -> tuple[Step, Step]:
+def of_diffusers(args, device, best: bool) -> Side:
     import diffusers
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
-    source = trainer(torch.device("cpu"), args.network, args.batch_size, args.image_size, timesteps=T)
+    source = trainer(torch.device("cpu"), args.network, args.batch_size, args.image_size, timesteps=T, precision="fp32")
     net_kwargs = source.config["time_aware_net"]["kwargs"]
 
     def network():
         unet = diffusers.UNet2DModel(**unet_options(net_kwargs, args.image_size)).to(device)
         unet.load_state_dict(weights_to_diffusers(source.model.time_aware_net))
-        if best:
-            unet.to(memory_format=torch.channels_last)
-            if args.compile:
-                unet.compile(mode=args.peer_compile_mode)
-        return unet
+        return unet.to(memory_format=torch.channels_last) if best else unet
 
     unet, scheduler = network().train(), diffusers.DDPMScheduler(**scheduler_options(source.config))
     settings = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
-    PARAMETERS["diffusers"] = count(unet)
     optimizer = torch.optim.AdamW(unet.parameters(), **settings, fused=True if best else None)
     warmup = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100000)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75, foreach=best)
     ema.to(device)
     x0 = images(args, device)
 
-    def train():
-        torch_defaults()
+    def loss() -> Tensor:
         noise = torch.randn_like(x0)
         t = torch.randint(0, T, (len(x0),), device=device).long()
-        noisy = scheduler.add_noise(x0, noise, t)
-        with low_precision(device, best):
-            out = unet(noisy, t).sample
-            loss = F.mse_loss(out.float(), noise)
-        loss.backward()
+        return F.mse_loss(unet(scheduler.add_noise(x0, noise, t), t).sample.float(), noise)
+
+    precision = choose_precision(loss, unet, device)
+
+    def train():
+        with autocast(device, precision):
+            value = loss()
+        value.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         warmup.step()
@@ -110,38 +103,39 @@ def of_diffusers(args, device, best: bool) -> tuple[Step, Step]:
         ema.step(unet.parameters())
 
     frozen = network().eval()
-    if best and device.type == "cuda":
-        frozen.to(torch.bfloat16)  # its page on speed: load the pipeline in low precision, without autocast
+    low = best and precision == "bf16"  # its page on speed: load the pipeline in low precision, without autocast
+    if low:
+        frozen.to(torch.bfloat16)
+    if best and args.compile:
+        unet.compile(mode=args.peer_compile_mode)
+        frozen.compile(mode=args.peer_compile_mode)
     pipeline = diffusers.DDPMPipeline(frozen, diffusers.DDPMScheduler(**scheduler_options(source.config)))
     pipeline.set_progress_bar_config(disable=True)
 
     def sample():
-        torch_defaults()
-        return pipeline(args.batch_size, num_inference_steps=args.steps, output_type="pt")
+        with autocast(device, "fp32" if low else precision):
+            return pipeline(args.batch_size, num_inference_steps=args.steps, output_type="pt")
 
-    return train, sample
+    return Side(train, sample, precision, count(unet))
 
 
-def of_denoising_diffusion_pytorch(args, device, best: bool) -> tuple[Step, Step]:
+def of_denoising_diffusion_pytorch(args, device, best: bool) -> Side:
     import denoising_diffusion_pytorch as peer
     from ema_pytorch import EMA
 
     def network():
         unet = peer.Unet(dim=64 if args.network == "cifar10" else 16, dim_mults=(1, 2, 4, 8), flash_attn=best)
         diffusion = peer.GaussianDiffusion(unet, image_size=args.image_size, timesteps=T, objective="pred_noise")
-        if best and args.compile:
-            unet.compile(mode=args.peer_compile_mode)
         return diffusion.to(device)
 
     diffusion = network()
-    PARAMETERS["denoising-diffusion-pytorch"] = count(diffusion)
+    x0 = images(args, device) / 2 + 0.5
+    precision = choose_precision(lambda: diffusion(x0), diffusion, device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=True if best else None)
     ema = EMA(diffusion, beta=0.995, update_every=1, update_after_step=0, use_foreach=best).to(device)
-    x0 = images(args, device) / 2 + 0.5
 
     def train():
-        torch_defaults()
-        with low_precision(device, best):
+        with autocast(device, precision):
             loss = diffusion(x0)
         loss.backward()
         nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
@@ -150,16 +144,18 @@ def of_denoising_diffusion_pytorch(args, device, best: bool) -> tuple[Step, Step
         ema.update()
 
     frozen = network().eval()
+    if best and args.compile:
+        for each in (diffusion, frozen):
+            each.model.compile(mode=args.peer_compile_mode)
 
     def sample():
-        torch_defaults()
         img = torch.randn_like(x0)
-        with low_precision(device, best):
+        with autocast(device, precision):
             for t in range(T - 1, T - 1 - args.steps, -1):
                 img, _ = frozen.p_sample(img, t)
         return img
 
-    return train, sample
+    return Side(train, sample, precision, count(diffusion))
 
 
 def images(args, device) -> torch.Tensor:
@@ -177,29 +173,31 @@ SIDES = {
 }
 
 
-def build(args, device) -> tuple[dict[str, Step], dict[str, Step]]:
-    """Each side's training steps and sampling steps; a peer that is not installed is left out, with a line."""
-    train, sample = {}, {}
+def build(args, device) -> dict[str, Side]:
+    """Each side in its settings; a peer that is not installed is left out, with a line."""
+    sides = {}
     for name, make in SIDES.items():
         for setting in ("default", "best")[: 2 if args.compile or device.type == "cuda" else 1]:
             try:
-                train[f"{name}, {setting}"], sample[f"{name}, {setting}"] = make(args, device, setting == "best")
+                sides[f"{name}, {setting}"] = make(args, device, setting == "best")
             except ModuleNotFoundError as error:
                 print(f"{name}: left out ({error}); pip install -r requirements-bench.txt", file=sys.stderr)
                 break
-    return train, sample
+    set_up(args)  # a Trainer sets torch's switches for its own precision
+    return sides
 
 
-def table(seconds: dict[str, list[float]], calls: int, images_per_call: int) -> list[dict]:
+def table(sides: dict[str, Side], seconds: dict[str, list[float]], calls: int, images_per_call: int) -> list[dict]:
     """Medians, and how many times faster each of ours is: medians of the quotients within a round."""
     rows = []
     mine = [name for name in seconds if name.startswith("ours")]
     for name, times in seconds.items():
         middle = statistics.median(times) / calls
-        row = {"side": name, "ms / step": 1000 * middle, "images / s": images_per_call / middle}
+        row = {"side": name, "precision": sides[name].precision}
+        row |= {"ms / step": 1000 * middle, "images / s": images_per_call / middle}
         quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
         row["quartiles"] = f"{1000 * quartiles[0] / calls:.1f} - {1000 * quartiles[2] / calls:.1f}"
-        row["parameters"] = PARAMETERS[name.split(",")[0]]
+        row["parameters"] = sides[name].parameters
         rows.append(row | {f"speed of {me} / this": median_ratio(times, seconds[me]) for me in mine})
     return rows
 
@@ -218,11 +216,13 @@ def main(argv: list[str] | None = None) -> None:
         quick={"network": "small", "batch_size": 4, "rounds": 3, "steps": 2, "compile": False},
     )
     torch.manual_seed(0)
-    train, sample = build(args, device)
+    sides = build(args, device)
     inner = 10 if device.type == "cuda" else 1
+    training = interleaved({name: side.train for name, side in sides.items()}, device, args.rounds, inner)
+    sampling = interleaved({name: side.sample for name, side in sides.items()}, device, args.rounds)
     tables = {
-        "Training step": table(interleaved(train, device, args.rounds, inner), 1, args.batch_size),
-        "Sampling step": table(interleaved(sample, device, args.rounds), args.steps, args.batch_size),
+        "Training step": table(sides, training, 1, args.batch_size),
+        "Sampling step": table(sides, sampling, args.steps, args.batch_size),
     }
     write("peers", args, device, tables)
 

@@ -7,7 +7,8 @@
 Prints a table and adds its rows to those in benchmarks/results/quality-DEVICE.json. The bound is in bits per dimension on
 images of the valid split, at --bound-timesteps of the T timesteps (unbiased); its draws are the same for every row. The Fréchet
 distance is of -n samples to the whole valid split, in the features of a classifier of the training split; compare it at equal
--n only.
+-n only. In the table steps every sampler gets the same number of network calls, heun half as many steps. Equal for all rows:
+--precision, and torch's switches that go with it.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import steps_within
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,11 +30,12 @@ from dataset import ImageDataset
 from evaluation.features import cached_classifier
 from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
 from gaussian_diffusion import GaussianDiffusion
+from samplers import SAMPLERS
+from training import speed
 
 ROOT = Path(__file__).parents[1]
 VARIANCES = ("beta", "sigma_bar_square", "learnable", "fitted")
-STEPS = (10, 20, 50, 100, 1000)
-SAMPLERS = ("ddpm", "ddim", "dpm")
+CALLS = (10, 20, 50, 100, 1000)
 
 
 class Bench:
@@ -40,6 +43,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        speed.set_flags(args.precision)
         _, state = load_diffusion(args.checkpoints[0])
         self.shape = state["shape"]
         self.train, valid = build_dataset(state["config"], "train"), build_dataset(state["config"], "valid")
@@ -54,9 +58,6 @@ class Bench:
         chosen = torch.linspace(0, len(images) - 1, count).long().split(self.args.batch_size)
         return [images.to_float(torch.stack([images.pixels(i) for i in batch.tolist()])).to(self.device) for batch in chosen]
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
-
     def _generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(seed)
 
@@ -66,7 +67,7 @@ class Bench:
     def distance(self, diffusion: GaussianDiffusion, sampler: str, steps: int) -> float:
         """Fréchet distance of -n samples; the same x_T for every row."""
         statistics = FeatureStatistics()
-        with self._autocast():
+        with speed.autocast(self.device, self.args.precision):
             for i in range(0, self.args.n, self.args.batch_size):
                 shape = (min(self.args.batch_size, self.args.n - i), *self.shape)
                 x0 = diffusion.sample(shape, sampler, steps, clip_x0=True, generator=self._generator(i))
@@ -75,7 +76,7 @@ class Bench:
 
     def bits(self, diffusion: GaussianDiffusion) -> tuple[float, float]:
         """Bits per dimension and their standard error; the same draws for every row."""
-        with self._autocast():
+        with speed.autocast(self.device, self.args.precision):
             totals = [
                 diffusion.variational_bound(x0, True, self.args.bound_timesteps, generator=self._generator(i)).total
                 for i, x0 in enumerate(self.valid)
@@ -84,7 +85,7 @@ class Bench:
         return bits.mean().item(), bits.std().item() / len(bits) ** 0.5
 
     def fit(self, diffusion: GaussianDiffusion) -> None:
-        with self._autocast():
+        with speed.autocast(self.device, self.args.precision):
             diffusion.fit_reverse_variance(self._batches(self.train, self.args.fit_images), generator=self._generator(1))
 
     def real_distance(self) -> float:
@@ -130,7 +131,8 @@ def steps(bench: Bench) -> dict[str, dict]:
     rows = {"real images": {"-": bench.real_distance()}}
     print_row("real images", rows["real images"])
     for sampler in bench.args.samplers:
-        rows[sampler] = {str(count): bench.distance(diffusion, sampler, count) for count in bench.args.counts}
+        counts = {str(calls): steps_within(diffusion, sampler, calls) for calls in bench.args.calls}
+        rows[sampler] = {calls: bench.distance(diffusion, sampler, count) for calls, count in counts.items()}
         print_row(sampler, rows[sampler])
     return rows
 
@@ -151,7 +153,7 @@ def plot(rows: dict[str, dict], n: int) -> None:
         axes.semilogx(counts, rows.get(sampler, {}).values(), "o-", label=sampler)
     axes.axhline(rows["real images"]["-"], color="grey", linestyle=":", label="real images")
     axes.set_ylim(0)
-    axes.set(xlabel="network calls a sample", ylabel=f"Fréchet distance of {n} samples", xticks=STEPS, xticklabels=STEPS)
+    axes.set(xlabel="network calls a sample", ylabel=f"Fréchet distance of {n} samples", xticks=CALLS, xticklabels=CALLS)
     axes.minorticks_off()
     axes.legend()
     figure.savefig(ROOT / "samples" / "quality.png", dpi=100)
@@ -167,9 +169,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fit-images", type=int, default=128, help="training images, each at all T timesteps")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--variances", nargs="+", default=VARIANCES, choices=VARIANCES, help="rows of the table variances")
-    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS, help="rows of the table steps")
-    parser.add_argument("--counts", nargs="+", type=int, default=STEPS, help="its columns")
-    parser.add_argument("--bf16", action="store_true", help="let the network run in bfloat16")
+    parser.add_argument("--samplers", nargs="+", default=[*SAMPLERS], choices=SAMPLERS, help="rows of the table steps")
+    parser.add_argument("--calls", nargs="+", type=int, default=CALLS, help="its columns: network calls a sample")
+    parser.add_argument("--precision", default="fp32", choices=speed.PRECISIONS, help="of the network")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     bench = Bench(args)

@@ -6,9 +6,12 @@
     python benchmarks/race.py --quick                                      # a minute, to see that it runs
 
 The budget is of time.process_time of the racer's own process, so that a busy machine is fair (on CUDA: seconds of the
-device, synchronised). The clock runs while the racer trains; reading and decoding the data is outside. Then -n samples are
-drawn, with --calls network calls each, and get the Fréchet distance to the 10,000 test images, in the features of one
-classifier for all.
+clock, with the device waited for every 50 steps). The clock runs while the racer trains; reading and decoding the data is
+outside. Then -n samples are drawn, with at most --calls network calls each, and get the Fréchet distance to the 10,000 test
+images, in the features of one classifier for all.
+
+Equal for all: torch's switches (TF32 on, cuDNN chooses the fastest kernels), nothing compiled, and the rule for the precision,
+train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, on a CPU the faster of bf16 and fp32.
 
     ours        configs/FashionMNIST_fast.json through train.py's own Trainer, validation and checkpoints included. The number
                 of steps that fits into the budget is measured first, on a copy, as the learning rate falls to 0 at the end
@@ -17,8 +20,8 @@ classifier for all.
     diffusers   UNet2DModel 32, 32, 64 (attention at the lowest resolution) and the recipe of train_unconditional.py: batch
                 16, AdamW, 500 warm-up steps, cosine decay over 100 epochs, no EMA; its DDPMPipeline with
                 the scheduler --diffusers-sampler
-    ddp-tuned   the same with ten times the learning rate, an EMA of decay 1 - (1 + step)^-0.75 at every step, no flips (every
-                shoe looks to the left) and bfloat16, in which its step is faster
+    ddp-tuned   the same with ten times the learning rate, an EMA of decay 1 - (1 + step)^-0.75 at every step and no flips
+                (every shoe looks to the left)
     diffusers-tuned
                 the same with ten times the learning rate, that EMA, normalisations in 8 groups, and its DDPMScheduler
 
@@ -26,6 +29,7 @@ A peer's run is one run of the largest budget: its learning rate does not know t
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -38,7 +42,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, counted, device_name, result_path, show, versions
+from common import (
+    ROOT,
+    choose_precision,
+    counted,
+    device_name,
+    result_path,
+    set_up,
+    show,
+    steps_within,
+    synchronize,
+    versions,
+)
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -49,10 +64,14 @@ from dataset import FashionMNIST
 from evaluation.features import N_FEATURES, cached_classifier, from_uint8, to_uint8
 from evaluation.metrics import frechet_distance, image_statistics
 from evaluation.pictures import grid, save_png
-from train import Ranks, Stopper, Trainer, set_up
+from samplers import SAMPLERS
+from train import Trainer
+from training.speed import autocast
 
 FAST = ROOT / "configs" / "FashionMNIST_fast.json"
 FOLDER = ROOT / "models" / "race"  # samples and our checkpoints, not in git
+PEER_BATCH = 16
+WAIT_STEPS = 50  # on CUDA, steps between two looks at the clock
 
 
 @dataclass
@@ -65,21 +84,20 @@ class Finish:
     batch_size: int
     parameters: int
     gflop: float  # of a training step
-    calls: int  # network calls a sample
+    calls: int  # network calls a sample, at most
+    precision: str
     sample: Callable[[int], Tensor]  # a batch of float images in [-1, 1]
 
 
 class Clock:
-    """Seconds of computing while it runs: of this process on a CPU, of the device on CUDA."""
+    """Seconds of computing while it runs: of this process on a CPU; on CUDA of the clock, with the device waited for."""
 
     def __init__(self, device: torch.device):
         self.device, self.total, self.since = device, 0.0, None
 
     def now(self) -> float:
-        if self.device.type != "cuda":
-            return time.process_time()
-        torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        synchronize(self.device)
+        return time.perf_counter() if self.device.type == "cuda" else time.process_time()
 
     def start(self) -> None:
         self.since = self.now()
@@ -88,36 +106,52 @@ class Clock:
         self.total += self.now() - self.since
         return self.total
 
+    def is_over(self, budget: float) -> bool:
+        """Is the budget used up? Between start and stop that is seen on a CPU alone, where a look costs nothing."""
+        return self.device.type == "cpu" and self.total + self.now() - self.since >= budget
+
 
 # The racers: each yields a Finish for every budget
+
+
+class _Waiting(Trainer):
+    """train.py's trainer, which on CUDA waits for the device as often as the peers do."""
+
+    def _after_step(self, bar: tqdm) -> None:
+        super()._after_step(bar)
+        if self.step % WAIT_STEPS == 0:
+            synchronize(self.device)
 
 
 def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     for budget in args.budget:
         folder = FOLDER / args.name.replace("/", "_") / f"{budget:g}"
-        settings = [f"train_cfg.model_save_dirpath={folder}", "train_cfg.epochs=1000000", f"train_cfg.seed={args.seed}"]
-        options = {"resume": None, "overwrite": True, "deterministic": False, "device": args.device}
-        with Stopper() as stopper:
-            probe = Trainer(load_config(FAST, [*args.set, *settings]), Ranks(args.device), stopper)
-            settings += [f"train_cfg.max_steps={_steps_within(budget, probe)}"]
-            run = set_up(argparse.Namespace(config=FAST, set=[*args.set, *settings], **options), stopper)
-            clock = Clock(device)
-            clock.start()
-            if run.run():
-                sys.exit("stopped")
-            seconds = clock.stop()
-        diffusion, _ = load_diffusion(folder / "last.pth")
-        diffusion.to(device)
-        cfg = run.cfg
-        x0 = torch.zeros(cfg.batch_size, *run.shape, device=device)
+        settings = ["train_cfg.precision=auto", "train_cfg.compile=false", *args.set, f"train_cfg.model_save_dirpath={folder}"]
+        settings += ["train_cfg.epochs=1000000", f"train_cfg.seed={args.seed}"]
+        probe = _Waiting(load_config(FAST, settings), args.device, overwrite=True)
+        probe.folder.close()
+        config = probe.config  # in which the precision is chosen
+        config["train_cfg"]["max_steps"] = _steps_within(budget, probe)
+        run = _Waiting(config, args.device, overwrite=True)
+        clock = Clock(device)
+        clock.start()
+        run.run()
+        seconds = clock.stop()
+        diffusion = load_diffusion(folder / "last.pth")[0].to(device)
+        yield _finish_of(args, budget, seconds, run, diffusion)
 
-        def sample(n: int) -> Tensor:
-            with run.ranks.autocast(cfg.precision):  # noqa: B023
-                return diffusion.sample((n, *run.shape), args.sampler, args.calls, clip_x0=True)  # noqa: B023
 
-        flops = counted(lambda: run.model(x0).backward())  # noqa: B023
-        size = sum(p.numel() for p in run.net_parameters)
-        yield Finish(budget, seconds, run.step, cfg.batch_size, size, flops / 1e9, args.calls, sample)
+def _finish_of(args: argparse.Namespace, budget: float, seconds: float, run: Trainer, diffusion) -> Finish:
+    steps, precision = steps_within(diffusion, args.sampler, args.calls), run.cfg.precision
+    x0 = torch.zeros(run.cfg.batch_size, *run.shape, device=run.device)
+
+    def sample(n: int) -> Tensor:
+        with autocast(run.device, precision):
+            return diffusion.sample((n, *run.shape), args.sampler, steps, clip_x0=True)
+
+    flops = counted(lambda: run.model(x0).backward())
+    size = sum(p.numel() for p in run.parameters)
+    return Finish(budget, seconds, run.step, run.cfg.batch_size, size, flops / 1e9, args.calls, precision, sample)
 
 
 def _steps_within(budget: float, probe: Trainer) -> int:
@@ -125,18 +159,21 @@ def _steps_within(budget: float, probe: Trainer) -> int:
     clock = Clock(probe.device)
     batches = itertools.chain.from_iterable(map(probe.train_data.epoch, itertools.count()))
     for _ in range(5):
-        probe.train_step(next(batches))
+        probe.train_step(*next(batches))
     steps = 0
     while clock.total < 0.02 * budget:
         clock.start()
-        for _ in range(40):
-            probe.train_step(next(batches))
+        for _ in range(WAIT_STEPS):
+            probe.train_step(*next(batches))
+            steps += 1
+            if clock.is_over(0.02 * budget):
+                break
         clock.stop()
-        steps += 40
     step = clock.total / steps
     clock = Clock(probe.device)
     clock.start()
-    probe.validate()
+    with autocast(probe.device, probe.cfg.precision):
+        probe.validate()
     validation = clock.stop()
     return max(1, int((0.98 * budget - validation) / (step + validation / probe.train_data.steps)))
 
@@ -148,7 +185,7 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     unet = peer.Unet(dim=16, dim_mults=(1, 2, 4), channels=1)
     settings = {"image_size": 28, "timesteps": 1000, "sampling_timesteps": args.calls, "objective": "pred_v"}
     diffusion = peer.GaussianDiffusion(unet, **settings).to(device)
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=bool(args.bf16))
+    precision = choose_precision(lambda: diffusion(_first_images(device) / 2 + 0.5), diffusion, device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=args.lr or 1e-4, betas=(0.9, 0.99))
     ema = {"update_every": 1, "update_after_step": 0, "power": args.ema_power} if args.ema_power else {"update_every": 10}
     ema = EMA(diffusion, beta=0.9999 if args.ema_power else 0.995, **ema).to(device)
@@ -156,7 +193,7 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     def step(x0: Tensor) -> None:
         if not args.no_flips:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
-        with bf16:
+        with autocast(device, precision):
             loss = diffusion(x0 / 2 + 0.5)
         loss.backward()
         nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
@@ -165,10 +202,10 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
         ema.update()
 
     def sample(n: int) -> Tensor:
-        with bf16:
+        with autocast(device, precision):
             return ema.ema_model.eval().sample(batch_size=n).float() * 2 - 1
 
-    yield from _race(args, device, unet, lambda x0: diffusion(x0), step, sample)
+    yield from _race(args, device, unet, precision, diffusion, step, sample)
 
 
 def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
@@ -193,10 +230,14 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
 
     def loss_of(x0: Tensor) -> Tensor:
         noise, t = torch.randn_like(x0), torch.randint(0, 1000, (len(x0),), device=device).long()
-        return F.mse_loss(unet(noising.add_noise(x0, noise, t), t).sample, noise)
+        return F.mse_loss(unet(noising.add_noise(x0, noise, t), t).sample.float(), noise)
+
+    precision = choose_precision(lambda: loss_of(_first_images(device)), unet, device)
 
     def step(x0: Tensor) -> None:
-        loss_of(x0).backward()
+        with autocast(device, precision):
+            loss = loss_of(x0)
+        loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         warmup.step()
@@ -212,41 +253,49 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
         if ema:
             ema.store(unet.parameters())
             ema.copy_to(unet.parameters())
-        images = pipeline(n, num_inference_steps=args.calls, output_type="np").images
+        with autocast(device, precision):
+            images = pipeline(n, num_inference_steps=args.calls, output_type="np").images
         if ema:
             ema.restore(unet.parameters())
         unet.train()
         return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
 
-    yield from _race(args, device, unet, loss_of, step, sample)
+    yield from _race(args, device, unet, precision, loss_of, step, sample)
 
 
-def _race(args, device, net, loss_of, step, sample) -> Iterator[Finish]:
+def _race(args, device, net, precision, loss_of, step, sample) -> Iterator[Finish]:
     """A peer's run: shuffled batches of 16 until each budget is used up."""
-    images, size, steps, clock = _fashion(train=True)[0], 16, 0, Clock(device)
-    x0 = from_uint8(images[:size]).to(device)
-    flops = counted(lambda: loss_of(x0).backward())
+    flops = counted(lambda: loss_of(_first_images(device)).backward())
     net.zero_grad()
-    budgets = iter(sorted(args.budget))
-    budget = next(budgets)
-    with tqdm(
-        total=max(args.budget), desc=args.name, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
-    ) as bar:
-        while budget:
-            for indices in torch.randperm(len(images)).split(size):
-                x0 = from_uint8(images[indices]).to(device)
+    parameters, steps, clock, batches = sum(p.numel() for p in net.parameters()), 0, Clock(device), _batches(device)
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
+    with tqdm(total=max(args.budget), desc=args.name, bar_format=form) as bar:
+        for budget in sorted(args.budget):
+            while clock.total < budget:
+                ready = list(itertools.islice(batches, WAIT_STEPS))  # outside the clock
                 clock.start()
-                step(x0)
-                steps += 1
-                seconds = clock.stop()
-                bar.update(min(seconds, bar.total) - bar.n)
-                if seconds >= budget:
-                    parameters = sum(p.numel() for p in net.parameters())
-                    yield Finish(budget, seconds, steps, size, parameters, flops / 1e9, args.calls, sample)
-                    if not (budget := next(budgets, None)):
+                for x0 in ready:
+                    step(x0)
+                    steps += 1
+                    if clock.is_over(budget):
                         break
+                bar.update(min(clock.stop(), bar.total) - bar.n)
+            yield Finish(budget, clock.total, steps, PEER_BATCH, parameters, flops / 1e9, args.calls, precision, sample)
 
 
+def _batches(device: torch.device) -> Iterator[Tensor]:
+    """Shuffled training images without end."""
+    images = _fashion(train=True)[0]
+    while True:
+        for indices in torch.randperm(len(images)).split(PEER_BATCH):
+            yield from_uint8(images[indices]).to(device)
+
+
+def _first_images(device: torch.device) -> Tensor:
+    return from_uint8(_fashion(train=True)[0][:PEER_BATCH]).to(device)
+
+
+@functools.cache
 def _fashion(train: bool) -> tuple[Tensor, Tensor]:
     data = FashionMNIST(str(ROOT / "data"), train=train)
     return torch.from_numpy(data.images.copy())[:, None], data.labels
@@ -255,11 +304,11 @@ def _fashion(train: bool) -> tuple[Tensor, Tensor]:
 RACERS: dict[str, tuple[Callable, dict]] = {
     "ours": (ours, {}),
     "ddp": (ddp, {}),
-    "ddp-tuned": (ddp, {"lr": 1e-3, "ema_power": 0.75, "no_flips": 1, "bf16": 1}),
+    "ddp-tuned": (ddp, {"lr": 1e-3, "ema_power": 0.75, "no_flips": 1}),
     "diffusers": (of_diffusers, {}),
     "diffusers-tuned": (of_diffusers, {"lr": 1e-3, "ema_power": 0.75, "groups": 8, "diffusers_sampler": "ddpm"}),
 }
-SEARCHED = ("lr", "ema_power", "no_flips", "bf16", "groups", "diffusers_sampler")  # options of the peers' recipes
+SEARCHED = ("lr", "ema_power", "no_flips", "groups", "diffusers_sampler")  # options of the peers' recipes
 
 
 # The race
@@ -272,8 +321,7 @@ def samples_path(name: str, budget: float) -> Path:
 def worker(args: argparse.Namespace) -> None:
     """Train and sample as one racer, in this process; a line of JSON and a file of samples for each budget."""
     device = torch.device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_up(args)
     racer, recipe = RACERS[args.racers[0]]
     for name, value in recipe.items():
         if getattr(args, name) is None:
@@ -386,13 +434,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="of the CPU, by default torch's own choice")
     parser.add_argument("-n", type=int, default=1000, help="samples")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sampler", default="dpm", help="ours")
+    parser.add_argument("--sampler", default="dpm", choices=SAMPLERS, help="ours")
     parser.add_argument("--calls", type=int, default=25, help="network calls a sample, of every racer")
     parser.add_argument("--diffusers-sampler", choices=["ddpm", "ddim", "dpm"], help="by default ddim")
     parser.add_argument("--lr", type=float, help="of a peer, for the search")
     parser.add_argument("--ema-power", type=float, help="of a peer: average the weights by 1 - (1 + step)^-POWER")
     parser.add_argument("--no-flips", type=int, choices=[0, 1], help="of ddp")
-    parser.add_argument("--bf16", type=int, choices=[0, 1], help="of ddp: autocast")
     parser.add_argument("--groups", type=int, help="of diffusers' normalisations")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of our config")
     parser.add_argument("--name", help="of the row, by default the racer and what is overridden")
@@ -406,8 +453,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.n <= N_FEATURES:
         parser.error(f"-n {args.n}: the distance needs more samples than features, at least {N_FEATURES + 1}")
     device = torch.device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_up(args)
     extractor, real = classifier_and_real(device)
     path = result_path("race", device, args.quick)
     old = json.loads(path.read_text()) if path.exists() else {"rows": []}

@@ -4,7 +4,8 @@
     python benchmarks/scaling.py --quick
 
 One of the four is varied at a time. Processes are started by torchrun, over gloo on a CPU (its threads shared out between them)
-and NCCL on GPUs: once with the whole batch fixed, once with the batch of each process fixed.
+and NCCL on GPUs: once with the whole batch fixed, once with the batch of each process fixed. The precision is what "auto" finds
+for each setting, for training and sampling alike.
 """
 
 import argparse
@@ -15,8 +16,10 @@ import subprocess
 import sys
 
 import torch
-import torch.distributed as dist
-from common import interleaved, options, start, trainer, write
+from common import interleaved, options, set_up, start, trainer, write
+
+from training.ranks import leave_ranks
+from training.speed import autocast
 
 CALLS = 4  # network calls of a sampling run
 
@@ -24,17 +27,19 @@ CALLS = 4  # network calls of a sampling run
 def measure(args: argparse.Namespace, device: torch.device, batch_size: int, image_size: int, timesteps: int = 1000) -> dict:
     """Median milliseconds of a step of each kind."""
     run = trainer(device, args.network, batch_size, image_size, timesteps=timesteps)
-    pixels = next(run.train_data.epoch(0))
+    pixels, _ = next(run.train_data.epoch(0))
     inner = 5 if device.type == "cuda" else 1
 
     def sample():
-        run.model.sample(pixels.shape, "ddpm", min(CALLS, timesteps), clip_x0=True)
+        with autocast(device, run.cfg.precision):
+            run.model.sample(pixels.shape, "ddpm", min(CALLS, timesteps), clip_x0=True)
 
     steps = {"train": lambda: run.train_step(pixels), "sample": sample}
     seconds = interleaved(steps, device, args.rounds, inner)
     train, sampling = (statistics.median(seconds[name]) for name in steps)
     sampling /= min(CALLS, timesteps)
     return {
+        "precision": run.cfg.precision,
         "training ms": 1000 * train,
         "training images / s": batch_size / train,
         "sampling ms": 1000 * sampling,
@@ -44,15 +49,13 @@ def measure(args: argparse.Namespace, device: torch.device, batch_size: int, ima
 
 def worker(args: argparse.Namespace) -> None:
     """One of the processes that torchrun started: a training step of the whole batch, over all of them."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_up(args)
     run = trainer(torch.device(args.device), args.network, args.batch_size, args.image_size)
-    pixels = next(run.train_data.epoch(0))
+    pixels, _ = next(run.train_data.epoch(0))
     times = interleaved({"train": lambda: run.train_step(pixels)}, run.device, args.rounds)["train"]
     if run.ranks.rank == 0:
         print(json.dumps(statistics.median(times)), flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_ranks()
 
 
 def of_processes(args: argparse.Namespace, device: torch.device) -> list[dict]:

@@ -30,7 +30,7 @@ from evaluation.features import (
 )
 from evaluation.sampling import evenly
 from gaussian_diffusion import Bound, GaussianDiffusion
-from mistakes import Mistake
+from mistakes import Mistake, as_mistake
 from training.ranks import Ranks
 from training.seeds import VALIDATION, mixed_seed
 
@@ -169,20 +169,24 @@ def frechet(samples: Iterable[Tensor], real: Iterable[Tensor], extractor: nn.Mod
 
 def bits_per_dimension(
     diffusion: GaussianDiffusion,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | tuple[Tensor, dict]],
     timesteps: int | None = None,
     seed: int = 0,
     ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """The bound of 8-bit images [B, ...] in [-1, 1] (equation 6), in bits a dimension: its parts, and the total's error.
 
+    batches    of images, or of (images, condition)
     timesteps  how many of the T terms are drawn for each batch, None for all
     ranks      those that share the images out between them; batches are then this one's
     """
     bounds, rank = [], ranks.rank if ranks else 0
-    for i, x0 in enumerate(batches):
+    for i, batch in enumerate(batches):
+        x0, condition = (batch, None) if isinstance(batch, Tensor) else batch
         generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, seed, rank, i))
-        bound = diffusion.variational_bound(x0, discretized=True, timesteps=timesteps, generator=generator)
+        kind = {} if diffusion.n_levels else {"discretized": True}  # symbols are discrete as they are
+        how = {"timesteps": timesteps, "generator": generator, "condition": condition}
+        bound = diffusion.variational_bound(diffusion.x0_of(x0), **kind, **how)
         bounds.append(torch.stack(bound).cpu() / math.log(2))
     bounds = torch.cat(ranks.gather(bounds) if ranks else bounds, dim=1)  # [4, images]
     means = dict(zip(Bound._fields, bounds.mean(1).tolist(), strict=True))
@@ -206,15 +210,21 @@ class Evaluation:
     bpd_timesteps: int | None = None
     features: str = "classifier"  # or "inception"
     classifier: str | None = None  # its file; None for models/classifier_DATASET.pth
+    guided: bool = False  # are the samples drawn with guidance?
     samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
 
-    def images(self, split: str, count: int | None = None, ranks: Ranks | None = None) -> Iterable[Tensor]:
-        """Batches of `count` images spread evenly over a split, None for all; those of this rank, or of the ranks given."""
+    def images(self, split: str, count: int | None = None, ranks: Ranks | None = None) -> Iterable[tuple[Tensor, dict]]:
+        """Batches (images, condition) of `count` images spread evenly over a split, None for all.
+
+        Those of this rank, or of the ranks given. The condition holds their labels if the network has classes.
+        """
         images, ranks = build_dataset(self.config, split), ranks or self.ranks
         numbers = torch.tensor(evenly(len(images) if count is None else count, len(images)))
         batches = numbers.split(self.batch_size)[ranks.rank :: ranks.world]
         for batch in tqdm(batches, desc=f"{split} images", unit="batch", disable=ranks.rank > 0):
-            yield images.to_float(torch.stack([images.pixels(i) for i in batch.tolist()])).to(ranks.device)
+            x0 = images.to_float(torch.stack([images.pixels(i) for i in batch.tolist()])).to(ranks.device)
+            has_classes = getattr(self.diffusion.time_aware_net, "n_classes", None) is not None
+            yield x0, {"label": images.labels[batch].to(ranks.device)} if has_classes else {}
 
 
 class BitsPerDimension:
@@ -225,6 +235,8 @@ class BitsPerDimension:
     def __init__(self, evaluation: Evaluation):
         """Refuse what cannot be measured, before the first network call."""
         self.evaluation, last = evaluation, evaluation.diffusion.T - 1
+        if evaluation.guided:
+            raise Mistake("--metrics bpd: a guided network belongs to no density, so it has no likelihood")
         if evaluation.bpd_timesteps is not None and not 1 <= evaluation.bpd_timesteps <= last:
             raise Mistake(f"--bpd-timesteps = {evaluation.bpd_timesteps}: must lie in 1..{last}, the number of KL terms")
         build_dataset(evaluation.config, "valid")
@@ -255,7 +267,8 @@ class FrechetDistance:
         for name, count in counts.items():
             if count < needed:
                 raise Mistake(f"{name} = {count}: the Fréchet distance needs at least {needed}, one more than features")
-        self.extractor = self._extractor()
+        with as_mistake("--metrics fd: "):
+            self.extractor = self._extractor()
 
     def _extractor(self) -> nn.Module:
         """The one asked for; the classifier is trained on the training images, once, and kept beside the data."""
@@ -273,7 +286,7 @@ class FrechetDistance:
     def measure(self) -> dict[str, Any]:
         e = self.evaluation
         real = e.images("valid", ranks=Ranks(str(e.ranks.device), alone=True))
-        return frechet(e.samples.split(e.batch_size), real, self.extractor)
+        return frechet(e.samples.split(e.batch_size), (x0 for x0, _ in real), self.extractor)
 
     @staticmethod
     def describe(found: dict[str, Any]) -> str:

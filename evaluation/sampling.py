@@ -12,6 +12,7 @@ from training.ranks import Ranks
 from training.seeds import SAMPLING, mixed_seed
 
 GIF_FRAMES = 50
+MAX_ROWS = 16  # of a picture with a row a class
 
 
 class Drawn(NamedTuple):
@@ -39,13 +40,14 @@ def draw(
     seed: int = 0,
     pictures: int = 0,
     frames: int = 11,
+    labels: Tensor | None = None,
     ranks: Ranks | None = None,
 ) -> Drawn:
     """n samples, and `frames` states of the first `pictures` of them; all of them on rank 0 if ranks share the work out.
 
-    sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory.
+    sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory. labels is long [n], one a sample.
     """
-    device, rank, world = diffusion.signal_scale.device, ranks.rank if ranks else 0, ranks.world if ranks else 1
+    device, rank, world = next(diffusion.buffers()).device, ranks.rank if ranks else 0, ranks.world if ranks else 1
     steps = len(diffusion.steps(timesteps, sampler))
     strip_at, gif_at = evenly(frames, steps + 1), evenly(GIF_FRAMES, steps + 1)
     batches = range(0, n, batch_size)[rank::world]
@@ -53,11 +55,14 @@ def draw(
     with tqdm(total=len(batches) * steps, desc="sampling", unit="step", disable=rank > 0) as bar:
         for first in batches:
             generator = torch.Generator(device).manual_seed(mixed_seed(SAMPLING, seed, first))
+            count = min(batch_size, n - first)
+            condition = None if labels is None else {"label": labels[first : first + count].to(device)}
             states = diffusion.trajectory(
-                (min(batch_size, n - first), *shape), sampler, timesteps, eta, clip_x0, generator=generator
+                (count, *shape), sampler, timesteps, eta, clip_x0, generator=generator, condition=condition
             )
             strip, animation, x = [], [], None
             for i, (_, x) in enumerate(states):
+                x = diffusion.values_of(x)
                 kept = x[: max(0, pictures - first)]
                 strip += [kept.cpu()] if i in strip_at else []
                 animation += [kept.cpu()] if i in gif_at else []
@@ -65,6 +70,14 @@ def draw(
             drawn.append((first, Drawn(x.cpu(), torch.stack(strip, 1), torch.stack(animation, 1))))
     drawn = sorted(ranks.gather(drawn) if ranks else drawn, key=lambda part: part[0])
     return Drawn(*(torch.cat(parts) for parts in zip(*(part for _, part in drawn), strict=True)))
+
+
+def labels_by_row(n_classes: int | None, n: int) -> tuple[Tensor | None, int | None]:
+    """Labels [n] of a picture with a row a class, of the first 16 classes, and the picture's columns; None without classes."""
+    if n_classes is None:
+        return None, None
+    columns = max(1, n // min(n_classes, MAX_ROWS))
+    return (torch.arange(n) // columns).clamp(max=n_classes - 1), columns
 
 
 def evenly(count: int, among: int) -> list[int]:

@@ -56,7 +56,6 @@ def act_at_file_operation(folder: str, at: int, act: Callable[[], None]) -> None
 
 
 def fill_disk() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))  # a checkpoint's write beyond raises OSError, the output fits
 
 
@@ -102,6 +101,7 @@ def _child(script: str, argv: list[str], folder: str, output: str, faults: Fault
     if faults.kill_at:
         act_at_file_operation(folder, faults.kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
     if faults.fill_at:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # by this thread, the only one that may
         act_at_file_operation(folder, faults.fill_at, fill_disk)
     if faults.signals_at:
         signal_twice_in(faults.signals_at)

@@ -88,7 +88,7 @@ def test_a_run_signalled_at_random_and_resumed_is_the_run_without_faults(number,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["train_step", "validate", "save_picture", "save"])
+@pytest.mark.parametrize("place", ["train_step", "validate", "save_picture", "save_last"])
 def test_a_second_signal_stops_at_once_with_the_files_whole(place, start, work, whole):
     outcome = start("train", run_argv(), signals_at=place).end()
     assert outcome.code == -signal.SIGTERM

@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import subprocess
 import sys
 from itertools import accumulate
@@ -531,3 +532,10 @@ def test_the_resident_memory_of_loss_full_does_not_grow_with_T():
     at_50, at_1000 = (int(run.communicate()[0]) for run in runs)
     assert at_50 > 50_000  # KiB: something was measured
     assert at_1000 < 1.2 * at_50
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 1), (1, 3), (4, 3, 1)])
+def test_a_network_that_changes_the_shape_is_refused_where_broadcasting_would_hide_it(shape):
+    diffusion = GaussianDiffusion(LinearSchedule(10), Says(torch.zeros(shape)))
+    with pytest.raises(ValueError, match=rf"time_aware_net: gives {re.escape(str(list(shape)))} for xt of shape \[4, 3\]"):
+        diffusion(torch.zeros(4, 3))

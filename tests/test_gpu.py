@@ -78,10 +78,10 @@ def test_training_never_waits_for_the_device(tmp_path, no_waiting):
     config = train.load_config(on_gpu(tiny(tmp_path))[0])
     trainer = train.Trainer(config, "cuda")
     batches = trainer.train_data.epoch(0)
-    trainer.train_step(next(batches))
+    trainer.train_step(*next(batches))
     no_waiting()
     for _ in range(5):
-        trainer.train_step(next(batches))
+        trainer.train_step(*next(batches))
     assert trainer.step == 6
 
 

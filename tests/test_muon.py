@@ -119,6 +119,7 @@ def test_many_weights_of_one_shape_take_as_many_calls_as_one():
     assert sum("bmm" in name for name in counts[0]) == 2 * 3 + 1 + 4 * 4  # X X^T, factor X; five steps
 
 
+@pytest.mark.usefixtures("fake_cuda")
 def test_a_step_on_a_device_waits_for_nothing():
     """A fake tensor has no values: to read one, on the host, is an error."""
     with FakeTensorMode():

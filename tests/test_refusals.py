@@ -447,8 +447,8 @@ def test_images_without_permission_are_named(locked, start, tmp_path, work):
 def test_weights_that_are_not_finite_never_reach_a_checkpoint(work, monkeypatch, capsys):
     step = train.Trainer.train_step
 
-    def overflowing(self, pixels):
-        step(self, pixels)
+    def overflowing(self, pixels, labels):
+        step(self, pixels, labels)
         if self.step == 3:
             self.parameters[0].data.view(-1)[0] = torch.inf
 

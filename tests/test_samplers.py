@@ -540,7 +540,7 @@ class Scale(nn.Module):
 
 @pytest.mark.parametrize(("sampler", "eta"), SETTINGS)
 @pytest.mark.parametrize("clip_x0", [False, True])
-def test_no_step_waits_for_the_device(sampler, eta, clip_x0, monkeypatch):
+def test_no_step_waits_for_the_device(sampler, eta, clip_x0, monkeypatch, fake_cuda):
     diffusion = GaussianDiffusion(SHORT, Scale())
     levels = diffusion._levels([60, 31, 7, 1], clip_x0)  # read before the first step
     monkeypatch.setattr(diffusion, "_levels", lambda steps, clip_x0: levels)
@@ -550,6 +550,7 @@ def test_no_step_waits_for_the_device(sampler, eta, clip_x0, monkeypatch):
         assert (x0.device.type, x0.shape) == ("cuda", (2, 3))
 
 
+@pytest.mark.usefixtures("fake_cuda")
 def test_the_bound_waits_for_no_device_and_the_fit_only_at_its_end():
     diffusion, fitted = GaussianDiffusion(SHORT, Scale()), []
     diffusion._alpha_bar = SHORT.alpha_bar.numpy()  # stays a table of the host

@@ -18,8 +18,10 @@ import checkpoint
 import test as sampling
 import train
 from dataset import Digits
+from evaluation.metrics import METRICS
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
+from mistakes import Mistake
 from training.batches import Batches
 from training.ranks import Ranks
 from training.seeds import WEIGHTS, mixed_seed
@@ -110,7 +112,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_run_never_stopped(place, call
 def test_muon_steps_the_matrices_of_hidden_layers_and_adam_the_rest(tmp_path):
     settings = [*TINY, f"train_cfg.model_save_dirpath={tmp_path / 'a'}", "train_cfg.optimizer=muon"]
     run = train.Trainer(train.load_config(ROOT / "configs" / "Digits_den.json", settings), "cpu")
-    run.train_step(next(run.train_data.epoch(0)))
+    run.train_step(*next(run.train_data.epoch(0)))
     for name, p in run.model.time_aware_net.named_parameters():
         hidden_matrix = name.split(".")[0] in ("down", "middle", "up") and p.ndim > 1
         assert ("momentum" in run.optimizer.state[p]) == hidden_matrix, name
@@ -245,6 +247,13 @@ def test_a_device_that_is_not_there(device, words, tmp_path, capsys, run):
         assert words in capsys.readouterr().err
 
 
+def test_one_card_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(Mistake, match=r"--device cuda:0: would put all 2 processes on one card; give --device cuda"):
+        Ranks("cuda:0")
+
+
 def test_compiling_without_a_compiler(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
@@ -278,7 +287,9 @@ def test_an_unreadable_image_stops_the_run_by_name(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, monkeypatch, capsys):
     assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1", "train_cfg.lr_schedule=constant")) == 0
     good = (tmp_path / "a" / "last.pth").read_bytes()
-    monkeypatch.setattr(GaussianDiffusion, "forward", lambda self, x0, _: sum(p.sum() for p in self.parameters()) * torch.nan)
+    monkeypatch.setattr(
+        GaussianDiffusion, "forward", lambda self, x0, *_, **__: sum(p.sum() for p in self.parameters()) * torch.nan
+    )
     more = ["train_cfg.epochs=3", "train_cfg.max_bad_steps=2", "train_cfg.lr_schedule=constant"]
     assert train.main(tiny(tmp_path / "a", *more, flags=("--resume",))) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -291,9 +302,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
 def test_a_bad_step_is_skipped_and_counted(optimizer, tmp_path, monkeypatch):
     forward, calls = GaussianDiffusion.forward, []
 
-    def sometimes_nan(self, x0, chunk_size):
+    def sometimes_nan(self, x0, chunk_size, condition):
         calls.append(1)
-        return forward(self, x0, chunk_size) * (torch.nan if len(calls) == 2 else 1)
+        return forward(self, x0, chunk_size, condition) * (torch.nan if len(calls) == 2 else 1)
 
     monkeypatch.setattr(GaussianDiffusion, "forward", sometimes_nan)
     more = ("diffusion.reverse_variance=learnable", f"train_cfg.optimizer={optimizer}")
@@ -408,6 +419,45 @@ def test_metrics_are_printed_and_written_with_their_settings_and_the_fitted_vari
     assert fitted.sigma_square[-1] == pytest.approx(0.999**2 / 0.001, rel=0.3)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-n", "8", "--metrics", "bpd", "fd"], "-n = 8: the Fréchet distance needs at least 129"),
+        (["-n", "200", "--metrics", "bpd", "fd", "--classifier", "none.pth"], "[1617, 1, 4, 4]; must be uint8 [N, C, H, W]"),
+        (["--metrics", "bpd", "--bpd-timesteps", "20"], "--bpd-timesteps = 20: must lie in 1..19"),
+        (["--metrics", "fid"], "--metrics = \"fid\": unknown; did you mean 'fd'?"),
+        (["--sampler", "dpmm"], "--sampler = \"dpmm\": unknown; did you mean 'dpm'?"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_first_network_call(flags, words, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(GaussianDiffusion, "_net", lambda *_: pytest.fail("the network was called"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert sampling.main([str(run / "last.pth"), "--device", "cpu", *flags]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("test.py: ")
+    assert words in message
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_what_was_measured_is_kept_when_the_next_metric_fails(run, monkeypatch):
+    class Failing:
+        uses_model = False
+
+        def __init__(self, evaluation):
+            pass
+
+        def measure(self):
+            raise RuntimeError("a bug")
+
+    monkeypatch.setitem(METRICS, "failing", Failing)
+    flags = ["-n", "2", "--timesteps", "2", "--bpd-images", "4", "--metrics", "bpd", "failing"]
+    with pytest.raises(RuntimeError, match="a bug"):
+        sampling.main([str(run / "last.pth"), "--device", "cpu", *flags])
+    assert json.loads((run / "last_gen" / "metrics.json").read_text())["bpd"]["images"] == 4
+    assert (run / "last_gen" / "grid.png").exists()
+
+
 # Ranks
 
 
@@ -444,7 +494,7 @@ import torch
 import train
 from gaussian_diffusion import GaussianDiffusion
 
-def given(self, x0, chunk_size=None):
+def given(self, x0, chunk_size=None, condition=None):
     '''The loss at t and eps that are functions of the image alone.'''
     t = 1 + (1000 * x0.flatten(1).sum(1).abs()).long() % self.T
     return self.loss(x0, t, (100 * x0.flatten(1).cumsum(1)).sin().view_as(x0)).mean()
@@ -452,7 +502,7 @@ def given(self, x0, chunk_size=None):
 GaussianDiffusion.forward = given
 path, *settings = sys.argv[2:]
 run = train.Trainer(train.load_config(path, settings), "cpu")
-run.train_step(next(run.train_data.epoch(0)))
+run.train_step(*next(run.train_data.epoch(0)))
 if run.ranks.rank == 0:  # Adam's first average of the gradients: a tenth of them
     torch.save([10 * run.optimizer.state[p]["exp_avg"] for p in run.parameters], sys.argv[1])
 """

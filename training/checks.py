@@ -1,6 +1,7 @@
-"""What can be known to be wrong before the first step."""
+"""What can be known to be wrong before the first step, and what to say when the numbers go wrong later."""
 
 import logging
+import math
 
 import torch
 
@@ -23,15 +24,48 @@ def check_batch(cfg: TrainConfig, ranks: Ranks) -> None:
         )
 
 
+def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> None:
+    """Mistake if a network of n_classes is to be trained on labels that are not there, or not its."""
+    if n_classes is None:
+        return
+    for split, data in images.items():
+        if data.labels is None:
+            raise Mistake(f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has no labels")
+        if not 0 <= int(data.labels.min()) <= int(data.labels.max()) < n_classes:
+            raise Mistake(
+                f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has labels up to {int(data.labels.max())}"
+            )
+        if data.class_names is not None and len(data.class_names) != n_classes:
+            raise Mistake(f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has {len(data.class_names)} classes")
+    names = {split: data.class_names for split, data in images.items()}
+    if names["train"] != names["valid"]:
+        raise Mistake(f"dataset.valid: has the classes {names['valid']}, and dataset.train {names['train']}")
+
+
 def check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None:
     """Try the network on one image of each data set; warn of a prior that is not pure noise."""
+    _check_labels(getattr(model.time_aware_net, "n_classes", None), images)
     for split, data in images.items():
-        with torch.no_grad(), as_mistake(f"time_aware_net: does not take the images of dataset.{split}: "):
-            model.eval().predict(torch.zeros(1, *data.shape), 1)
+        with torch.no_grad(), as_mistake(f"time_aware_net: does not fit the images of dataset.{split}: "):
+            model.eval().predict(model.x0_of(torch.zeros(1, *data.shape)), 1)
     model.train()
+    if model.n_levels:  # what is left of x_0 at T is part of p(x_T)
+        return
     alpha_bar = model.signal_scale[-1].item() ** 2
     if alpha_bar > 0.01:
         log.warning(
             f"alpha_bar_T = {alpha_bar:.3g} is above 0.01: x_T keeps some of the image, and samples that start from N(0, I) "
             "start wrong; use more timesteps or larger betas"
         )
+
+
+@torch.no_grad()
+def bad_numbers(run) -> Mistake:
+    """What a Trainer knows of its last steps, whose loss or gradient was not finite."""
+    t = torch.randint(1, run.model.T + 1, (len(run.x0),), device=run.device)
+    losses = run.model.loss(run.x0, t).nan_to_num(nan=math.inf)
+    return Mistake(
+        f"loss or gradient was not finite in the last {int(run.meter.bad_in_row)} steps, up to step {run.step}: gradient norm "
+        f"{run.norm.item():g}, loss scale {run.scaler.get_scale():g}, largest loss {losses.max():g} at t = "
+        f"{t[losses.argmax()]}; the last good checkpoint is {run.folder.path / 'last.pth'}"
+    )

@@ -26,7 +26,7 @@ def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> 
     groups: list[dict[str, Any]] = [{"name": "network", "params": [p for p in network if p not in inside]}]
     if cfg.optimizer == "muon":
         groups.append({"name": "hidden", "params": hidden, "orthogonal": True})
-    if diffusion.reverse_variance == "learnable":
+    if hasattr(diffusion, "log_sigma_square"):  # a learnable reverse variance
         groups.append({"name": "variance", "params": [diffusion.log_sigma_square], "lr": cfg.variance_lr})
     kind = {"adam": torch.optim.Adam, "muon": Muon}[cfg.optimizer]
     return kind(groups, cfg.lr, fused=device.type in ("cpu", "cuda"))  # the fused step heeds found_inf

@@ -45,6 +45,7 @@ def prepare(run, deterministic: bool) -> None:
     """Set torch and the networks of a Trainer up, and put what was "auto" into its cfg and config."""
     cfg, net = run.cfg, run.model.time_aware_net
     x0 = torch.rand(min(PROBE_ROWS, cfg.batch_size // run.ranks.world), *run.shape, device=run.device)
+    x0 = run.model.x0_of(x0)
     step = probe_step(run.model, x0, run.device)
     set_flags("bf16", deterministic)
     precision = choose_precision(cfg.precision, step, run.ranks, "train_cfg.precision")
@@ -177,4 +178,5 @@ def check_compiler(device: torch.device, option: str) -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # each kind of device has its own compiler, and its own errors
-        raise Mistake(f"{option}: cannot compile here ({str(error).strip().splitlines()[0]})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise Mistake(f"{option}: cannot compile here ({reason})") from error

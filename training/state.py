@@ -33,6 +33,7 @@ def take_state(run) -> dict | None:
         {
             "config": run.config,
             "shape": list(run.shape),
+            "class_names": run.class_names,
             "step": run.step,
             "epoch": run.epoch,
             "closed": run.closed,

@@ -1,0 +1,173 @@
+"""Classes, guidance and editing as a user runs them: train.py with labels, and the flags of test.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs import assert_same_state, losses, metrics, stop_at, tiny
+
+import checkpoint
+import test as sampling
+import train
+from dataset import Digits
+
+CLASSES = ("time_aware_net.kwargs.n_classes=10", "dataset.train.pipeline=[]", "dataset.valid.pipeline=[]")
+CLASSES += ("train_cfg.lr=0.05", "train_cfg.warmup_steps=0", "train_cfg.ema_decay=0.5")  # so that eight steps show
+
+
+def classes(folder: Path, *more: str, flags: tuple[str, ...] = ()) -> list[str]:
+    return tiny(folder, *CLASSES, *more, flags=flags)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a tiny run with labels, and of images to edit."""
+    folder = tmp_path_factory.mktemp("runs") / "classes"
+    assert train.main(classes(folder)) == 0
+    images = folder.parent
+    digits = Digits(train=False)
+    digits.image(0).save(images / "a.png")
+    digits.image(1).save(images / "b.png")
+    digits.image(0).resize((4, 4)).save(images / "small.png")
+    mask = Image.new("L", (8, 8), 255)
+    mask.paste(0, (0, 4, 8, 8))
+    mask.save(images / "mask.png")
+    return folder
+
+
+def draw(run: Path, *flags: str) -> int:
+    return sampling.main([str(run / "last.pth"), "--device", "cpu", "--timesteps", "5", *flags])
+
+
+def test_a_run_with_labels_stopped_and_resumed_is_the_run_never_stopped(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, "train_step", 6)
+        assert train.main(classes(tmp_path / "parts")) == 143
+    assert train.main(classes(tmp_path / "parts", flags=("--resume",))) == 0
+    assert losses(tmp_path / "parts") == losses(run)
+    assert_same_state(checkpoint.load(run / "last.pth"), checkpoint.load(tmp_path / "parts" / "last.pth"))
+
+
+def test_the_labels_reach_the_network_and_a_checkpoint_knows_their_names(run):
+    state = checkpoint.load(run / "last.pth")
+    assert state["class_names"] == [str(i) for i in range(10)]
+    moved = state["model"]["time_aware_net.time_embedding.label.weight"].abs().amax(1) > 0  # they start at zero
+    assert moved.tolist() == [True] * 11  # each digit, and "no label", was seen
+
+
+def test_training_with_labels_learns_from_them(tmp_path):
+    """Labels shuffled among the images help less than the right ones."""
+    more = ("train_cfg.epochs=12", "train_cfg.batch_size=128", "train_cfg.sample_period=0", "train_cfg.label_dropout=0")
+    more += ("train_cfg.lr=0.01", "train_cfg.warmup_steps=10", "train_cfg.ema_decay=0.9", "time_aware_net.kwargs.dropout=0")
+    assert train.main(classes(tmp_path / "right", *more)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        init = Digits.__init__
+
+        def shuffled(self, *args, **kwargs):
+            init(self, *args, **kwargs)
+            self.labels = self.labels[torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))]
+
+        patch.setattr(Digits, "__init__", shuffled)
+        assert train.main(classes(tmp_path / "wrong", *more)) == 0
+    right, wrong = (metrics(tmp_path / name)[-1]["valid_loss"] for name in ("right", "wrong"))
+    assert right < wrong
+
+
+def test_every_sample_of_all_classes_is_that_of_its_class_alone_from_the_same_noise(run):
+    assert draw(run, "-n", "20", "--class", "all") == 0
+    picture = Image.open(run / "last_gen" / "grid.png")
+    assert picture.size == (2 * 66 + 2, 10 * 66 + 2)  # ten rows of two
+    ours = (run / "last_gen" / "7.png").read_bytes()  # the second sample of the fourth row
+    assert draw(run, "-n", "20", "--class", "3") == 0
+    assert (run / "last_gen" / "7.png").read_bytes() == ours
+    assert draw(run, "-n", "20", "--class", "4") == 0
+    assert (run / "last_gen" / "7.png").read_bytes() != ours
+
+
+def test_guidance_of_weight_1_is_the_network_alone_and_others_are_not(run):
+    pictures = {}
+    for name, flags in {
+        "alone": [],
+        "1": ["--guidance", "1"],
+        "3": ["--guidance", "3"],
+        "never": ["--guidance", "3", "--interval", "0", "0"],
+        "itself": ["--guidance", "3", "--guide", str(run / "last.pth")],
+    }.items():
+        assert draw(run, "-n", "2", "--class", "3", *flags) == 0
+        pictures[name] = (run / "last_gen" / "grid.png").read_bytes()
+    assert pictures["1"] == pictures["never"] == pictures["itself"] == pictures["alone"]
+    assert pictures["3"] != pictures["alone"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        (["--inpaint", "a.png", "--mask", "mask.png"], "inpaint"),
+        (["--from", "a.png", "--strength", "0.4"], "from"),
+        (["--interpolate", "a.png", "b.png"], "interpolate"),
+        (["--upscale", "small.png"], "upscale"),
+    ],
+)
+def test_an_edit_writes_its_samples_and_keeps_what_it_must(flags, kind, run):
+    flags = [str(run.parent / flag) if flag.endswith(".png") else flag for flag in flags]
+    assert draw(run, "-n", "3", "--class", "2", *flags) == 0
+    assert {path.name for path in (run / f"last_{kind}").iterdir()} == {"0.png", "1.png", "2.png", "grid.png"}
+    if kind == "inpaint":
+        given, drawn = (Image.open(path).convert("L") for path in (run.parent / "a.png", run / "last_inpaint" / "1.png"))
+        for x in range(8):
+            assert abs(given.getpixel((x, 2)) - drawn.getpixel((2 + 8 * x, 2 + 8 * 2))) <= 1  # known
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--class", "10"], ["--class 10", "0..9"]),
+        (["--class", "cat"], ["--class cat", "be all"]),
+        (["--class", "all", "-n", "9"], ["-n 9", "10 classes"]),
+        (["--guidance", "nan"], ["--guidance", "weight"]),
+        (["--guide", "last.pth"], ["need --guidance"]),
+        (["--guidance", "2", "--guide", "none.pth"], ["none.pth: no such checkpoint"]),
+        (["--guidance", "2", "--metrics", "bpd"], ["no likelihood"]),
+        (["--inpaint", "a.png"], ["--inpaint needs --mask"]),
+        (["--inpaint", "a.png", "--mask", "small.png"], ["small.png: 4 x 4 pixels"]),
+        (["--from", "none.png"], ["none.png: cannot be read"]),
+        (["--from", "a.png", "--strength", "2"], ["--strength 2"]),
+        (["--upscale", "a.png"], ["a.png: 8 x 8 pixels", "divided"]),
+        (["--colour", "a.png"], ["--colour", "grey"]),
+    ],
+)
+def test_bad_flags_are_one_line_and_nothing_is_written(flags, words, run, capsys):
+    flags = [str(run.parent / flag) if flag.endswith(".png") else flag for flag in flags]
+    before = {path: path.stat().st_mtime_ns for path in run.parent.rglob("*")}
+    assert draw(run, *flags) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("test.py: ")
+    assert all(word in message for word in words), message
+    assert {path: path.stat().st_mtime_ns for path in run.parent.rglob("*")} == before
+
+
+def test_guidance_needs_a_network_that_knows_both(run, tmp_path, capsys):
+    for name, settings, words in (
+        ("no classes", ["time_aware_net.kwargs.n_classes=null"], "no n_classes"),
+        ("no dropout", ["train_cfg.label_dropout=0"], "label_dropout = 0"),
+    ):
+        assert train.main(classes(tmp_path / name, "train_cfg.max_steps=1", "train_cfg.sample_period=0", *settings)) == 0
+        capsys.readouterr()
+        assert draw(tmp_path / name, "--guidance", "2") == 2
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    assert draw(tmp_path / "no classes", "--class", "2") == 2
+    assert "--class 2: this network has no classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["time_aware_net.kwargs.n_classes=5"], "dataset.train has labels up to 9"),
+        (["time_aware_net.kwargs.n_classes=11"], "dataset.train has 10 classes"),
+    ],
+)
+def test_classes_that_are_not_the_data_sets_are_refused(settings, words, tmp_path, capsys):
+    assert train.main(classes(tmp_path / "a", *settings)) == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,176 @@
+"""What can be known of a GPU without one: a training step on CUDA tensors without values, and what dynamo makes of the network.
+
+test_samplers.py has the samplers, the bound and the fit on such tensors.
+
+A value that the host would wait for is an error in such a step: FakeTensorMode has none to give (`.item()`, `if tensor:`), and
+`NoWaiting` refuses the copies that wait.
+"""
+
+import pytest
+import torch
+from runs import ROOT, TINY
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+from beta_schedule import LinearSchedule
+from gaussian_diffusion import GaussianDiffusion
+from time_aware_module import TimeAwareUNet
+from training.optimizers import build_optimizer, lr_schedule
+
+CUDA = torch.device("cuda", 0)
+
+
+class HostWaits(Exception):
+    """A copy between the host and the device that waits."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses copies between the host and the device, but those to or from pinned memory that nobody waits for.
+
+    convolutions: the types that convolutions ran in.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if "conv" in str(func):
+            self.convolutions.add(tree_leaves(result)[0].dtype)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        devices = {tensor.device.type for tensor in tensors if tensor.ndim or func in COPIES}
+        if func in COPIES and len(devices) > 1 and not (kwargs.get("non_blocking") or True in args[2:3]):
+            raise HostWaits(f"{func} between {' and '.join(sorted(devices))}")
+        return result
+
+
+aten = torch.ops.aten
+COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
+
+
+@pytest.fixture
+def fake(monkeypatch, fake_cuda) -> FakeTensorMode:
+    """The mode, not entered; autocast believes in a card with bfloat16."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
+    return FakeTensorMode()
+
+
+def on_fake_cuda(module: nn.Module) -> nn.Module:
+    """The module, built with values on the CPU, as it would be on CUDA. Inside the mode."""
+    for child in module.modules():
+        for group in (child._parameters, child._buffers):
+            for name, tensor in group.items():
+                if tensor is not None:
+                    moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
+                    group[name] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+    return module
+
+
+def fake_trainer(folder, mode: FakeTensorMode, *settings: str) -> train.Trainer:
+    """A tiny Trainer whose weights, averages, optimizer and counters are on a CUDA device without values."""
+    path = ROOT / "configs" / "Digits_den.json"
+    data = ['dataset.train.pipeline=[{"name":"RandomHorizontalFlip"}]', "dataset.valid.pipeline=[]"]
+    run = train.Trainer(train.load_config(path, [*TINY, *data, f"train_cfg.model_save_dirpath={folder}", *settings]), "cpu")
+    run.folder.close()
+    run.device = run.ranks.device = CUDA
+    with mode:
+        run.parallel = on_fake_cuda(run.model)
+        on_fake_cuda(run.ema)
+        run.optimizer = build_optimizer(run.cfg, run.model, run.device)
+        run.scheduler = lr_schedule(run.cfg, run.total_steps, run.optimizer)
+        run._start_counters()
+    return run
+
+
+STEPS = {
+    "adam": [],
+    "muon": ["train_cfg.optimizer=muon"],
+    "learnable": ["diffusion.reverse_variance=learnable"],
+    "grad_accum": ["train_cfg.grad_accum=2"],
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("more", STEPS)
+def test_a_training_step_mixes_no_devices_and_waits_for_nothing(more, precision, tmp_path, fake, monkeypatch):
+    run = fake_trainer(tmp_path, fake, f"train_cfg.precision={precision}", *STEPS[more])
+
+    def backward(loss: Tensor) -> None:
+        """Gradients without values. Torch's engine asks for a driver; none of the backward pass is code of ours."""
+        assert loss.device == CUDA
+        for p in run.model.parameters():
+            p.grad = torch.empty_like(p)
+
+    monkeypatch.setattr(Tensor, "backward", backward)
+    with fake, NoWaiting() as watch:
+        pixels = torch.empty(8, *run.shape, dtype=torch.uint8, device=CUDA)
+        for _ in range(2):  # the optimizer has a state in the second
+            run.train_step(pixels)
+    assert run.step == 2
+    assert watch.convolutions == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert {p.device for p in [*run.averages, *run.averaged, run.meter.loss_sum, run.norm]} == {CUDA}
+    moments = [moment for state in run.optimizer.state.values() for moment in state.values()]
+    assert len(moments) > len(run.parameters)
+    assert {moment.device for moment in moments} == {CUDA}
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: x.tolist(),
+        lambda x: 1 if (x > 0).all() else 0,
+        lambda x: x[x > 0],
+        lambda x: x + torch.ones(3).to(CUDA),
+        lambda x: torch.ones(3).copy_(x),
+    ],
+)
+def test_a_wait_in_a_step_is_seen(wait, fake):
+    with fake, NoWaiting():
+        x = torch.ones(3, device=CUDA)
+        with pytest.raises((HostWaits, DataDependentOutputException, DynamicOutputShapeException)):
+            wait(x)
+
+
+# Compiling
+
+
+@pytest.fixture
+def counter() -> CompileCounter:
+    """A backend that runs the graphs as they are, and counts them."""
+    torch._dynamo.reset()
+    return CompileCounter()
+
+
+@pytest.mark.parametrize("loss_mode", ["simple", "min_snr"])
+@pytest.mark.parametrize("reverse_variance", ["beta", "learnable"])
+def test_network_and_loss_are_one_graph(reverse_variance, loss_mode, counter):
+    net = TimeAwareUNet(1, 8, ch_mult=(1, 2), num_res_blocks=1, attention=(False, True), dropout=0.1)
+    diffusion = GaussianDiffusion(LinearSchedule(20), net, reverse_variance, loss_mode=loss_mode).to("meta")  # not the CPU's t
+    diffusion.compile(backend=counter, fullgraph=True)  # an error where the graph breaks
+    diffusion(torch.empty(4, 1, 8, 8, device="meta")).backward()
+    assert counter.frame_count == 1
+
+
+def test_an_epoch_compiles_the_network_once_and_once_more_for_its_short_last_batch(tmp_path, counter):
+    settings = [*TINY, f"train_cfg.model_save_dirpath={tmp_path}"]
+    run = train.Trainer(train.load_config(ROOT / "configs" / "Digits_den.json", settings), "cpu")
+    run.folder.close()
+    run.model.time_aware_net.compile(backend=counter, fullgraph=True)
+    compiled = []
+    for pixels, labels in run.train_data.epoch(0):
+        run.train_step(pixels, labels)
+        compiled.append((len(pixels), counter.frame_count))
+    assert compiled[:-1] == [(512, 1)] * 3
+    assert compiled[-1] in ((81, 1), (81, 2))
+    for pixels, labels in run.train_data.epoch(1):
+        run.train_step(pixels, labels)
+    assert counter.frame_count == compiled[-1][1]

@@ -1,0 +1,97 @@
+"""The pages for people: their Python runs as printed, and the files, links and tests that they name exist."""
+
+import ast
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT
+
+import test as sampling
+import train
+
+README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "tests/README.md"]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in FENCED.findall(README) if language == "python"]
+# What a page names and a run, a reader or another package has
+ELSEWHERE = re.compile(
+    r"(models|my|data)/|my_|train_unconditional\.py|image_\w+\.py|metrics\.json|.*\bNAME\b|"
+    r"(epoch_N|\d+|strips|grid|image|mask|other|small|grey)\.png"
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The current folder: the configs and nothing else."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_the_python_of_the_readme_runs_as_printed(code, folder, capsys):
+    names = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    if "frechet" in names:
+        bits, distance = (ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+        assert 0 < bits["total"] < 100
+        assert 0 < distance["distance"] < 1000
+        assert (bits["images"], distance["samples"], distance["real"]) == (180, 150, 180)
+
+
+def test_the_network_of_ones_own_trains_and_samples_as_printed(folder, monkeypatch):
+    code = next(code for code in PYTHON if "class MyNet" in code)
+    commands = next(code for _, code in FENCED.findall(README) if "my_net.MyNet" in code and code.startswith("python train.py"))
+    (folder / "my_net.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        for command in commands.replace("\\\n", " ").splitlines():
+            python, script, *argv = shlex.split(command)
+            assert (python, {"train.py": train, "test.py": sampling}[script].main(argv)) == ("python", 0)
+        net = sys.modules["my_net"].MyNet(1)
+    finally:
+        sys.modules.pop("my_net", None)
+    saved = torch.load("models/my_net/last.pth", weights_only=True)
+    assert saved["config"]["time_aware_net"] == {"name": "my_net.MyNet", "kwargs": {"n_channels": 1, "width": 32}}
+    assert {name.removeprefix("time_aware_net.") for name in saved["model"] if "net." in name} == set(net.state_dict())
+    assert Path("models/my_net/last_gen/grid.png").exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page):
+    """Each link and each path, from the page's folder or the root; a file's bare name from any folder of ours."""
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}, link
+    named = re.findall(r"(?<![\w/.*{<-])((?:[\w.-]+/)*[\w-]+\.(?:py|json|md|txt|toml|png))(?![\w.:(])", text)
+    folders = [
+        (ROOT / page).parent,
+        *(ROOT / name for name in ("", "configs", "training", "evaluation", "tests", "benchmarks")),
+    ]
+    for path in [path for path in named if not ELSEWHERE.match(path)]:
+        assert any((folder / path).exists() for folder in folders), path
+
+
+def test_every_test_that_shows_a_promise_exists():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (ROOT / "tests/README.md").read_text())
+    assert len(named) > 30
+    for file, name in named:
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
+
+
+def test_the_python_that_is_promised_is_the_linters():
+    settings = (ROOT / "pyproject.toml").read_text()
+    least = re.search(r'requires-python = ">=([\d.]+)"', settings)[1]
+    assert f"Python {least} or newer" in README
+    assert f'target-version = "py{least.replace(".", "")}"' in settings

@@ -1,0 +1,91 @@
+"""What is "auto": decided by the machine and a probe, told, stored, and kept."""
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import tiny
+
+import checkpoint
+import train
+from mistakes import Mistake
+from training import speed
+from training.ranks import Ranks
+
+CPU = Ranks("cpu")
+
+
+def taking(bf16: float, fp32: float):
+    """A step that takes so many seconds in each precision."""
+    return lambda precision: time.sleep(bf16 if precision == "bf16" else fp32)
+
+
+def never(precision: str) -> None:
+    raise AssertionError("probed, though the answer was known")
+
+
+@pytest.mark.parametrize(("bf16", "fp32", "chosen"), [(0.01, 0.05, "bf16"), (0.05, 0.01, "fp32")])
+def test_auto_takes_the_faster_precision_where_the_instructions_exist(bf16, fp32, chosen, monkeypatch):
+    monkeypatch.setattr(speed, "has_bfloat16", lambda device: True)
+    assert speed.choose_precision("auto", taking(bf16, fp32), CPU, "key") == chosen
+
+
+def test_auto_is_fp32_without_a_probe_where_the_instructions_do_not_exist(monkeypatch):
+    monkeypatch.setattr(speed, "has_bfloat16", lambda device: False)
+    assert speed.choose_precision("auto", never, CPU, "key") == "fp32"
+
+
+@pytest.mark.parametrize("asked", ["fp32", "tf32"])
+def test_what_is_asked_for_by_name_is_taken(asked):
+    assert speed.choose_precision(asked, never, CPU, "key") == asked
+
+
+def test_bf16_by_name_where_it_is_slow_is_one_warning_with_the_factor(caplog):
+    speed.log.propagate = True
+    assert speed.choose_precision("bf16", taking(0.08, 0.02), CPU, "train_cfg.precision") == "bf16"
+    (record,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    factor = float(record.message.split(" times")[0].split()[-1])
+    assert factor == pytest.approx(4, rel=0.3)
+
+
+def test_fp16_on_a_cpu_is_refused_by_its_key():
+    with pytest.raises(Mistake, match=r"--precision = 'fp16'.*CUDA"):
+        speed.choose_precision("fp16", never, CPU, "--precision")
+
+
+def test_this_processor_has_bfloat16_if_the_kernel_says_so():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")] if cpuinfo.exists() else []
+    if not lines:
+        pytest.skip("no flags of an x86 processor in /proc/cpuinfo")
+    flags = lines[0].split()
+    assert speed.has_bfloat16(torch.device("cpu")) == ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+def test_the_choice_is_told_stored_and_kept_on_resume(tmp_path, monkeypatch, caplog):
+    speed.log.propagate = True
+    argv = ("train_cfg.epochs=1", "train_cfg.sample_period=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "has_bfloat16", lambda device: True)
+        patch.setattr(speed, "_slowdown", lambda step: 0.5)
+        assert train.main(tiny(tmp_path / "a", *argv)) == 0
+    assert "train_cfg.precision = auto: bf16, since a step takes 0.50 times as long in bf16" in caplog.text
+    assert checkpoint.load(tmp_path / "a" / "last.pth")["config"]["train_cfg"]["precision"] == "bf16"
+    monkeypatch.setattr(speed, "_slowdown", lambda step: 3.0)  # another machine
+    more = ("train_cfg.epochs=2", "train_cfg.lr_schedule=linear", "train_cfg.sample_period=0")
+    assert train.main(tiny(tmp_path / "a", *more, flags=("--resume",))) == 0
+    assert checkpoint.load(tmp_path / "a" / "last.pth")["config"]["train_cfg"]["precision"] == "bf16"
+    assert "train_cfg.precision = bf16: a step takes 3.00 times as long" in caplog.text
+
+
+def test_the_probe_leaves_no_trace(tmp_path, monkeypatch):
+    """A run whose precision was probed is bitwise the one whose precision was given."""
+    states = []
+    for name, precision in (("given", "fp32"), ("probed", "auto")):
+        monkeypatch.setattr(speed, "has_bfloat16", lambda device: True)
+        monkeypatch.setattr(speed, "_slowdown", lambda step: [step("bf16"), step("fp32"), 2.0][-1])
+        assert train.main(tiny(tmp_path / name, "train_cfg.epochs=1", f"train_cfg.precision={precision}")) == 0
+        states.append(checkpoint.load(tmp_path / name / "last.pth"))
+    assert all(torch.equal(weights, states[1]["model"][key]) for key, weights in states[0]["model"].items())

@@ -1,0 +1,64 @@
+"""Checkpoints written by a thread: in order, whole, and of the moment at which they were taken."""
+
+import threading
+
+import pytest
+import torch
+from runs import TINY
+
+import checkpoint
+import train
+from config import load_config
+from training.state import take_state
+from training.writer import Writer
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_files_come_in_order(tmp_path, monkeypatch):
+    may_write, written = threading.Event(), []
+
+    def slow(path, state):
+        assert may_write.wait(30)
+        written.append((path.name, state["step"]))
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    writer = Writer()
+    writer.save(tmp_path / "best.pth", {"step": 1})
+    writer.save(tmp_path / "last.pth", {"step": 2})  # waits in the queue
+    assert written == []
+    may_write.set()
+    writer.wait()
+    assert written == [("best.pth", 1), ("last.pth", 2)]
+    writer.close()
+
+
+def test_an_error_of_the_thread_is_raised_by_the_run_and_nothing_newer_is_written(tmp_path, monkeypatch):
+    calls = []
+
+    def full(path, state):
+        calls.append(path.name)
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    writer = Writer()
+    writer.save(tmp_path / "best.pth", {})
+    writer.jobs.join()
+    with pytest.raises(OSError, match="No space left"):
+        writer.check()
+    with pytest.raises(OSError, match="No space left"):
+        writer.save(tmp_path / "last.pth", {})
+    writer.close()
+    assert calls == ["best.pth"]
+
+
+def test_a_state_is_of_the_moment_at_which_it_was_taken(tmp_path):
+    settings = [*TINY, f"train_cfg.model_save_dirpath={tmp_path / 'a'}"]
+    run = train.Trainer(load_config("configs/Digits_den.json", settings), "cpu")
+    batches = run.train_data.epoch(0)
+    run.train_step(*next(batches))
+    before = {name: weights.clone() for name, weights in run.ema.state_dict().items()}
+    state = take_state(run)
+    run.train_step(*next(batches))
+    assert state["step"] == 1
+    assert all(torch.equal(state["ema"][name], weights) for name, weights in before.items())
+    last = len(run.parameters) - 1
+    assert not torch.equal(state["optimizer"]["state"][last]["exp_avg"], run.optimizer.state[run.parameters[last]]["exp_avg"])
