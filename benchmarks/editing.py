@@ -106,7 +106,7 @@ def methods() -> dict[tuple[str, int], Callable]:
 def repaint() -> dict[tuple[str, int], Callable]:
     """The same of RePaint: samples of (diffusion, x0)."""
     found = {}
-    for steps, resamplings, jump in ((20, 1, 1), (100, 1, 1), (20, 5, 1), (100, 10, 1), (100, 10, 10), (100, 100, 1)):
+    for steps, resamplings, jump in ((20, 1, 1), (100, 1, 1), (20, 5, 1), (100, 10, 1), (100, 10, 10), (100, 50, 1)):
         name = f"RePaint, {resamplings} x, jump {jump}"
         found[name, steps] = partial(inpaint, mask=MASK, timesteps=steps, resamplings=resamplings, jump=jump)
     return found
@@ -141,7 +141,7 @@ def table(task: str, noise: float, size: int, data: Correlated) -> list[dict]:
     for (name, steps), method in (inpainting | methods()).items():
         net = Counting(data, schedule.beta)
         net.calls = net.derivatives = 0
-        diffusion = GaussianDiffusion(schedule, net, "sigma_bar_square", "reconstruction")
+        diffusion = GaussianDiffusion(schedule, net, "beta", "reconstruction")
         torch.manual_seed(1)
         if name.startswith("RePaint"):
             x = method(diffusion, x0.float().view(1, *SHAPE).expand(size, *SHAPE))

@@ -24,9 +24,10 @@ def classify(
     """Long [B]: of x0 [B, ...], the class 0..n_classes - 1 of the least bound; Bayes' rule for classes equally likely.
 
     Only sum_t weight_t ||eps_hat - eps||^2 of the bound depends on the class (README, equations 6, 8 and 12). It is estimated
-    at times drawn with probability in proportion to weight_t, which is nearly even in log snr, one from each of `trials`
-    equal parts of it in a round. All classes get the same times and noise, so that what they share cancels. After each round
-    a class is given up for a sample where it is worse than the best one by PATIENCE standard errors of their difference.
+    at times drawn with probability in proportion to weight_t alpha_bar_t, one from each of `trials` equal parts of it in a
+    round: alpha_bar_t is the error that data of unit variance would leave, so that each draw counts about the same. All
+    classes get the same times and noise, so that what they share cancels. After each round a class is given up for a sample
+    where it is worse than the best one by PATIENCE standard errors of their difference.
 
     rounds        at most, until each sample has one class left
     trials        in a round, for each sample and each class that it has left
@@ -61,10 +62,11 @@ def _check(diffusion: GaussianDiffusion, n_classes: int, rounds: int, trials: in
 
 
 def _errors(diffusion: GaussianDiffusion, x0: Tensor, alive: Tensor, trials: int, chunk_size: int, generator) -> Tensor:
-    """||eps_hat - eps||^2 / n [B, n_classes, trials] of the classes alive, nan for the others."""
+    """||eps_hat - eps||^2 / (n alpha_bar_t) [B, n_classes, trials] of the classes alive, nan for the others."""
     part = torch.arange(trials, device=x0.device).expand(len(x0), trials)
     u = (part + torch.rand(part.shape, generator=generator, device=x0.device)) / trials
-    below = _weight(diffusion).cumsum(0)
+    alpha_bar = diffusion.signal_scale**2
+    below = (_weight(diffusion) * alpha_bar).cumsum(0)
     times = torch.searchsorted(below, u * below[-1]).clamp(max=diffusion.T - 1).flatten() + 1
     samples = torch.arange(len(x0), device=x0.device).repeat_interleave(trials)
     errors = torch.full((len(samples), alive.shape[1]), math.nan, device=x0.device)
@@ -74,7 +76,7 @@ def _errors(diffusion: GaussianDiffusion, x0: Tensor, alive: Tensor, trials: int
         xt = diffusion.q_sample(x0[i], t, noise)
         row, label = alive[i].nonzero(as_tuple=True)
         eps = diffusion.predict(xt[row], t[row], {"label": label}).eps
-        error[row, label] = (eps - noise[row]).square().flatten(1).mean(1).float()
+        error[row, label] = ((eps - noise[row]).square().flatten(1).mean(1) / alpha_bar[t - 1][row]).float()
     return errors.view(len(x0), trials, -1).transpose(1, 2)
 
 
