@@ -54,25 +54,39 @@ def edit(
 # Encodings
 
 
-def encode(diffusion: GaussianDiffusion, x0: Tensor, timesteps: Times = None, condition: Condition = None) -> Tensor:
-    """x_T, of x_0's shape, from which "ddim" with the same timesteps leads back to x_0, but for an error of second order.
+def encode(
+    diffusion: GaussianDiffusion, x0: Tensor, timesteps: Times = None, clip_x0: bool = False, condition: Condition = None
+) -> Tensor:
+    """x_T, of x_0's shape, from which "ddim" with the same arguments leads back to x_0, but for an error of second order.
 
-    One call of the network a step. The step of ddim from t to s is y_s = y_t + (nu_s - nu_t) eps_hat(x_t, t), in
-    y = x / sqrt(alpha_bar) and nu = sqrt((1 - alpha_bar) / alpha_bar) (README, equation 17 with eta = 0). Its inverse has
-    x_t on both sides. Here eps_hat is asked at a guess of x_t, made with the eps_hat of the step before, which is off by the
-    square of the step; asked at x_s itself (Song et al. 2021, section 4.3), the error would be of first order.
+    One call of the network a step. In y = x / sqrt(alpha_bar) and nu = sqrt((1 - alpha_bar) / alpha_bar) the step of ddim from
+    t to s (README, equation 17 with eta = 0) is y_s = y_t + (nu_s - nu_t) eps_hat(x_t, t). Its inverse has x_t on both sides.
+    Here the network is asked at a guess of x_t, made with what it said the step before, which is off by the square of the
+    step; asked at x_s itself (Song et al. 2021, section 4.3), the error would be of first order.
     """
-    return diffusion.sample(x0.shape, _ddim_upwards, timesteps, x_T=x0, condition=condition)
+    return diffusion.sample(x0.shape, _ddim_upwards, timesteps, 0.0, clip_x0, x0, None, condition)
 
 
 def _ddim_upwards(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -> Iterator[Tensor]:
-    y, eps = x, torch.zeros_like(x)
+    y, x0, eps = x, x, torch.zeros_like(x)
     for (_, alpha_bar_s, _), (t, alpha_bar_t, _) in pairwise(reversed(levels)):
         nu_s, nu_t = (math.sqrt((1 - alpha_bar) / alpha_bar) for alpha_bar in (alpha_bar_s, alpha_bar_t))
-        guess = (y + (nu_t - nu_s) * eps) * math.sqrt(alpha_bar_t)
-        eps = (guess - math.sqrt(alpha_bar_t) * predict_x0(guess, t)) / math.sqrt(1 - alpha_bar_t)
-        y = y + (nu_t - nu_s) * eps
+        guess = _step_upwards(y, x0, eps, nu_s, nu_t)
+        x0 = predict_x0(math.sqrt(alpha_bar_t) * guess, t)
+        eps = (guess - x0) / nu_t
+        y = _step_upwards(y, x0, eps, nu_s, nu_t)
         yield math.sqrt(alpha_bar_t) * y
+
+
+def _step_upwards(y: Tensor, x0: Tensor, eps: Tensor, nu_s: float, nu_t: float) -> Tensor:
+    """y_t, with eps_hat or with x_0_hat: the same if both are of y_t itself, else with what differs less at a guess of it.
+
+    A wrong guess is passed on by (nu_t - nu_s) deps/dy, or by (nu_t - nu_s) / nu_s dx0/dy. Of data of unit variance these
+    are as nu_s nu_t to 1, so eps_hat serves where there is little noise and x_0_hat where there is much.
+    """
+    if nu_s * nu_t < 1:
+        return y + (nu_t - nu_s) * eps
+    return (nu_t * y - (nu_t - nu_s) * x0) / nu_s
 
 
 def interpolate(
@@ -92,7 +106,7 @@ def interpolate(
         raise ValueError(f"x0_b of shape {list(x0_b.shape)}: must have the shape of x0_a, {list(x0_a.shape)}")
     if count < 2:
         raise ValueError(f"count = {count}: must be at least 2, the two ends")
-    a, b = (encode(diffusion, x0, timesteps, condition) for x0 in (x0_a, x0_b))
+    a, b = (encode(diffusion, x0, timesteps, clip_x0, condition) for x0 in (x0_a, x0_b))
     shares = torch.linspace(0, 1, count).tolist()
     return torch.stack(
         [diffusion.sample(a.shape, "ddim", timesteps, 0.0, clip_x0, slerp(a, b, share), None, condition) for share in shares]

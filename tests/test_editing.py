@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from closed_form import GAUSSIAN, MIXTURE, Correlated, CorrelatedNet, OptimalNet, Textbook, smooth_images
 from torch import nn
 
-from beta_schedule import LinearSchedule
+from beta_schedule import CosineSchedule, LinearSchedule
 from editing import edit, encode, inpaint, interpolate, posterior_sample, slerp
 from gaussian_diffusion import GaussianDiffusion
 
@@ -89,6 +89,14 @@ def test_encode_then_ddim_comes_back_with_an_error_of_second_order(data):
         back = diffusion.sample(x0.shape, "ddim", x_T=encode(diffusion, x0))
         errors.append((back - x0).square().mean().sqrt().item())
     assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.3)
+
+
+@pytest.mark.parametrize("data", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
+def test_encode_comes_back_from_where_next_to_no_signal_is_left(data):
+    schedule, x0 = CosineSchedule(1000), data.sample(100)  # x_T holds 2e-9 of the variance: an error in eps grows by 2e4
+    diffusion = optimal(data, schedule)
+    x_T = encode(diffusion, x0, 200)
+    torch.testing.assert_close(diffusion.sample(x0.shape, "ddim", 200, x_T=x_T), x0, atol=0.02, rtol=0)
 
 
 def test_the_encoding_of_gaussian_data_is_that_of_the_exact_flow():
