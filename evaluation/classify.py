@@ -1,12 +1,14 @@
 """The likelihood as a classifier: the class under which x_0 has the least bound (Li et al. 2023, arXiv:2303.16203)."""
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from gaussian_diffusion import CHUNK_ROWS, GaussianDiffusion
 
+Weighting = Literal["bound", "noisy"]
 PATIENCE = 4.0  # standard errors by which a class must be worse than the best one to be given up
 
 
@@ -15,6 +17,7 @@ def classify(
     diffusion: GaussianDiffusion,
     x0: Tensor,
     n_classes: int,
+    weighting: Weighting = "bound",
     rounds: int = 16,
     trials: int = 16,
     chunk_size: int = CHUNK_ROWS,
@@ -29,13 +32,16 @@ def classify(
     classes get the same times and noise, so that what they share cancels. After each round a class is given up for a sample
     where it is worse than the best one by PATIENCE standard errors of their difference.
 
+    weighting     "bound": Bayes' rule for a network that knows the data. "noisy": weight_t (1 - alpha_bar_t), the average bound
+                  of x_0 with the noise of a random time (Kingma & Gao 2023, arXiv:2303.00848, theorem 1), for images: where
+                  there is little noise the bound weighs an error most, and a network has errors there that are its own
     rounds        at most, until each sample has one class left
     trials        in a round, for each sample and each class that it has left
     chunk_size    rows of one network call
     generator     of all draws, on x_0's device
     return_calls  also return how often the network saw each sample, long [B]
     """
-    _check(diffusion, n_classes, rounds, trials)
+    _check(diffusion, n_classes, weighting, rounds, trials)
     alive = torch.ones(len(x0), n_classes, dtype=torch.bool, device=x0.device)
     errors = torch.empty(len(x0), n_classes, 0, device=x0.device)  # nan for a class that was given up before
     with diffusion._evaluating():
@@ -44,34 +50,43 @@ def classify(
             if not undecided.any():
                 break
             more = errors.new_full((len(x0), n_classes, trials), math.nan)
-            more[undecided] = _errors(diffusion, x0[undecided], alive[undecided], trials, chunk_size, generator)
+            times = _times(diffusion, weighting, int(undecided.sum()), trials, generator)
+            more[undecided] = _errors(diffusion, x0[undecided], alive[undecided], times, chunk_size, generator)
             errors = torch.cat([errors, more], 2)
             alive[undecided] &= ~_worse(errors[undecided], alive[undecided])
     label = _means(errors, alive).argmin(1)
     return (label, errors.isfinite().sum((1, 2))) if return_calls else label
 
 
-def _check(diffusion: GaussianDiffusion, n_classes: int, rounds: int, trials: int) -> None:
+def _check(diffusion: GaussianDiffusion, n_classes: int, weighting: str, rounds: int, trials: int) -> None:
     known = getattr(diffusion.time_aware_net, "n_classes", None)
     if known is None:
         raise ValueError(f"n_classes = {n_classes}: this network has no classes")
     if not 1 <= n_classes <= known:
         raise ValueError(f"n_classes = {n_classes}: must lie in 1..{known}, the classes of the network")
+    if weighting not in get_args(Weighting):
+        raise ValueError(f"weighting = {weighting!r}: must be one of {', '.join(get_args(Weighting))}")
     if rounds < 1 or trials < 2:
         raise ValueError(f"rounds = {rounds}, trials = {trials}: must be at least 1 round of at least 2 trials")
 
 
-def _errors(diffusion: GaussianDiffusion, x0: Tensor, alive: Tensor, trials: int, chunk_size: int, generator) -> Tensor:
-    """||eps_hat - eps||^2 / (n alpha_bar_t) [B, n_classes, trials] of the classes alive, nan for the others."""
-    part = torch.arange(trials, device=x0.device).expand(len(x0), trials)
-    u = (part + torch.rand(part.shape, generator=generator, device=x0.device)) / trials
+def _times(diffusion: GaussianDiffusion, weighting: str, size: int, trials: int, generator) -> Tensor:
+    """Times [size, trials], one from each of as many parts of equal probability."""
     alpha_bar = diffusion.signal_scale**2
-    below = (_weight(diffusion) * alpha_bar).cumsum(0)
-    times = torch.searchsorted(below, u * below[-1]).clamp(max=diffusion.T - 1).flatten() + 1
+    probability = _weight(diffusion) * alpha_bar * (1 - alpha_bar if weighting == "noisy" else 1)
+    part = torch.arange(trials, device=alpha_bar.device).expand(size, trials)
+    u = (part + torch.rand(part.shape, generator=generator, device=alpha_bar.device)) / trials
+    below = probability.cumsum(0)
+    return torch.searchsorted(below, u * below[-1]).clamp(max=diffusion.T - 1) + 1
+
+
+def _errors(diffusion: GaussianDiffusion, x0: Tensor, alive: Tensor, times: Tensor, chunk_size: int, generator) -> Tensor:
+    """||eps_hat - eps||^2 / (n alpha_bar_t) [B, n_classes, trials] of the classes alive, nan for the others."""
+    trials, alpha_bar = times.shape[1], diffusion.signal_scale**2
     samples = torch.arange(len(x0), device=x0.device).repeat_interleave(trials)
     errors = torch.full((len(samples), alive.shape[1]), math.nan, device=x0.device)
     pairs = max(1, chunk_size // int(alive.sum(1).max()))  # of a sample and a time, in one call with all their classes
-    for i, t, error in zip(samples.split(pairs), times.split(pairs), errors.split(pairs), strict=True):
+    for i, t, error in zip(samples.split(pairs), times.flatten().split(pairs), errors.split(pairs), strict=True):
         noise = torch.randn(len(i), *x0.shape[1:], generator=generator, device=x0.device, dtype=x0.dtype)
         xt = diffusion.q_sample(x0[i], t, noise)
         row, label = alive[i].nonzero(as_tuple=True)

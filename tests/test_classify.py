@@ -2,7 +2,7 @@ import pytest
 import torch
 from closed_form import LabelNet, Mixture, Textbook, even_in_log_snr
 
-from evaluation.classify import _weight, classify
+from evaluation.classify import _times, _weight, classify
 from gaussian_diffusion import GaussianDiffusion
 from time_aware_module import TimeAwareMLP
 
@@ -29,6 +29,20 @@ def test_the_class_of_least_bound_is_that_of_bayes_wherever_it_is_nearly_certain
     assert sure.sum() > 100
     assert torch.equal(found[sure], label[sure])
     assert (found == label).double().mean() > 0.9
+
+
+def test_times_are_drawn_by_their_weight_and_noisy_ones_find_means_far_apart_too():
+    diffusion = model()
+    times = {weighting: _times(diffusion, weighting, 20_000, 16, None) for weighting in ("bound", "noisy")}
+    alpha_bar = SCHEDULE.alpha_bar
+    weight = _weight(diffusion).double() * alpha_bar
+    for weighting, expected in (("bound", weight), ("noisy", weight * (1 - alpha_bar))):
+        counts = torch.bincount(times[weighting].flatten(), minlength=SCHEDULE.beta.numel() + 1)[1:] / times[weighting].numel()
+        expected = expected / expected.sum()
+        assert (counts - expected).abs().max() < 5 * (expected.max() / times[weighting].numel()).sqrt()
+    found = classify(model(), (x := CLASSES.sample(300)), 3, "noisy")
+    sure = bayes(x).max(1).values > 0.9
+    assert torch.equal(found[sure], bayes(x).argmax(1)[sure])  # of means far apart it says the same
 
 
 def test_classes_that_cannot_win_are_given_up_and_the_calls_are_counted():
@@ -76,6 +90,11 @@ def test_of_the_classes_asked_for_the_last_may_be_left_out():
         (TimeAwareMLP(2, n_classes=3), {"n_classes": 4}, "n_classes = 4: must lie in 1..3"),
         (TimeAwareMLP(2, n_classes=3), {"n_classes": 0}, "n_classes = 0"),
         (TimeAwareMLP(2, n_classes=3), {"n_classes": 3, "trials": 1}, "trials = 1"),
+        (
+            TimeAwareMLP(2, n_classes=3),
+            {"n_classes": 3, "weighting": "simple"},
+            "weighting = 'simple': must be one of bound, noisy",
+        ),
         (TimeAwareMLP(2, n_classes=3), {"n_classes": 3, "rounds": 0}, "rounds = 0"),
     ],
 )
