@@ -27,7 +27,7 @@ bench: .venv/installed-bench
 gpu: .venv/installed-dev .venv/installed-bench
 	$(BIN)/python benchmarks/gpu.py
 
-gpu-quick: .venv/installed-dev .venv/installed-bench
+gpu-quick: .venv/installed-dev
 	$(BIN)/python benchmarks/gpu.py --quick
 
 .venv/installed: requirements.txt

@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --quick       # two minutes anywhere, on small networks and digits, to see that it runs
 
 Each part is a command of its own, printed before it runs. A part that fails is said to have failed on the page, with the last
-line of its error, and the others go on. Into benchmarks/results/gpu-DEVICE: JSON files, pictures, a log for each part, and
-page.md, which can be pasted into a README.
+line of its error, and the others go on; what needs a card is left out without one. Into benchmarks/results/gpu-DEVICE: JSON
+files, pictures, a log for each part, and page.md, which can be pasted into a README.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +35,12 @@ class Part(NamedTuple):
 
 
 def run(command: list[str], log: Path) -> tuple[bool, str]:
-    """Run a command, its output into log: did it succeed, and what it printed on stdout."""
+    """Run a command, its output into log, errors last: did it succeed, and what it printed on stdout."""
     print("$", shlex.join(command), flush=True)
     with open(log, "w", encoding="utf-8") as errors:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(done.stdout)
+    errors = log.read_text(encoding="utf-8", errors="replace")
+    log.write_text(f"{done.stdout}\n{errors}", encoding="utf-8")
     return done.returncode == 0, done.stdout.strip()
 
 
@@ -50,8 +51,7 @@ def last_line(log: Path) -> str:
 
 def shown(command: list[str]) -> str:
     """The command as a reader would type it."""
-    words = [str(Path(word).relative_to(ROOT)) if word.startswith(str(ROOT)) else word for word in command[1:]]
-    return shlex.join(["python", *words])
+    return shlex.join(["python", *command[1:]]).replace(f"{ROOT}/", "")
 
 
 def script(title: str, command: list[str], folder: Path, fenced: bool = False) -> Part:
@@ -60,6 +60,7 @@ def script(title: str, command: list[str], folder: Path, fenced: bool = False) -
     good, output = run(command, log)
     if not good:
         return Part(title, [f"`{shown(command)}`", "", f"Failed: `{last_line(log)}`"], True)
+    output = output.replace(f"{ROOT}/", "")  # where this machine has it
     return Part(title, [f"`{shown(command)}`", "", f"```\n{output}\n```" if fenced else output], False)
 
 
@@ -79,7 +80,7 @@ def steps_within(seconds: float, config: str, folder: Path, settings: list[str])
 
 def training(name: str, config: str, seconds: float, folder: Path, settings: list[str]) -> Part:
     """A part that trains for so many seconds and samples: its validation loss, its speed and a picture."""
-    title = f"{name}, {seconds / 60:g} minutes"
+    title = f"{name}, " + (f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds")
     try:
         steps = steps_within(seconds, config, folder, settings)
     except RuntimeError as error:
@@ -95,9 +96,40 @@ def training(name: str, config: str, seconds: float, folder: Path, settings: lis
     minutes = (time.perf_counter() - start) / 60
     shutil.copy(models / "last_gen" / "grid.png", folder / f"{name}.png")
     last = json.loads((models / "metrics.jsonl").read_text().splitlines()[-1])
+    found = {"command": shown(train), "steps": steps, "minutes": minutes, **last}
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     words = f"{steps} steps in {minutes:.1f} minutes with the sampling, {last['img_per_s']:.0f} images a second"
     lines = [f"`{shown(train)}`", "", f"{words}, validation loss {last['valid_loss']:.4g}.", "", f"![64 samples]({name}.png)"]
     return Part(title, lines, False)
+
+
+def parts(device: torch.device, quick: bool, folder: Path) -> Iterator[Part]:
+    """Run all, one after the other."""
+    python, flags = sys.executable, ["--quick"] if quick else []
+    tests = [python, "-m", "pytest", "-q", "tests/test_gpu.py"]
+    if device.type == "cuda":
+        yield script("Tests", tests, folder, fenced=True)
+    else:
+        yield Part("Tests", [f"`{shown(tests)}`", "", "Left out: they need a CUDA device."], False)
+    small = ["--iterations", "1", "--timesteps", "4", "--image-size", "8"] if quick else []
+    yield script("Settings", [python, "gaussian_diffusion.py", *small], folder, fenced=True)
+    for name in ("limit", "peers", "epoch_end"):
+        yield script(name, [python, f"benchmarks/{name}.py", *flags, "--results", str(folder)], folder)
+    if quick:
+        tiny = ["schedule.kwargs.timesteps=25", "time_aware_net.kwargs.base_channels=16", "train_cfg.sample_period=0"]
+        yield training("Digits", "configs/Digits_den.json", 5, folder, tiny)
+    else:
+        yield training("FashionMNIST", "configs/FashionMNIST_class.json", 600, folder, ["train_cfg.epochs=1000"])
+        yield training("CIFAR10", "configs/CIFAR10_den.json", 600, folder, ["train_cfg.warmup_steps=500"])
+
+
+def page(device: torch.device, quick: bool, made: list[Part]) -> str:
+    """All parts in Markdown."""
+    installed = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
+    lines = [f"# {device_name(device)}{', quick run' if quick else ''}", "", f"{time.strftime('%Y-%m-%d')}; {installed}.", ""]
+    for part in made:
+        lines += [f"## {part.title}", "", *part.lines, ""]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,31 +142,11 @@ def main(argv: list[str] | None = None) -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     folder = ROOT / "benchmarks" / "results" / f"gpu-{slug}{'-quick' if args.quick else ''}"
     folder.mkdir(parents=True, exist_ok=True)
-    python, quick = sys.executable, ["--quick"] if args.quick else []
-    parts = []
-    tests = [python, "-m", "pytest", "-q", "tests/test_gpu.py"]
-    parts.append(script("Tests", tests, folder, fenced=True))
-    small = ["--iterations", "1", "--timesteps", "4", "--image-size", "8"] if args.quick else []
-    parts.append(script("Settings", [python, "gaussian_diffusion.py", *small], folder, fenced=True))
-    for name in ("limit", "peers", "epoch_end"):
-        parts.append(script(name, [python, f"benchmarks/{name}.py", *quick, "--results", str(folder)], folder))
-    if args.quick:
-        tiny = ["schedule.kwargs.timesteps=25", "time_aware_net.kwargs.base_channels=16", "train_cfg.sample_period=0"]
-        parts.append(training("Digits", "configs/Digits_den.json", 5, folder, tiny))
-    else:
-        parts.append(training("FashionMNIST", "configs/FashionMNIST_class.json", 600, folder, ["train_cfg.epochs=1000"]))
-        parts.append(training("CIFAR10", "configs/CIFAR10_den.json", 600, folder, ["train_cfg.warmup_steps=500"]))
-    installed = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
-    page = [
-        f"# {device_name(device)}{', quick run' if args.quick else ''}",
-        "",
-        f"{time.strftime('%Y-%m-%d')}; {installed}.",
-        "",
-    ]
-    for part in parts:
-        page += [f"## {part.title}", "", *part.lines, ""]
-    (folder / "page.md").write_text("\n".join(page), encoding="utf-8")
-    failed = [part.title for part in parts if part.failed]
+    made = []
+    for part in parts(device, args.quick, folder):
+        made.append(part)
+        (folder / "page.md").write_text(page(device, args.quick, made), encoding="utf-8")  # of what there is, whatever comes
+    failed = [part.title for part in made if part.failed]
     print(f"{folder / 'page.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 

@@ -13,8 +13,9 @@ images, in the features of one classifier for all.
 Equal for all: torch's switches (TF32 on, cuDNN chooses the fastest kernels), nothing compiled, and the rule for the precision,
 train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, on a CPU the faster of bf16 and fp32.
 
-    ours        configs/FashionMNIST_fast.json through train.py's own Trainer, validation and checkpoints included. The number
-                of steps that fits into the budget is measured first, on a copy, as the learning rate falls to 0 at the end
+    ours        configs/FashionMNIST_fast.json through train.py's own Trainer, validation and checkpoints included, without its
+                pictures. The number of steps that fits into the budget is measured first, on a copy, as the learning rate
+                falls to 0 at the end
     ddp         denoising-diffusion-pytorch: its Unet of dim 16, multipliers 1, 2, 4, objective pred_v, and the loop and
                 defaults of its Trainer: batch 16, Adam, EMA 0.995 every 10 steps, horizontal flips; its DDIM
     diffusers   UNet2DModel 32, 32, 64 (attention at the lowest resolution) and the recipe of train_unconditional.py: batch
@@ -126,7 +127,13 @@ class _Waiting(Trainer):
 def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     for budget in args.budget:
         folder = FOLDER / args.name.replace("/", "_") / f"{budget:g}"
-        settings = ["train_cfg.precision=auto", "train_cfg.compile=false", *args.set, f"train_cfg.model_save_dirpath={folder}"]
+        settings = [
+            "train_cfg.precision=auto",
+            "train_cfg.compile=false",
+            "train_cfg.sample_period=0",
+            *args.set,
+            f"train_cfg.model_save_dirpath={folder}",
+        ]
         settings += ["train_cfg.epochs=1000000", f"train_cfg.seed={args.seed}"]
         probe = _Waiting(load_config(FAST, settings), args.device, overwrite=True)
         probe.folder.close()

@@ -94,6 +94,7 @@ def _child(script: str, argv: list[str], folder: str, output: str, faults: Fault
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [f"{script}.py", *argv]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     torch.set_num_threads(1)
     os.environ.update(faults.environment)
     if faults.unprivileged:

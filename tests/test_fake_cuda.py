@@ -6,6 +6,9 @@ A value that the host would wait for is an error in such a step: FakeTensorMode 
 `NoWaiting` refuses the copies that wait.
 """
 
+from collections import Counter, defaultdict
+from dataclasses import replace
+
 import pytest
 import torch
 from runs import ROOT, TINY
@@ -41,8 +44,8 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if "conv" in str(func):
-            self.convolutions.add(tree_leaves(result)[0].dtype)
+        if func in CONVOLUTIONS:
+            self.convolutions |= {leaf.dtype for leaf in tree_leaves(result) if leaf is not None}
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         devices = {tensor.device.type for tensor in tensors if tensor.ndim or func in COPIES}
         if func in COPIES and len(devices) > 1 and not (kwargs.get("non_blocking") or True in args[2:3]):
@@ -51,6 +54,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 aten = torch.ops.aten
+CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
 COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
 
 
@@ -60,6 +64,33 @@ def fake(monkeypatch, fake_cuda) -> FakeTensorMode:
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
     return FakeTensorMode()
+
+
+@torch.no_grad()
+def backward(loss: Tensor) -> None:
+    """loss.backward(), node by node: without a driver, the engine of a torch built for CUDA fails to look for streams."""
+    waiting, todo = Counter(), [loss.grad_fn]
+    while todo:  # count the nodes that give each node a gradient
+        for node, _ in todo.pop().next_functions:
+            if node is not None:
+                waiting[node] += 1
+                todo += [node] if waiting[node] == 1 else []
+    gradients, ready = defaultdict(dict), [loss.grad_fn]
+    gradients[loss.grad_fn][0] = torch.ones_like(loss)
+    while ready:
+        node = ready.pop()
+        given = gradients.pop(node, {})
+        results = node(*(given.get(i) for i in range(len(node._input_metadata))))
+        results = results if isinstance(results, tuple) else (results,)
+        for result, (following, i) in zip(results, node.next_functions, strict=False):
+            if following is None:
+                continue
+            if result is not None:
+                wanted, before = following._input_metadata[i], gradients[following].get(i)
+                result = result.sum_to_size(wanted.shape).to(wanted.dtype)  # as the engine does
+                gradients[following][i] = result if before is None else before + result
+            waiting[following] -= 1
+            ready += [following] if not waiting[following] else []
 
 
 def on_fake_cuda(module: nn.Module) -> nn.Module:
@@ -73,13 +104,14 @@ def on_fake_cuda(module: nn.Module) -> nn.Module:
     return module
 
 
-def fake_trainer(folder, mode: FakeTensorMode, *settings: str) -> train.Trainer:
+def fake_trainer(folder, mode: FakeTensorMode, precision: str, *settings: str) -> train.Trainer:
     """A tiny Trainer whose weights, averages, optimizer and counters are on a CUDA device without values."""
     path = ROOT / "configs" / "Digits_den.json"
     data = ['dataset.train.pipeline=[{"name":"RandomHorizontalFlip"}]', "dataset.valid.pipeline=[]"]
     run = train.Trainer(train.load_config(path, [*TINY, *data, f"train_cfg.model_save_dirpath={folder}", *settings]), "cpu")
     run.folder.close()
     run.device = run.ranks.device = CUDA
+    run.cfg = replace(run.cfg, precision=precision)  # not by train_cfg.precision, which would be tried on the CPU
     with mode:
         run.parallel = on_fake_cuda(run.model)
         on_fake_cuda(run.ema)
@@ -97,17 +129,11 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("more", STEPS)
+@pytest.mark.parametrize(
+    ("more", "precision"), [("adam", "fp32"), ("adam", "bf16"), ("muon", "bf16"), ("learnable", "fp32"), ("grad_accum", "bf16")]
+)
 def test_a_training_step_mixes_no_devices_and_waits_for_nothing(more, precision, tmp_path, fake, monkeypatch):
-    run = fake_trainer(tmp_path, fake, f"train_cfg.precision={precision}", *STEPS[more])
-
-    def backward(loss: Tensor) -> None:
-        """Gradients without values. Torch's engine asks for a driver; none of the backward pass is code of ours."""
-        assert loss.device == CUDA
-        for p in run.model.parameters():
-            p.grad = torch.empty_like(p)
-
+    run = fake_trainer(tmp_path, fake, precision, *STEPS[more])
     monkeypatch.setattr(Tensor, "backward", backward)
     with fake, NoWaiting() as watch:
         pixels = torch.empty(8, *run.shape, dtype=torch.uint8, device=CUDA)
@@ -140,6 +166,21 @@ def test_a_wait_in_a_step_is_seen(wait, fake):
             wait(x)
 
 
+def test_the_backward_pass_of_these_tests_is_torchs():
+    net = TimeAwareUNet(1, 8, ch_mult=(1, 2), num_res_blocks=1, attention=(False, True))
+    diffusion = GaussianDiffusion(LinearSchedule(20), net, "learnable")
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x0, t = torch.rand(4, 1, 4, 4) * 2 - 1, torch.tensor([1, 2, 10, 20])
+    gradients = []
+    for method in (Tensor.backward, backward):
+        torch.manual_seed(0)
+        diffusion.zero_grad()
+        method(diffusion.loss(x0, t).mean())
+        gradients.append([p.grad for p in diffusion.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 # Compiling
 
 
@@ -150,8 +191,7 @@ def counter() -> CompileCounter:
     return CompileCounter()
 
 
-@pytest.mark.parametrize("loss_mode", ["simple", "min_snr"])
-@pytest.mark.parametrize("reverse_variance", ["beta", "learnable"])
+@pytest.mark.parametrize(("reverse_variance", "loss_mode"), [("beta", "simple"), ("learnable", "min_snr")])
 def test_network_and_loss_are_one_graph(reverse_variance, loss_mode, counter):
     net = TimeAwareUNet(1, 8, ch_mult=(1, 2), num_res_blocks=1, attention=(False, True), dropout=0.1)
     diffusion = GaussianDiffusion(LinearSchedule(20), net, reverse_variance, loss_mode=loss_mode).to("meta")  # not the CPU's t

@@ -1,5 +1,7 @@
 """What only a GPU can show: training in every precision, exact resuming, and loops that never wait for the device."""
 
+import re
+
 import pytest
 import torch
 from runs import assert_same_state, losses, metrics, stop_at, tiny
@@ -8,8 +10,11 @@ import checkpoint
 import train
 from beta_schedule import LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
+from samplers import SAMPLERS
 from time_aware_module import TimeAwareUNet
 from training.muon import Muon
+from training.state import take_state
+from training.writer import Writer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -64,7 +69,7 @@ def no_waiting():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampling_never_waits_for_the_device(sampler, no_waiting):
     net = TimeAwareUNet(1, 32, ch_mult=(1, 2), attention=(False, True))
     diffusion = GaussianDiffusion(LinearSchedule(20, 1e-3, 0.3), net).cuda()
@@ -74,15 +79,86 @@ def test_sampling_never_waits_for_the_device(sampler, no_waiting):
     assert len(list(states)) == 19
 
 
-def test_training_never_waits_for_the_device(tmp_path, no_waiting):
-    config = train.load_config(on_gpu(tiny(tmp_path))[0])
-    trainer = train.Trainer(config, "cuda")
+def trainer_on_gpu(folder, *more: str) -> train.Trainer:
+    config, settings = tiny(folder)[0], tiny(folder, *more)[4:]
+    return train.Trainer(train.load_config(config, settings), "cuda")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_never_waits_for_the_device(precision, optimizer, tmp_path, no_waiting):
+    more = ("train_cfg.batch_size=64", f"train_cfg.precision={precision}", f"train_cfg.optimizer={optimizer}")
+    trainer = trainer_on_gpu(tmp_path, *more)
     batches = trainer.train_data.epoch(0)
     trainer.train_step(*next(batches))
     no_waiting()
     for _ in range(5):
         trainer.train_step(*next(batches))
+        trainer.meter.recent_bad_steps()
     assert trainer.step == 6
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_checkpoint_is_of_its_moment_while_steps_that_never_wait_go_on(optimizer, tmp_path, no_waiting):
+    """The copies to pinned memory are under way, and the thread writes, as the next steps change the weights."""
+    trainer = trainer_on_gpu(tmp_path, "train_cfg.batch_size=64", f"train_cfg.optimizer={optimizer}")
+    writer, batches = Writer(), trainer.train_data.epoch(0)
+    trainer.train_step(*next(batches))
+    expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    writer.save(tmp_path / "last.pth", take_state(trainer))
+    no_waiting()
+    for _ in range(20):
+        trainer.train_step(*next(batches))
+    torch.cuda.set_sync_debug_mode("default")
+    writer.wait()
+    writer.close()
+    state = checkpoint.load(tmp_path / "last.pth")
+    assert state["step"] == 1
+    assert_same_state(state["model"], {name: value.cpu() for name, value in expected.items()})
+    name = "time_aware_net.conv_in.weight"
+    assert not torch.equal(state["model"][name], trainer.model.state_dict()[name].cpu())
+
+
+def test_the_average_is_compiled_too_and_its_checkpoint_is_like_any_other(tmp_path):
+    more = ("train_cfg.precision=bf16", "train_cfg.epochs=30", "train_cfg.batch_size=64", "train_cfg.sample_period=0")
+    trainer = trainer_on_gpu(tmp_path / "a", *more, "train_cfg.compile=true")
+    assert trainer.ema.time_aware_net._compiled_call_impl is not None
+    trainer.run()
+    lines = metrics(tmp_path / "a")
+    assert lines[-1]["valid_loss"] < 0.7 * lines[0]["train_loss"]
+    ema, _ = checkpoint.load_diffusion(tmp_path / "a" / "last.pth")  # which knows nothing of compiling
+    x0 = trainer.valid_data.images.to_float(next(trainer.valid_data.epoch(0))[0])
+    with torch.no_grad():
+        plain = ema.cuda().loss(x0, 10, torch.ones_like(x0)).mean()
+        compiled = trainer.ema.loss(x0, 10, torch.ones_like(x0)).mean()
+    assert compiled.item() == pytest.approx(plain.item(), rel=0.02)
+
+
+def test_bad_steps_are_noticed_a_few_steps_late_at_the_most(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        GaussianDiffusion, "forward", lambda self, *_, **__: sum(p.sum() for p in self.parameters()) * torch.nan
+    )
+    more = ("train_cfg.epochs=100", "train_cfg.record_period=1000", "train_cfg.max_bad_steps=5", "train_cfg.batch_size=32")
+    assert train.main(on_gpu(tiny(tmp_path / "a", *more))) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert 5 <= int(re.search(r"up to step (\d+)", message)[1]) <= 20
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_step_that_overflows_in_fp16_is_skipped_and_the_scale_halved(optimizer, tmp_path, monkeypatch):
+    forward, calls = GaussianDiffusion.forward, []
+
+    def sometimes_infinite(self, *args, **kwargs):
+        calls.append(1)
+        return forward(self, *args, **kwargs) * (torch.inf if len(calls) == 2 else 2.0**-16)  # the others cannot overflow
+
+    monkeypatch.setattr(GaussianDiffusion, "forward", sometimes_infinite)
+    more = ("train_cfg.precision=fp16", f"train_cfg.optimizer={optimizer}", "train_cfg.sample_period=0")
+    assert train.main(on_gpu(tiny(tmp_path / "a", *more))) == 0
+    assert metrics(tmp_path / "a")[-1]["bad_steps"] == 1
+    state = checkpoint.load(tmp_path / "a" / "last.pth")
+    assert state["scaler"]["scale"] == 2.0**15
+    assert {moments["step"].item() for moments in state["optimizer"]["state"].values()} == {7}
 
 
 def test_the_peak_memory_of_loss_full_does_not_grow_with_T():
