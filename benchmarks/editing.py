@@ -23,8 +23,8 @@ the posterior. The row "exact" has as many exact samples: no method can be told 
 
 What 4,000 samples showed (results/editing-*.json), and why posterior_sample is moment matching, by "dpm" and 5 iterations:
 
-    moment matching  20 calls: the mean is off by 0.01 to 0.04, where exact samples are by 0.01 to 0.016, and there is 2 to 3 % too
-                     much variance, from the steps: 100 calls leave 1 % or less. With 10 iterations the mean of inpainting
+    moment matching  20 calls: the mean is off by 0.01 to 0.04, where exact samples are by 0.01 to 0.016, and there is 2 to 3 %
+                     too much variance, from the steps: 100 calls leave 1 % or less. With 10 iterations the mean of inpainting
                      is exact too; with 1 it is off by up to 0.21. By "ddim" in 20 calls 25 to 42 % of the variance is
                      lost; by "ddpm", with the reverse variance beta, there is 19 to 75 % too much
     PiGDM            the mean stays off by 0.12 to 0.31 with "dpm" (but exact for colouring without noise, where A commutes with
