@@ -81,7 +81,7 @@ def labels_of(
     if name == "all":
         if n < n_classes:
             raise Mistake(f"-n {n}: --class all needs at least one sample for each of the {n_classes} classes")
-        return labels_by_row(n_classes, n)
+        return labels_by_row(n_classes, n, max_rows=n_classes)
     number = class_names.index(name) if class_names and name in class_names else int(name) if name.isdecimal() else -1
     if not 0 <= number < n_classes:
         known = f" ({', '.join(class_names)})" if class_names else ""
@@ -157,6 +157,8 @@ def run(args: argparse.Namespace) -> None:
     if args.guidance is not None:
         guide(diffusion, state, args.guidance, args.interval, args.guide)
     if edit := edit_of(args, shape):
+        if ranks.world > 1:
+            raise Mistake(f"--{edit.kind}: is done by one process; start test.py without torchrun")
         how = {"timesteps": args.timesteps, "clip_x0": not args.no_clip}
         how |= {"sampler": sampler} if edit.kind == "from" else {}
         samples = edit.samples(diffusion, args.n, args.batch_size, args.seed, labels, **how)

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     path = ROOT / "models" / f"classifier_{name}_{args.classifier_seed}.pth"
     path.parent.mkdir(exist_ok=True)
     classifier = cached_classifier(path, images["train"], data["train"].labels, name, seed=args.classifier_seed)
-    labels, _ = labels_by_row(net.n_classes, args.n)
+    labels, _ = labels_by_row(net.n_classes, args.n, max_rows=net.n_classes)
     how = {"sampler": args.sampler, "timesteps": args.timesteps, "batch_size": args.batch_size}
     rows = []
     for weight in ("without", *args.weights):

@@ -1,7 +1,4 @@
-"""Editing as `test.py` offers it: from image files to samples that keep something of them.
-
-An edit is a function edit(diffusion, given, count, **options) -> Tensor [count, C, H, W], of images that were read from files.
-"""
+"""Editing as `test.py` offers it: from image files to samples that keep something of them (`editing.py` has the mathematics)."""
 
 from collections.abc import Iterator
 

@@ -12,7 +12,6 @@ from training.ranks import Ranks
 from training.seeds import SAMPLING, mixed_seed
 
 GIF_FRAMES = 50
-MAX_ROWS = 16  # of a picture with a row a class
 
 
 class Drawn(NamedTuple):
@@ -72,11 +71,11 @@ def draw(
     return Drawn(*(torch.cat(parts) for parts in zip(*(part for _, part in drawn), strict=True)))
 
 
-def labels_by_row(n_classes: int | None, n: int) -> tuple[Tensor | None, int | None]:
-    """Labels [n] of a picture with a row a class, of the first 16 classes, and the picture's columns; None without classes."""
+def labels_by_row(n_classes: int | None, n: int, max_rows: int = 16) -> tuple[Tensor | None, int | None]:
+    """Labels [n] of a picture with a row a class, of the first max_rows, and the picture's columns; None without classes."""
     if n_classes is None:
         return None, None
-    columns = max(1, n // min(n_classes, MAX_ROWS))
+    columns = max(1, n // min(n_classes, max_rows))
     return (torch.arange(n) // columns).clamp(max=n_classes - 1), columns
 
 

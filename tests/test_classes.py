@@ -11,6 +11,7 @@ import checkpoint
 import test as sampling
 import train
 from dataset import Digits
+from evaluation.sampling import labels_by_row
 
 CLASSES = ("time_aware_net.kwargs.n_classes=10", "dataset.train.pipeline=[]", "dataset.valid.pipeline=[]")
 CLASSES += ("train_cfg.lr=0.05", "train_cfg.warmup_steps=0", "train_cfg.ema_decay=0.5")  # so that eight steps show
@@ -171,3 +172,12 @@ def test_classes_that_are_not_the_data_sets_are_refused(settings, words, tmp_pat
     assert train.main(classes(tmp_path / "a", *settings)) == 2
     assert words in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "a").exists()
+
+
+def test_a_picture_of_all_classes_has_every_one_of_them():
+    labels, columns = labels_by_row(40, 80, max_rows=40)
+    assert columns == 2
+    assert labels.tolist() == [i // 2 for i in range(80)]
+    labels, columns = labels_by_row(40, 64)  # while training: the first sixteen
+    assert columns == 4
+    assert labels.unique().tolist() == list(range(16))

@@ -1,6 +1,7 @@
 """Checkpoints written by a thread: in order, whole, and of the moment at which they were taken."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -62,3 +63,16 @@ def test_a_state_is_of_the_moment_at_which_it_was_taken(tmp_path):
     assert all(torch.equal(state["ema"][name], weights) for name, weights in before.items())
     last = len(run.parameters) - 1
     assert not torch.equal(state["optimizer"]["state"][last]["exp_avg"], run.optimizer.state[run.parameters[last]]["exp_avg"])
+
+
+def test_the_thread_is_gone_once_it_is_closed(tmp_path):
+    """Python that ends while the thread does may abort, after hours of training."""
+
+    class Lingering(Writer):
+        def _work(self):
+            super()._work()
+            time.sleep(0.3)
+
+    writer = Lingering()
+    writer.close()
+    assert not writer.thread.is_alive()

@@ -16,7 +16,8 @@ class Writer:
     def __init__(self):
         self.jobs: queue.Queue = queue.Queue(maxsize=1)  # one waits at the most, so that memory holds few copies
         self.error: BaseException | None = None
-        threading.Thread(target=self._work, name="checkpoint writer", daemon=True).start()
+        self.thread = threading.Thread(target=self._work, name="checkpoint writer", daemon=True)
+        self.thread.start()
 
     def _work(self) -> None:
         while (job := self.jobs.get()) is not None:
@@ -30,7 +31,6 @@ class Writer:
                 self.error = error
             finally:
                 self.jobs.task_done()
-        self.jobs.task_done()
 
     def save(self, path: Path, state: Mapping) -> None:
         """Save a state, just taken, to path, soon."""
@@ -49,6 +49,6 @@ class Writer:
         self.check()
 
     def close(self) -> None:
-        """End the thread, after what it has to do."""
+        """End the thread, after what it has to do, and see it gone: the interpreter must not end while it runs."""
         self.jobs.put(None)
-        self.jobs.join()
+        self.thread.join()
