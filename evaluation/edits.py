@@ -1,4 +1,4 @@
-"""Editing as `test.py` offers it: from image files to samples that keep something of them (`editing.py` has the mathematics)."""
+"""Editing as `test.py` offers it: from image files to samples that keep something of them. `editing.py` has the mathematics."""
 
 from collections.abc import Iterator
 
