@@ -1,7 +1,6 @@
 """Editing: samples that keep something of a given x_0, or of a measurement of it.
 
     edit              noise to a part of T, and back: Meng et al. 2022 (SDEdit, arXiv:2108.01073)
-    encode            the deterministic inverse of "ddim", from x_0 to x_T
     interpolate       between two x_0, on the sphere of their encodings
     inpaint           the unknown part, given the known one: Lugmayr et al. 2022 (RePaint, arXiv:2201.09865)
     posterior_sample  x_0 given y = operator(x_0) + noise, for any linear operator: Rozet et al. 2024 (arXiv:2405.13712)
@@ -51,44 +50,6 @@ def edit(
     return diffusion.sample(x0.shape, sampler, steps, 0.0, clip_x0, xt, generator, condition)
 
 
-# Encodings
-
-
-def encode(
-    diffusion: GaussianDiffusion, x0: Tensor, timesteps: Times = None, clip_x0: bool = False, condition: Condition = None
-) -> Tensor:
-    """x_T, of x_0's shape, from which "ddim" with the same arguments leads back to x_0, but for an error of second order.
-
-    One call of the network a step. In y = x / sqrt(alpha_bar) and nu = sqrt((1 - alpha_bar) / alpha_bar) the step of ddim from
-    t to s (README, equation 17 with eta = 0) is y_s = y_t + (nu_s - nu_t) eps_hat(x_t, t). Its inverse has x_t on both sides.
-    Here the network is asked at a guess of x_t, made with what it said the step before, which is off by the square of the
-    step; asked at x_s itself (Song et al. 2021, section 4.3), the error would be of first order.
-    """
-    return diffusion.sample(x0.shape, _ddim_upwards, timesteps, 0.0, clip_x0, x0, None, condition)
-
-
-def _ddim_upwards(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -> Iterator[Tensor]:
-    y, x0, eps = x, x, torch.zeros_like(x)
-    for (_, alpha_bar_s, _), (t, alpha_bar_t, _) in pairwise(reversed(levels)):
-        nu_s, nu_t = (math.sqrt((1 - alpha_bar) / alpha_bar) for alpha_bar in (alpha_bar_s, alpha_bar_t))
-        guess = _step_upwards(y, x0, eps, nu_s, nu_t)
-        x0 = predict_x0(math.sqrt(alpha_bar_t) * guess, t)
-        eps = (guess - x0) / nu_t
-        y = _step_upwards(y, x0, eps, nu_s, nu_t)
-        yield math.sqrt(alpha_bar_t) * y
-
-
-def _step_upwards(y: Tensor, x0: Tensor, eps: Tensor, nu_s: float, nu_t: float) -> Tensor:
-    """y_t, with eps_hat or with x_0_hat: the same if both are of y_t itself, else with what differs less at a guess of it.
-
-    A wrong guess is passed on by (nu_t - nu_s) deps/dy, or by (nu_t - nu_s) / nu_s dx0/dy. Of data of unit variance these
-    are as nu_s nu_t to 1, so eps_hat serves where there is little noise and x_0_hat where there is much.
-    """
-    if nu_s * nu_t < 1:
-        return y + (nu_t - nu_s) * eps
-    return (nu_t * y - (nu_t - nu_s) * x0) / nu_s
-
-
 def interpolate(
     diffusion: GaussianDiffusion,
     x0_a: Tensor,
@@ -106,7 +67,7 @@ def interpolate(
         raise ValueError(f"x0_b of shape {list(x0_b.shape)}: must have the shape of x0_a, {list(x0_a.shape)}")
     if count < 2:
         raise ValueError(f"count = {count}: must be at least 2, the two ends")
-    a, b = (encode(diffusion, x0, timesteps, clip_x0, condition) for x0 in (x0_a, x0_b))
+    a, b = (diffusion.encode(x0, timesteps, clip_x0, condition) for x0 in (x0_a, x0_b))
     shares = torch.linspace(0, 1, count).tolist()
     return torch.stack(
         [diffusion.sample(a.shape, "ddim", timesteps, 0.0, clip_x0, slerp(a, b, share), None, condition) for share in shares]

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from samplers import SAMPLERS, Level, Sampler, even_in_time
+from classify import classify
+from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
 CHUNK_ROWS = 128  # rows of one network call in the sums over t, unless the caller gives a chunk size
@@ -532,6 +533,15 @@ class GaussianDiffusion(nn.Module):
             for level, x in zip(levels[1:], states, strict=True):
                 yield level.t, x
 
+    def encode(
+        self, x0: Tensor, timesteps: int | Sequence[int] | None = None, clip_x0: bool = False, condition: Condition = None
+    ) -> Tensor:
+        """x_T, of x_0's shape, from which "ddim" with the same arguments leads back to x_0: samplers.ddim_upwards.
+
+        One call of the network a step. The error falls with the square of the number of steps.
+        """
+        return self.sample(x0.shape, ddim_upwards, timesteps, 0.0, clip_x0, x0, None, condition)
+
     def steps(self, timesteps: int | Sequence[int] | None, sampler: str | Sampler = "ddpm") -> list[int]:
         """The times that a sampler visits, descending; ValueError for times that are not in 1..T, or not descending.
 
@@ -577,6 +587,8 @@ class GaussianDiffusion(nn.Module):
             return self.x0_error.cpu().double()
         excess = self.log_sigma_square.detach().cpu().double().exp() - self.sigma_bar_square.cpu().double()
         return excess / self.mu_bar_from_x0.cpu().double() ** 2
+
+    classify = classify  # the class of the least bound
 
 
 def _sampler(sampler: str | Sampler) -> Sampler:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from closed_form import LabelNet, Mixture, Textbook, even_in_log_snr
 
-from evaluation.classify import _times, _weight, classify
+from classify import _times, _weight
 from gaussian_diffusion import GaussianDiffusion
 from time_aware_module import TimeAwareMLP
 
@@ -23,7 +23,7 @@ def bayes(x):
 def test_the_class_of_least_bound_is_that_of_bayes_wherever_it_is_nearly_certain(reverse_variance):
     x = CLASSES.sample(300)
     probability, label = bayes(x).max(1)
-    found = classify(model(reverse_variance), x, 3)
+    found = model(reverse_variance).classify(x, 3)
     assert found.dtype == torch.long
     sure = probability > 0.9
     assert sure.sum() > 100
@@ -40,14 +40,14 @@ def test_times_are_drawn_by_their_weight_and_noisy_ones_find_means_far_apart_too
         counts = torch.bincount(times[weighting].flatten(), minlength=SCHEDULE.beta.numel() + 1)[1:] / times[weighting].numel()
         expected = expected / expected.sum()
         assert (counts - expected).abs().max() < 5 * (expected.max() / times[weighting].numel()).sqrt()
-    found = classify(model(), (x := CLASSES.sample(300)), 3, "noisy")
+    found = model().classify((x := CLASSES.sample(300)), 3, "noisy")
     sure = bayes(x).max(1).values > 0.9
     assert torch.equal(found[sure], bayes(x).argmax(1)[sure])  # of means far apart it says the same
 
 
 def test_classes_that_cannot_win_are_given_up_and_the_calls_are_counted():
     diffusion, x = model(), CLASSES.sample(100)
-    _, calls = classify(diffusion, x, 3, return_calls=True)
+    _, calls = diffusion.classify(x, 3, return_calls=True)
     assert calls.sum() == sum(diffusion.time_aware_net.rows)
     assert calls.min() < 16 * 16 * 3 / 4
     sure = bayes(x).max(1).values > 0.99
@@ -58,8 +58,8 @@ def test_classes_that_cannot_win_are_given_up_and_the_calls_are_counted():
 def test_the_samples_of_a_batch_do_not_change_each_others_class():
     x = CLASSES.sample(500)
     x = x[bayes(x).max(1).values > 0.99][:20]
-    whole = classify(model(), x, 3, chunk_size=1000)
-    parts = torch.cat([classify(model(), part, 3, chunk_size=20) for part in x.split(7)])
+    whole = model().classify(x, 3, chunk_size=1000)
+    parts = torch.cat([model().classify(part, 3, chunk_size=20) for part in x.split(7)])
     assert torch.equal(whole, parts)
 
 
@@ -73,14 +73,14 @@ def test_the_weights_are_those_of_the_bound(reverse_variance):
 
 def test_the_same_seed_gives_the_same_classes_and_calls():
     x = CLASSES.sample(50)
-    first, again = (classify(model(), x, 3, generator=torch.Generator().manual_seed(1), return_calls=True) for _ in range(2))
+    first, again = (model().classify(x, 3, generator=torch.Generator().manual_seed(1), return_calls=True) for _ in range(2))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
 
 
 def test_of_the_classes_asked_for_the_last_may_be_left_out():
-    assert classify(model(), CLASSES.sample(50), 2).max() <= 1
-    assert classify(model(), CLASSES.sample(4), 1).tolist() == [0] * 4
+    assert model().classify(CLASSES.sample(50), 2).max() <= 1
+    assert model().classify(CLASSES.sample(4), 1).tolist() == [0] * 4
 
 
 @pytest.mark.parametrize(
@@ -100,4 +100,4 @@ def test_of_the_classes_asked_for_the_last_may_be_left_out():
 )
 def test_a_bad_argument_is_refused(net, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        classify(GaussianDiffusion(SCHEDULE, net), torch.zeros(2, 2), **kwargs)
+        GaussianDiffusion(SCHEDULE, net).classify(torch.zeros(2, 2), **kwargs)

@@ -8,7 +8,7 @@ from closed_form import GAUSSIAN, MIXTURE, Correlated, CorrelatedNet, OptimalNet
 from torch import nn
 
 from beta_schedule import CosineSchedule, LinearSchedule
-from editing import edit, encode, inpaint, interpolate, posterior_sample, slerp
+from editing import edit, inpaint, interpolate, posterior_sample, slerp
 from gaussian_diffusion import GaussianDiffusion
 
 SCHEDULE = LinearSchedule(1000)
@@ -86,7 +86,7 @@ def test_encode_then_ddim_comes_back_with_an_error_of_second_order(data):
     for steps in (100, 200, 400):
         schedule = LinearSchedule(steps, 0.1 / steps, 12 / steps)  # also the first step shrinks
         diffusion = optimal(data, schedule)
-        back = diffusion.sample(x0.shape, "ddim", x_T=encode(diffusion, x0))
+        back = diffusion.sample(x0.shape, "ddim", x_T=diffusion.encode(x0))
         errors.append((back - x0).square().mean().sqrt().item())
     assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.3)
 
@@ -96,7 +96,7 @@ def test_encode_comes_back_from_where_next_to_no_signal_is_left(data):
     schedule, x0 = CosineSchedule(1000), data.sample(200)  # x_T holds 2e-9 of the variance: an error in eps grows by 2e4
     diffusion, errors = optimal(data, schedule), []
     for steps in (50, 200):
-        back = diffusion.sample(x0.shape, "ddim", steps, x_T=encode(diffusion, x0, steps))
+        back = diffusion.sample(x0.shape, "ddim", steps, x_T=diffusion.encode(x0, steps))
         errors.append((back - x0).square().mean().sqrt().item())
     assert errors[1] < 0.001
     assert math.log2(errors[0] / errors[1]) / 2 == pytest.approx(2, abs=0.3)
@@ -110,7 +110,7 @@ def test_the_encoding_of_gaussian_data_is_that_of_the_exact_flow():
         alpha_bar = schedule.alpha_bar[-1].item()
         spread = math.sqrt((alpha_bar * variance + 1 - alpha_bar) / variance)
         exact = math.sqrt(alpha_bar) * mean + spread * (x0 - mean)
-        errors.append((encode(optimal(GAUSSIAN, schedule), x0) - exact).square().mean().sqrt().item())
+        errors.append((optimal(GAUSSIAN, schedule).encode(x0) - exact).square().mean().sqrt().item())
     assert math.log2(errors[1] / errors[2]) == pytest.approx(1, abs=0.2)  # as ddim's own
 
 
@@ -272,7 +272,7 @@ def test_gradients_stay_off_outside_and_the_network_gets_its_condition():
     options = {"timesteps": 4, "condition": {"label": "a"}}
     made = [
         edit(diffusion, x0, 0.5, **options),
-        encode(diffusion, x0, **options),
+        diffusion.encode(x0, **options),
         interpolate(diffusion, x0 + 1, x0 - 0.3, 3, **options),
         inpaint(diffusion, x0, MASK, **options),
         posterior_sample(diffusion, x0, lambda x: x, 0.1, x0.shape, **options),

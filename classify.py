@@ -1,12 +1,13 @@
-"""The likelihood as a classifier: the class under which x_0 has the least bound (Li et al. 2023, arXiv:2303.16203)."""
+"""The likelihood as a classifier: the class under which x_0 has the least bound (Li et al. 2023, arXiv:2303.16203).
+
+label = diffusion.classify(x0, n_classes)      # this function is a method of GaussianDiffusion
+"""
 
 import math
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
-
-from gaussian_diffusion import CHUNK_ROWS, GaussianDiffusion
+from torch import Tensor, nn
 
 Weighting = Literal["bound", "noisy"]
 PATIENCE = 4.0  # standard errors by which a class must be worse than the best one to be given up
@@ -14,13 +15,13 @@ PATIENCE = 4.0  # standard errors by which a class must be worse than the best o
 
 @torch.no_grad()
 def classify(
-    diffusion: GaussianDiffusion,
+    diffusion: nn.Module,
     x0: Tensor,
     n_classes: int,
     weighting: Weighting = "bound",
     rounds: int = 16,
     trials: int = 16,
-    chunk_size: int = CHUNK_ROWS,
+    chunk_size: int = 128,
     generator: torch.Generator | None = None,
     return_calls: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -58,8 +59,8 @@ def classify(
     return (label, errors.isfinite().sum((1, 2))) if return_calls else label
 
 
-def _check(diffusion: GaussianDiffusion, n_classes: int, weighting: str, rounds: int, trials: int) -> None:
-    known = getattr(diffusion.time_aware_net, "n_classes", None)
+def _check(diffusion: nn.Module, n_classes: int, weighting: str, rounds: int, trials: int) -> None:
+    known = getattr(diffusion.time_aware_net, "n_classes", n_classes)  # a network of your own need not say
     if known is None:
         raise ValueError(f"n_classes = {n_classes}: this network has no classes")
     if not 1 <= n_classes <= known:
@@ -70,7 +71,7 @@ def _check(diffusion: GaussianDiffusion, n_classes: int, weighting: str, rounds:
         raise ValueError(f"rounds = {rounds}, trials = {trials}: must be at least 1 round of at least 2 trials")
 
 
-def _times(diffusion: GaussianDiffusion, weighting: str, size: int, trials: int, generator) -> Tensor:
+def _times(diffusion: nn.Module, weighting: str, size: int, trials: int, generator) -> Tensor:
     """Times [size, trials], one from each of as many parts of equal probability."""
     alpha_bar = diffusion.signal_scale**2
     probability = _weight(diffusion) * alpha_bar * (1 - alpha_bar if weighting == "noisy" else 1)
@@ -80,7 +81,7 @@ def _times(diffusion: GaussianDiffusion, weighting: str, size: int, trials: int,
     return torch.searchsorted(below, u * below[-1]).clamp(max=diffusion.T - 1) + 1
 
 
-def _errors(diffusion: GaussianDiffusion, x0: Tensor, alive: Tensor, times: Tensor, chunk_size: int, generator) -> Tensor:
+def _errors(diffusion: nn.Module, x0: Tensor, alive: Tensor, times: Tensor, chunk_size: int, generator) -> Tensor:
     """||eps_hat - eps||^2 / (n alpha_bar_t) [B, n_classes, trials] of the classes alive, nan for the others."""
     trials, alpha_bar = times.shape[1], diffusion.signal_scale**2
     samples = torch.arange(len(x0), device=x0.device).repeat_interleave(trials)
@@ -95,7 +96,7 @@ def _errors(diffusion: GaussianDiffusion, x0: Tensor, alive: Tensor, times: Tens
     return errors.view(len(x0), trials, -1).transpose(1, 2)
 
 
-def _weight(diffusion: GaussianDiffusion) -> Tensor:
+def _weight(diffusion: nn.Module) -> Tensor:
     """Of ||eps_hat - eps||^2 / n in the bound per dimension, [T]: ||mu - mu_bar||^2 / (2 sigma^2), with mu's share of eps."""
     mu_from_eps = diffusion.mu_bar_from_x0 * diffusion.noise_scale / diffusion.signal_scale
     return mu_from_eps**2 / (2 * diffusion.sigma_square)
