@@ -1,13 +1,13 @@
 """The 17 grey levels of the digits as numbers and as symbols: bits per dimension and samples for the same core-minutes.
 
-    python benchmarks/discrete.py                       # 8 core-minutes of training each; draws samples/discrete*.png
+    python benchmarks/discrete.py                       # 5 core-minutes of training each; draws samples/discrete*.png
     python benchmarks/discrete.py --minutes 2 --only gaussian-numbers absorbing
     python benchmarks/discrete.py --quick
 
 Every row has the U-Net of configs/Digits_d3pm.json, but for its first and last convolution, and as many steps as the minutes
 hold at its own speed. The bound is of the probability of the 17 levels for all: of numbers by equation 13 of Ho et al. 2020
 with 17 levels for 256, after the reverse variance is fitted on training images. It is measured on the 180 images of the valid
-split, at --bound-timesteps of the 1000 timesteps (unbiased); its standard error is that of the mean over the images.
+split, at --bound-timesteps of the timesteps (unbiased); its standard error is that of the mean over the images.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from evaluation.pictures import grid, save_png
 from train import Trainer
 
 LEVELS = 17
-COSINE = {"name": "CosineSchedule", "kwargs": {"timesteps": 1000}}
-WALK = {"name": "LinearSchedule", "kwargs": {"timesteps": 1000, "start": 0.002, "end": 0.02}}
+COSINE = {"name": "CosineSchedule", "kwargs": {}}
+WALK = {"name": "LinearSchedule", "kwargs": {"start": 0.002, "end": 0.02}}
 BOUND, HYBRID = {"loss_mode": "bound"}, {"loss_mode": "hybrid"}
 # name: schedule, section diffusion, logits of the network
 SETTINGS = {
@@ -45,11 +45,12 @@ SETTINGS = {
 TRAJECTORIES = ("uniform", "absorbing", "gaussian")
 
 
-def config_of(name: str, folder: str) -> dict:
+def config_of(name: str, folder: str, timesteps: int) -> dict:
     """The resolved config of a setting."""
     config = load_config(ROOT / "configs" / "Digits_den.json", [f"train_cfg.model_save_dirpath={folder}/{name}"])
     schedule, diffusion, logits = SETTINGS[name]
-    config = copy.deepcopy(config) | {"schedule": schedule, "diffusion": diffusion}
+    config = copy.deepcopy(config | {"schedule": schedule, "diffusion": diffusion})
+    config["schedule"]["kwargs"]["timesteps"] = timesteps
     if logits:
         config["diffusion"] = {"name": "DiscreteDiffusion", "n_levels": LEVELS, **diffusion}
         config["time_aware_net"]["kwargs"] |= {"n_levels": LEVELS, "logits": logits}
@@ -74,7 +75,7 @@ def steps_in(config: dict, minutes: float) -> int:
 
 def trained(name: str, args: argparse.Namespace, folder: str) -> tuple[torch.nn.Module, int]:
     """The averaged model of a setting after --minutes, and its number of steps."""
-    config = config_of(name, folder)
+    config = config_of(name, folder, args.timesteps)
     steps = steps_in(config, args.minutes)
     config["train_cfg"] |= {"max_steps": steps}
     trainer = Trainer(config, "cpu")
@@ -100,24 +101,25 @@ def samples(model: torch.nn.Module, count: int, frames: int) -> tuple[Tensor, Te
     strip = []
     for i, (_, x) in enumerate(model.trajectory((count, 1, 8, 8), generator=generator, clip_x0=True)):
         if i in shown:
-            strip.append(to_values(x[:1], model.n_levels))
-    return to_values(x, model.n_levels), torch.cat(strip)
+            strip.append(model.values_of(x[:1]))
+    return model.values_of(x), torch.cat(strip)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = options("Digits as numbers and as symbols.", threads=1, network="small", batch_size=32)
-    parser.add_argument("--minutes", type=float, default=8.0, help="of one core, for training each")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of one core, for training each")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--timesteps", type=int, default=1000, help="T")
     parser.add_argument("--bound-timesteps", type=int, default=200)
     parser.add_argument("--fit-images", type=int, default=64)
     parser.add_argument("--pictures", default=str(ROOT / "samples"), help="folder of discrete.png, discrete_trajectories.png")
     args = parser.parse_args(argv)
     if args.quick:
-        args.minutes, args.bound_timesteps, args.fit_images = 0.05, 4, 2
+        args.minutes, args.timesteps, args.bound_timesteps, args.fit_images = 0.02, 20, 4, 2
     torch.set_num_threads(args.threads)
     rows, sheets, strips = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(args.only[0], folder)
+        config = config_of(args.only[0], folder, args.timesteps)
         train, valid = (build_dataset(config, split) for split in ("train", "valid"))
         train, valid = (torch.stack([images[i] for i in range(len(images))]) for images in (train, valid))
         train, valid = (to_values(to_symbols(x, LEVELS), LEVELS) for x in (train, valid))

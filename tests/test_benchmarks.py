@@ -12,6 +12,7 @@ from torch import nn
 
 sys.path.append(str(ROOT / "benchmarks"))
 import common
+import discrete
 import epoch_end
 import gpu
 import race
@@ -109,3 +110,13 @@ def test_results_of_a_quick_run_have_a_file_of_their_own(tmp_path):
     result = json.loads(path.read_text())
     assert result["tables"] == {"A table": [{"a": 1.0}]}
     assert result["device"] == common.device_name(CPU)
+
+
+def test_symbols_are_compared_and_drawn(tmp_path):
+    few = ["--only", "gaussian-numbers", "absorbing", "--pictures", str(tmp_path), "--results", str(tmp_path)]
+    discrete.main(["--quick", *few])
+    (result,) = tmp_path.glob("discrete-*-quick.json")
+    rows = json.loads(result.read_text())["tables"]["Digits, 17 levels"]
+    assert [row["setting"] for row in rows] == ["gaussian-numbers", "absorbing"]
+    assert all(1 < row["bits per dimension"] < 17 for row in rows)  # log2(17) is 4.1; after a second of training
+    assert {path.name for path in tmp_path.glob("*.png")} == {"discrete.png", "discrete_trajectories.png"}
