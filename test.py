@@ -19,11 +19,13 @@ import math
 import sys
 from pathlib import Path
 from types import FunctionType
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from checkpoint import MAX_VALUES, load_diffusion, save
+from classify import Weighting
 from config import check_shape, find
 from evaluation.edits import EDITS, Edit
 from evaluation.metrics import METRICS, Evaluation
@@ -164,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
         samples = edit.samples(diffusion, args.n, args.batch_size, args.seed, labels, **how)
         save_edited(path.with_name(f"{path.stem}_{edit.kind}"), edit.picture(), samples)
         return
-    names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "features", "classifier")
+    names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
     how = {name: getattr(args, name) for name in names}
     evaluation = Evaluation(diffusion, state["config"], ranks, **how, guided=args.guidance is not None)
     metrics = {name: find(name, METRICS, object, "--metrics")(evaluation) for name in args.metrics}
@@ -234,8 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--metrics", nargs="+", default=[], help=f"{', '.join(METRICS)}, or a class of your own as my_file.MyMetric"
     )
-    parser.add_argument("--bpd-images", type=int, default=1000, help="images of the valid split for bpd")
+    parser.add_argument("--bpd-images", type=int, default=1000, help="images of the valid split for bpd and accuracy")
     parser.add_argument("--bpd-timesteps", type=int, help="timesteps of each that are evaluated, unbiased; by default all T")
+    parser.add_argument("--weighting", default="bound", choices=get_args(Weighting), help="of accuracy: noisy suits images")
     parser.add_argument("--features", default="classifier", choices=["classifier", "inception"], help="what fd is taken in")
     parser.add_argument("--classifier", help="its file, by default models/classifier_DATASET.pth")
     parser.add_argument(

@@ -21,18 +21,7 @@ square root of the posterior's total variance. `spread`: the samples' total vari
 distance of the covariance over the norm of the exact one. `misfit`: root mean square of y - A x_0 of the samples, less that of
 the posterior. The row "exact" has as many exact samples: no method can be told from the posterior below that.
 
-What 4,000 samples showed (results/editing-*.json), and why posterior_sample is moment matching, by "dpm" and 5 iterations:
-
-    moment matching  20 calls: the mean is off by 0.01 to 0.04, where exact samples are by 0.01 to 0.016, and there is 2 to 3 %
-                     too much variance, from the steps: 100 calls leave 1 % or less. With 10 iterations the mean of inpainting
-                     is exact too; with 1 it is off by up to 0.21. By "ddim" in 20 calls 25 to 42 % of the variance is
-                     lost; by "ddpm", with the reverse variance beta, there is 19 to 75 % too much
-    PiGDM            the mean stays off by 0.12 to 0.31 with "dpm" (but exact for colouring without noise, where A commutes with
-                     the covariance), by 0.02 to 0.18 with ddim of eta 1, which has 14 to 21 % too little variance at 100 calls
-    DDNM             inpainting: the mean off by 0.21 to 0.27 at any number of calls, because the unknown pixels do not hear of
-                     the known ones in a call, and with "dpm" 22 to 27 % too much variance. Super-resolution: 0.09 to 0.15.
-                     Colouring: nearly exact, for the reason above
-    RePaint          the mean off by 0.19 without resampling, at 100 steps; 0.035 with 10 (1,000 calls), 0.020 with 50 (5,000)
+benchmarks/README.md has the figures, and what follows from them.
 """
 
 import argparse

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from classify import Weighting
 from config import build_dataset
 from evaluation.features import (
     InceptionFeatures,
@@ -208,6 +209,7 @@ class Evaluation:
     seed: int = 0
     bpd_images: int = 1000  # of the valid split
     bpd_timesteps: int | None = None
+    weighting: Weighting = "bound"  # by which classes are told apart
     features: str = "classifier"  # or "inception"
     classifier: str | None = None  # its file; None for models/classifier_DATASET.pth
     guided: bool = False  # are the samples drawn with guidance?
@@ -294,4 +296,39 @@ class FrechetDistance:
         return f"Fréchet distance    {found['distance']:.4f} {what}, in the features of the {found['features']}"
 
 
-METRICS = {"bpd": BitsPerDimension, "fd": FrechetDistance}
+class Accuracy:
+    """How many images of the valid split the bound classes rightly (classify.py)."""
+
+    uses_model = True
+
+    def __init__(self, evaluation: Evaluation):
+        """Refuse what cannot be measured, before the first network call."""
+        self.evaluation, diffusion = evaluation, evaluation.diffusion
+        if evaluation.guided:
+            raise Mistake("--metrics accuracy: a guided network belongs to no density, so it has no likelihood")
+        if diffusion.n_levels:
+            raise Mistake("--metrics accuracy: this checkpoint is of symbols, and classes are told apart by numbers only")
+        if getattr(diffusion.time_aware_net, "n_classes", None) is None:
+            raise Mistake("--metrics accuracy: this network has no classes")
+        build_dataset(evaluation.config, "valid")
+
+    def measure(self) -> dict[str, Any]:
+        e, found = self.evaluation, []
+        for i, (x0, condition) in enumerate(e.images("valid", e.bpd_images)):
+            generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, e.seed, e.ranks.rank, i))
+            how = {"weighting": e.weighting, "generator": generator, "return_calls": True}
+            label, calls = e.diffusion.classify(x0, e.diffusion.time_aware_net.n_classes, **how)
+            found.append(torch.stack([label == condition["label"], calls]).double().cpu())
+        right, calls = torch.cat(e.ranks.gather(found), dim=1)
+        accuracy, images = right.mean().item(), len(right)
+        error = (accuracy * (1 - accuracy) / images) ** 0.5
+        how = {"images": images, "weighting": e.weighting, "calls": calls.mean().item()}
+        return {"accuracy": accuracy, "standard_error": error, **how}
+
+    @staticmethod
+    def describe(found: dict[str, Any]) -> str:
+        shares = f"{100 * found['accuracy']:.1f} % +- {100 * found['standard_error']:.1f} % of {found['images']} valid images"
+        return f"classified rightly  {shares}, with {found['calls']:.0f} network calls each (weighting {found['weighting']!r})"
+
+
+METRICS = {"bpd": BitsPerDimension, "fd": FrechetDistance, "accuracy": Accuracy}

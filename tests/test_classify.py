@@ -1,10 +1,16 @@
+import dataclasses
+
 import pytest
 import torch
 from closed_form import LabelNet, Mixture, Textbook, even_in_log_snr
 
+import evaluation.metrics
 from classify import _times, _weight
+from evaluation.metrics import Accuracy, Evaluation
 from gaussian_diffusion import GaussianDiffusion
+from mistakes import Mistake
 from time_aware_module import TimeAwareMLP
+from training.ranks import Ranks
 
 CLASSES = Mixture([1 / 3] * 3, [[-1.0, 0.5], [0.8, -0.4], [0.3, 0.6]], [0.1, 0.2, 0.3])
 SCHEDULE = even_in_log_snr(300)
@@ -101,3 +107,27 @@ def test_of_the_classes_asked_for_the_last_may_be_left_out():
 def test_a_bad_argument_is_refused(net, kwargs, message):
     with pytest.raises(ValueError, match=message):
         GaussianDiffusion(SCHEDULE, net).classify(torch.zeros(2, 2), **kwargs)
+
+
+class OfTheMixture(Evaluation):
+    """Measures samples of CLASSES in the place of images of files."""
+
+    def images(self, split, count):
+        torch.manual_seed(3)
+        self.label = torch.randint(3, (count,))
+        each = [CLASSES.components()[i].sample(1) for i in self.label.tolist()]
+        self.x0 = torch.cat(each)
+        yield from zip(self.x0.split(100), ({"label": label} for label in self.label.split(100)), strict=True)
+
+
+def test_the_metric_accuracy_is_that_of_bayes_rule(monkeypatch):
+    monkeypatch.setattr(evaluation.metrics, "build_dataset", lambda config, split: None)
+    measured = OfTheMixture(model(), {}, Ranks("cpu", alone=True), n=0, bpd_images=400)
+    found = Accuracy(measured).measure()
+    best = (bayes(measured.x0).argmax(1) == measured.label).double().mean().item()
+    assert 0.5 < best < 0.99
+    assert abs(found["accuracy"] - best) < 0.03
+    assert found["standard_error"] == pytest.approx((found["accuracy"] * (1 - found["accuracy"]) / 400) ** 0.5)
+    assert 3 * 16 <= found["calls"] < 3 * 16 * 16
+    with pytest.raises(Mistake, match="a guided network belongs to no density"):
+        Accuracy(dataclasses.replace(measured, guided=True))

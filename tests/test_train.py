@@ -424,6 +424,7 @@ def test_metrics_are_printed_and_written_with_their_settings_and_the_fitted_vari
     [
         (["-n", "8", "--metrics", "bpd", "fd"], "-n = 8: the Fréchet distance needs at least 129"),
         (["-n", "200", "--metrics", "bpd", "fd", "--classifier", "none.pth"], "[1617, 1, 4, 4]; must be uint8 [N, C, H, W]"),
+        (["--metrics", "accuracy"], "--metrics accuracy: this network has no classes"),
         (["--metrics", "bpd", "--bpd-timesteps", "20"], "--bpd-timesteps = 20: must lie in 1..19"),
         (["--metrics", "fid"], "--metrics = \"fid\": unknown; did you mean 'fd'?"),
         (["--sampler", "dpmm"], "--sampler = \"dpmm\": unknown; did you mean 'dpm'?"),
