@@ -4,9 +4,9 @@
     python benchmarks/classes.py models/FashionMNIST_class/last.pth --weights 1 2 -n 500 --classify 0
 
 Guidance: for each weight of the classifier-free one, -n samples, as many of each class, are classed by a classifier of the data
-that the training has not seen. Their Fréchet distance to the valid images is taken in its features: of all classes together, and
-of each class by itself (mean and largest), if there are enough samples of one. The row "without" draws without a class: its
-distance is that of the network as an unconditional one, and beside the distances of a class stands that of as many of its samples.
+that the training has not seen. Their Fréchet distance to the valid images is taken in its features: of all classes together,
+and of each class by itself (mean and largest), if there are enough samples of one. The row "without" draws without a class: its
+distance is that of the network as an unconditional one; in the place of a class stand as many of its samples.
 
 The bound as a classifier: the share of --classify valid images that it puts into their class, against the network calls, which
 the number of rounds limits, for both weightings (classify.py).
