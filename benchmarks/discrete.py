@@ -29,12 +29,14 @@ from train import Trainer
 
 LEVELS = 17
 COSINE = {"name": "CosineSchedule", "kwargs": {}}
+COARSE = {"name": "LinearSchedule", "kwargs": {"start": 0.001, "end": 0.02}}  # sigma_1 is a quarter of the levels' distance
 WALK = {"name": "LinearSchedule", "kwargs": {"start": 0.002, "end": 0.02}}
 BOUND, HYBRID = {"loss_mode": "bound"}, {"loss_mode": "hybrid"}
 # name: schedule, section diffusion, logits of the network
 SETTINGS = {
     "gaussian-numbers": (COSINE, {"prediction": "denoising"}, None),
     "gaussian-numbers-x0": (COSINE, {"prediction": "reconstruction"}, None),
+    "gaussian-numbers-coarse": (COARSE, {"prediction": "denoising"}, None),
     "uniform": (COSINE, {"transition": "uniform", **BOUND}, "free"),
     "absorbing": (COSINE, {"transition": "absorbing", **BOUND}, "free"),
     "absorbing-logistic": (COSINE, {"transition": "absorbing", **BOUND}, "logistic"),
