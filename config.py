@@ -79,6 +79,12 @@ class TrainConfig:
     save_minutes: Annotated[float, Range(ge=0)] = 5.0  # minutes between saves of last.pth and best.pth, 0: after each epoch
     sample_period: Annotated[int, Range(ge=0)] = 1  # epochs between pictures of samples, 0 for none
     sample_timesteps: Annotated[int, Range(ge=1)] = 20  # network calls of such a picture (DPM-Solver++)
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # that get what metrics.jsonl gets, and the pictures
+    metric_period: Annotated[int, Range(ge=0)] = 0  # epochs between measurements of the averaged weights, 0 for none
+    metrics: tuple[str, ...] = ("fd", "bpd")  # that are taken then: as test.py --metrics; best_fd.pth has the least distance
+    metric_samples: Annotated[int, Range(ge=1)] = 500  # images in them: drawn in sample_timesteps, and of the valid split
+    metric_features: Literal["classifier", "inception"] = "classifier"  # that fd is taken in
+    metric_share: Annotated[float, Range(gt=0, le=1)] = 0.05  # of the run's time that they may take; rarer where it is more
     seed: Annotated[int, Range(ge=0, le=2**63 - 1)] = 0  # of the weights, the data's order and every draw
     optimizer: Literal["adam", "muon"] = "adam"  # muon: for the weights of hidden layers, Adam for the rest
     warmup_steps: Annotated[int, Range(ge=0)] = 0  # steps over which the learning rate rises from 0
@@ -103,7 +109,8 @@ class TrainConfig:
 
 # What --resume may change: nothing that the weights depend on.
 MAY_CHANGE = {"epochs", "max_steps", "record_period", "save_period", "save_best", "save_minutes", "sample_period"}
-MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps"}
+MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers"}
+MAY_CHANGE |= {"metric_period", "metrics", "metric_samples", "metric_features", "metric_share"}
 
 
 # Checks
@@ -150,14 +157,8 @@ def _describe(kind: Any) -> str:
         return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
     if origin and issubclass(origin, Sequence):
         return f"a list, each {_describe(args[0])}" if args else "a list"
-    words = {
-        int: "a whole number",
-        float: "a number",
-        str: "a string",
-        bool: "true or false",
-        type(None): "null",
-        dict: "an object",
-    }
+    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    words[dict] = "an object"
     return words.get(kind, getattr(kind, "__name__", str(kind)))
 
 

@@ -320,6 +320,7 @@ class DiscreteDiffusion(nn.Module):
         self.transition = transition
         self.loss_mode = loss_mode
         self.cross_entropy_weight = cross_entropy_weight
+        self.last_terms: tuple[Tensor, Tensor] | None = None  # of forward
         self.T = len(alpha_bar)
         self.transitions = TRANSITIONS[transition](alpha_bar, n_levels)
         self.n_states = self.transitions.n_states
@@ -441,8 +442,12 @@ class DiscreteDiffusion(nn.Module):
         """Scalar: T times the loss at random times, batch mean, which estimates its sum over t = 1..T.
 
         That sum is the bound but for its prior term, which has no parameter. chunk_size is for the sums of other processes.
+        The times that it drew and T times their losses, (t, loss) [B] each, are left in `last_terms`.
         """
-        return self.T * self.loss(x0, self._random_times(x0), condition=condition).mean()
+        t = self._random_times(x0)
+        loss = self.loss(x0, t, condition=condition)
+        self.last_terms = t, self.T * loss.detach()
+        return self.T * loss.mean()
 
     def _random_times(self, x0: Tensor) -> Tensor:
         """[B] times, each uniform on 1..T, spread evenly over the batch (Kingma et al. 2021, appendix I.1)."""

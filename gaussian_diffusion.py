@@ -132,6 +132,7 @@ class GaussianDiffusion(nn.Module):
         self.reverse_variance = reverse_variance
         self.prediction = prediction
         self.loss_mode = loss_mode
+        self.last_terms: tuple[Tensor, Tensor] | None = None  # of forward
         self._alpha_bar = schedule.alpha_bar.double().cpu()
         self.T = len(self._alpha_bar)
         for name, table in self._tables().items():
@@ -346,10 +347,16 @@ class GaussianDiffusion(nn.Module):
         return sum(checkpoint(chunk, x0, t, use_reentrant=False) for t in chunks)
 
     def forward(self, x0: Tensor, chunk_size: int | None = None, condition: Condition = None) -> Tensor:
-        """Scalar: the configured loss, batch mean. chunk_size is loss_full's."""
+        """Scalar: the configured loss, batch mean. chunk_size is loss_full's.
+
+        The times that it drew and their losses, (t, loss) [B] each, are left in `last_terms`; not by the full loss, of all t.
+        """
         if self.loss_mode == "full":
             return self.loss_full(x0, chunk_size, condition).mean()
-        return self._loss(self.loss_mode, x0, self._random_times(x0), torch.randn_like(x0), condition).mean()
+        t = self._random_times(x0)
+        loss = self._loss(self.loss_mode, x0, t, torch.randn_like(x0), condition)
+        self.last_terms = t, loss.detach()
+        return loss.mean()
 
     def _chunks(self, x0: Tensor, times: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
         """times in pieces of chunk_size."""

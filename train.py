@@ -10,7 +10,7 @@
 A run's state is a function of (seed, rank, step): each step draws its data order, flips, t, eps and dropout from a generator
 seeded by these three alone. So a run that was stopped and resumed does what the run that never stopped does.
 
-In the folder of the run: last.pth, best.pth, epoch_N.pth, train.log, metrics.jsonl, epoch_N.png (samples).
+In the folder of the run: last.pth, best.pth, best_fd.pth, epoch_N.pth, train.log, metrics.jsonl, epoch_N.png (samples).
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import math
 import signal
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -29,23 +30,22 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config import build_dataset, build_diffusion, build_train_config, load_config
-from evaluation.pictures import grid, save_png
-from evaluation.sampling import labels_by_row
+from evaluation.while_training import Quality, first_picture, save_samples, valid_loss
 from mistakes import OneLineParser, run_script
 from training import speed
 from training.batches import Batches, drop_labels
 from training.checks import bad_numbers, check_batch, check_fit
-from training.meter import Meter
+from training.loggers import Loggers
+from training.meter import Meter, end_time
 from training.optimizers import build_optimizer, lr_schedule
 from training.ranks import Ranks, leave_ranks
 from training.run_folder import RunFolder
-from training.seeds import PICTURE, STEP, VALIDATION, WEIGHTS, mixed_seed
+from training.seeds import STEP, WEIGHTS, mixed_seed
 from training.signals import Stopped, Stopper
 from training.state import read_state, restore_state, take_state
 from training.writer import Writer
 
 log = logging.getLogger("train")
-SAMPLES = 64  # in a picture
 
 
 class Trainer:
@@ -82,6 +82,7 @@ class Trainer:
         state = read_state(self.folder.resume_from, self.config) if self.folder.resume_from else None
         self.cfg = build_train_config(self.config)
         check_batch(self.cfg, self.ranks)
+        self.loggers = Loggers(() if self.ranks.rank else self.cfg.loggers, self.config)
         with self.stopper:
             self._build_model_and_data()
         speed.prepare(self, deterministic)
@@ -90,7 +91,8 @@ class Trainer:
         self.scheduler = lr_schedule(self.cfg, self.total_steps, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cfg.precision == "fp16")
         self._start_counters()
-        self.resumed = state is not None
+        self.quality = Quality(self)
+        self.resumed = self.pictured = state is not None
         if state:
             restore_state(self, state)
 
@@ -117,15 +119,15 @@ class Trainer:
         self.closed = 0  # step at which an epoch was last closed: validated, recorded
         self.records = 0  # lines in metrics.jsonl
         self.best_loss = math.inf
-        self.best = None  # the state that best.pth gets with the next last.pth
+        self.best = {}  # the states that best.pth and best_fd.pth get with the next last.pth
         self.last_save = time.monotonic()
-        self.meter = Meter(self.device)
+        self.meter = Meter(self.device, self.model.T)
         self.parameters = list(self.model.time_aware_net.parameters())
         self.averages, self.averaged = list(self.ema.parameters()), list(self.model.parameters())
 
     # Training
 
-    def _condition(self, labels: Tensor | None) -> dict[str, Tensor]:
+    def condition(self, labels: Tensor | None) -> dict[str, Tensor]:
         """What the network gets besides x_t and t."""
         return {} if self.n_classes is None else {"label": labels}
 
@@ -137,23 +139,24 @@ class Trainer:
             labels = drop_labels(labels, self.n_classes, self.cfg.label_dropout)
         parts = x0.chunk(self.cfg.grad_accum)
         labels = [None] * len(parts) if labels is None else labels.chunk(len(parts))
-        loss = torch.zeros((), device=self.device)
+        loss, terms = torch.zeros((), device=self.device), []
         for i, (part, part_labels) in enumerate(zip(parts, labels, strict=True)):
             with self._no_sync(unless=i == len(parts) - 1), speed.autocast(self.device, self.cfg.precision):
-                part_loss = self.parallel(part, self.cfg.chunk_size, condition=self._condition(part_labels))
+                part_loss = self.parallel(part, self.cfg.chunk_size, condition=self.condition(part_labels))
                 part_loss = part_loss * (len(part) / len(x0))
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
+            terms.append(self.model.last_terms)
         self.scaler.unscale_(self.optimizer)
         self.norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.grad_clip or math.inf)
-        self._update(loss)
+        self._update(loss, terms)
 
     def _no_sync(self, unless: bool) -> contextlib.AbstractContextManager:
         """Leave the exchange of gradients between ranks to the last part of a batch."""
         return contextlib.nullcontext() if unless or self.ranks.world == 1 else self.parallel.no_sync()
 
     @torch.no_grad()
-    def _update(self, loss: Tensor) -> None:
+    def _update(self, loss: Tensor, terms: list[tuple[Tensor, Tensor] | None]) -> None:
         """Step the optimizer and the average; where a gradient is not finite, the fused step leaves everything as it is."""
         finite = self.norm
         if hasattr(self.model, "log_sigma_square"):  # learnable
@@ -167,7 +170,7 @@ class Trainer:
         self.step += 1
         decay = min(self.cfg.ema_decay, self.step / (self.step + 9))  # short at first
         torch._foreach_lerp_(self.averages, self.averaged, 1 - decay)
-        self.meter.add(loss, bad)
+        self.meter.add(loss, bad, terms)
 
     @property
     def epoch(self) -> int:
@@ -182,7 +185,8 @@ class Trainer:
         """Train to the last step. A signal ends it early: everything is saved, and Stopped raised."""
         folder = self.folder
         folder.open(self.records if self.resumed else None)
-        self.writer = Writer()
+        self.loggers.open(folder.path)
+        self.writer, self.begun = Writer(), (time.monotonic(), self.step)
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
         try:
             if folder.resume_from is None or folder.resume_from.resolve() != (folder.path / "last.pth").resolve():
@@ -199,8 +203,9 @@ class Trainer:
             raise
         finally:
             if not self.writer.error:
-                self._write("best.pth", self.best)
+                self._write_best()
             self.writer.close()
+            self.loggers.close()
             folder.close()
 
     def _run(self, bar: tqdm) -> None:
@@ -222,6 +227,7 @@ class Trainer:
         self.writer.check()
         if self.step % self.cfg.record_period == 0 and not self._at_end():  # which is recorded with its validation
             self.record(bar)
+        first_picture(self)
         minutes = (time.monotonic() - self.last_save) / 60
         if self.stopper.check(save=0 < self.cfg.save_minutes < minutes):
             self.save_last(take_state(self))
@@ -235,62 +241,52 @@ class Trainer:
             valid_loss = self.validate()
             if cfg.sample_period and (epoch % cfg.sample_period == 0 or last):
                 self.save_picture(self.folder.path / f"epoch_{epoch}.png")
-        self.record(bar, valid_loss, seconds)
+        self.record(bar, valid_loss, seconds, self.quality.measure(epoch, last))
         self.closed = self.step
         better, due = valid_loss < self.best_loss, cfg.save_period and epoch % cfg.save_period == 0
         self.best_loss = min(valid_loss, self.best_loss)
         save_last = last or not cfg.save_minutes
-        state = take_state(self) if (better and cfg.save_best) or due or save_last else None
-        if better and cfg.save_best:
-            self.best = state
+        names = ["best.pth"] * (better and cfg.save_best) + ["best_fd.pth"] * self.quality.better
+        state = take_state(self) if names or due or save_last else None
+        self.best |= dict.fromkeys(names, state)
         if due:
             self._write(f"epoch_{epoch}.pth", state)
         if save_last:
             self.save_last(state)
 
-    @torch.no_grad()
     def validate(self) -> float:
         """Mean loss of the averaged weights on the validation set, with the same t and eps every time."""
-        total, count = torch.zeros((), device=self.device), 0
-        for i, (pixels, labels) in enumerate(self.valid_data.epoch(0)):
-            self.stopper.check()
-            torch.manual_seed(mixed_seed(VALIDATION, self.cfg.seed, self.ranks.rank, i))
-            x0 = self.ema.x0_of(self.valid_data.images.to_float(pixels))
-            total += self.ema(x0, self.cfg.chunk_size, condition=self._condition(labels)) * len(pixels)
-            count += len(pixels)
-        total, count = self.ranks.sum(torch.stack([total, torch.full_like(total, count)])).tolist()
-        return total / count
+        return valid_loss(self)
 
     def save_picture(self, path: Path) -> None:
-        """Samples of the averaged weights, from the same noise every time, a row a class; each rank draws its share."""
-        share = math.ceil(SAMPLES / self.ranks.world)
-        labels, columns = labels_by_row(self.n_classes, share * self.ranks.world)
-        condition = self._condition(None if labels is None else labels.split(share)[self.ranks.rank].to(self.device))
-        generator = torch.Generator(self.device).manual_seed(mixed_seed(PICTURE, self.cfg.seed, self.ranks.rank))
-        steps = min(self.cfg.sample_timesteps, self.ema.T)
-        how = {"clip_x0": True, "generator": generator, "condition": condition}
-        for _, x in self.ema.trajectory((share, *self.shape), "ddpm" if self.ema.n_levels else "dpm", steps, **how):
-            self.stopper.check()
-        x = self.ranks.gather_tensor(self.ema.values_of(x))[:SAMPLES]
-        if self.ranks.rank == 0:
-            save_png(path, grid(x, columns))
+        """Samples of the averaged weights."""
+        save_samples(self, path)
+        if not self.pictured and self.ranks.rank == 0:
+            log.info(f"{path}: the first samples, after {self.step} steps")
+        self.pictured = True
 
     # Records and checkpoints
 
-    def record(self, bar: tqdm, valid_loss: float | None = None, seconds: float | None = None) -> None:
+    def record(
+        self, bar: tqdm, valid_loss: float | None = None, seconds: float | None = None, metrics: dict | None = None
+    ) -> None:
         """Add a line to metrics.jsonl and to the log, of what happened since the last one."""
         seconds = time.perf_counter() - self.meter.clock if seconds is None else seconds
         line = {
             "step": self.step,
             "epoch": self.epoch,
+            "time": round(time.time(), 3),
             "valid_loss": None if valid_loss is None else float(f"{valid_loss:.8g}"),
             "lr": self.optimizer.param_groups[0]["lr"],
             **self.meter.record(self.ranks, seconds),
-        }
+        } | ({"metrics": metrics} if metrics else {})
         self.records += 1
         self.folder.add_record(line)
+        self.loggers.add(line)
         losses = f"loss {line['train_loss'] or math.nan:.5g}" + ("" if valid_loss is None else f", valid {valid_loss:.5g}")
-        bar.set_postfix_str(f"epoch {line['epoch']}/{self.cfg.epochs}, {losses}, {line['img_per_s']:.0f} img/s")
+        seconds, done = time.monotonic() - self.begun[0], self.step - self.begun[1]
+        ends = f", ends {end_time(datetime.now(), seconds, done, self.total_steps - self.step)}" if done else ""
+        bar.set_postfix_str(f"epoch {line['epoch']}/{self.cfg.epochs}, {losses}, {line['img_per_s']:.0f} img/s{ends}")
         if self.ranks.rank == 0:
             log.info(f"step {self.step}, epoch {line['epoch']}: {losses}, {line['img_per_s']:.0f} img/s")
 
@@ -298,11 +294,15 @@ class Trainer:
         if state:
             self.writer.save(self.folder.path / name, state)
 
+    def _write_best(self) -> None:
+        while self.best:
+            self._write(*self.best.popitem())
+
     def save_last(self, state: dict) -> None:
-        """Write last.pth, and before it best.pth if there is a better one."""
-        self._write("best.pth", self.best)
+        """Write last.pth, and before it best.pth and best_fd.pth if there are better ones."""
+        self._write_best()
         self._write("last.pth", state)
-        self.best, self.last_save = None, time.monotonic()
+        self.last_save = time.monotonic()
 
 
 def main(argv: list[str] | None = None) -> int:

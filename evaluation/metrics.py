@@ -10,7 +10,7 @@ METRICS is what `test.py --metrics` offers; a metric of your own is a class like
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,7 @@ class Evaluation:
     classifier: str | None = None  # its file; None for models/classifier_DATASET.pth
     guided: bool = False  # are the samples drawn with guidance?
     samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
+    check: Callable[[], object] = lambda: None  # called before each batch of images
 
     def images(self, split: str, count: int | None = None, ranks: Ranks | None = None) -> Iterable[tuple[Tensor, dict]]:
         """Batches (images, condition) of `count` images spread evenly over a split, None for all.
@@ -223,7 +224,8 @@ class Evaluation:
         images, ranks = build_dataset(self.config, split), ranks or self.ranks
         numbers = torch.tensor(evenly(len(images) if count is None else count, len(images)))
         batches = numbers.split(self.batch_size)[ranks.rank :: ranks.world]
-        for batch in tqdm(batches, desc=f"{split} images", unit="batch", disable=ranks.rank > 0):
+        for batch in tqdm(batches, desc=f"{split} images", unit="batch", leave=None, disable=ranks.rank > 0):
+            self.check()
             x0 = images.to_float(torch.stack([images.pixels(i) for i in batch.tolist()])).to(ranks.device)
             has_classes = getattr(self.diffusion.time_aware_net, "n_classes", None) is not None
             yield x0, {"label": images.labels[batch].to(ranks.device)} if has_classes else {}

@@ -1,6 +1,6 @@
 """Samples of a model in batches, each with a generator of its own: the same seed and batch size give the same samples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,17 +41,19 @@ def draw(
     frames: int = 11,
     labels: Tensor | None = None,
     ranks: Ranks | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> Drawn:
     """n samples, and `frames` states of the first `pictures` of them; all of them on rank 0 if ranks share the work out.
 
     sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory. labels is long [n], one a sample.
+    check is called after every step. Under another progress bar the one here leaves no trace.
     """
     device, rank, world = next(diffusion.buffers()).device, ranks.rank if ranks else 0, ranks.world if ranks else 1
     steps = len(diffusion.steps(timesteps, sampler))
     strip_at, gif_at = evenly(frames, steps + 1), evenly(GIF_FRAMES, steps + 1)
     batches = range(0, n, batch_size)[rank::world]
     drawn = []
-    with tqdm(total=len(batches) * steps, desc="sampling", unit="step", disable=rank > 0) as bar:
+    with tqdm(total=len(batches) * steps, desc="sampling", unit="step", leave=None, disable=rank > 0) as bar:
         for first in batches:
             generator = torch.Generator(device).manual_seed(mixed_seed(SAMPLING, seed, first))
             count = min(batch_size, n - first)
@@ -66,6 +68,7 @@ def draw(
                 strip += [kept.cpu()] if i in strip_at else []
                 animation += [kept.cpu()] if i in gif_at else []
                 bar.update(i > 0)
+                check()
             drawn.append((first, Drawn(x.cpu(), torch.stack(strip, 1), torch.stack(animation, 1))))
     drawn = sorted(ranks.gather(drawn) if ranks else drawn, key=lambda part: part[0])
     return Drawn(*(torch.cat(parts) for parts in zip(*(part for _, part in drawn), strict=True)))

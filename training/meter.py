@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
 from typing import TypeVar
 
 import torch
@@ -10,18 +11,23 @@ from torch import Tensor
 from training.ranks import Ranks
 
 Batch = TypeVar("Batch")
+BINS = 8  # of equal width in t, for the loss by noise level
 
 
 class Meter:
     """Counts kept on the device, so that no step waits for it.
 
     loss_sum, loss_count    of the good steps since the last record, this rank's
+    by_t                    [2, BINS]: the losses of the samples whose t fell into a bin, summed, and how many there were
     bad_steps, bad_in_row   steps with a loss or gradient that was not finite: of the whole run, and the last ones in a row
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, T: int):
         zero = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         self.loss_sum, self.loss_count, self.bad_steps, self.bad_in_row = (zero.clone() for _ in range(4))
+        self.by_t = zero.repeat(2, BINS)
+        bins = (torch.arange(-1, T) * BINS // T).clamp(min=0)  # at t in 0..T, of which 0 does not occur
+        self._bin_of = torch.eye(BINS)[bins].to(zero)  # [T + 1, BINS]: 1 in the bin of t
         self._seen = torch.zeros((), dtype=zero.dtype, pin_memory=device.type == "cuda")
         self.restart()
 
@@ -29,8 +35,11 @@ class Meter:
         """Start the clock and the count of images."""
         self.clock, self.images, self.seconds_waited = time.perf_counter(), 0, 0.0
 
-    def add(self, loss: Tensor, bad: Tensor) -> None:
-        """Count a step with this loss; bad, 0 or 1, says whether it was skipped."""
+    def add(self, loss: Tensor, bad: Tensor, terms: Iterable[tuple[Tensor, Tensor] | None] = ()) -> None:
+        """Count a step with this loss; bad, 0 or 1, says whether it was skipped. terms: `last_terms` of each part's forward."""
+        for t, losses in filter(None, terms):
+            losses_and_ones = torch.stack([losses, torch.ones_like(losses)]).to(self.by_t.dtype)
+            self.by_t += torch.where(bad > 0, 0, losses_and_ones @ self._bin_of.index_select(0, t))
         self.loss_sum += torch.where(bad > 0, 0, loss)
         self.loss_count += 1 - bad
         self.bad_steps += bad
@@ -54,24 +63,39 @@ class Meter:
 
     def record(self, ranks: Ranks, seconds: float) -> dict[str, float | int | None]:
         """Mean loss over all ranks, skipped steps, speed over so many seconds; and start again."""
-        loss_sum, loss_count = self.loss_sums(ranks)
+        loss_sum, loss_count, *by_t = self.loss_sums(ranks)
         found = {
-            "train_loss": float(f"{loss_sum / loss_count:.8g}") if loss_count else None,
+            "train_loss": _mean(loss_sum, loss_count),
+            "loss_by_t": [_mean(*pair) for pair in zip(by_t[:BINS], by_t[BINS:], strict=True)] if any(by_t) else None,
             "bad_steps": int(self.bad_steps),
             "img_per_s": round(self.images / seconds, 1),
             "data_wait_share": round(self.seconds_waited / seconds, 4),
         }
-        self.loss_sum.zero_()
-        self.loss_count.zero_()
+        for sums in (self.loss_sum, self.loss_count, self.by_t):
+            sums.zero_()
         self.restart()
         return found
 
     def loss_sums(self, ranks: Ranks) -> list[float]:
-        return ranks.sum(torch.stack([self.loss_sum, self.loss_count])).tolist()
+        """Over all ranks: loss_sum, loss_count, and the 2 BINS numbers of by_t."""
+        return ranks.sum(torch.cat([torch.stack([self.loss_sum, self.loss_count]), self.by_t.flatten()])).tolist()
 
     def restore(self, loss_sums: list[float], bad_steps: list[int], rank: int) -> None:
         if rank == 0:  # the others' shares are in these sums
-            self.loss_sum.fill_(loss_sums[0])
-            self.loss_count.fill_(loss_sums[1])
+            loss_sum, loss_count, *by_t = loss_sums
+            self.loss_sum.fill_(loss_sum)
+            self.loss_count.fill_(loss_count)
+            self.by_t.copy_(torch.tensor(by_t, dtype=self.by_t.dtype).view_as(self.by_t))
         self.bad_steps.fill_(bad_steps[0])
         self.bad_in_row.fill_(bad_steps[1])
+
+
+def _mean(total: float, count: float) -> float | None:
+    return float(f"{total / count:.8g}") if count else None
+
+
+def end_time(now: datetime, seconds: float, done: int, left: int) -> str:
+    """When so many steps that are left will be done, if `done` took these seconds: "14:32", "Wed 14:32", "24 Nov 14:32"."""
+    end = now + timedelta(seconds=seconds / done * left)
+    days = (end.date() - now.date()).days
+    return end.strftime("%H:%M" if days == 0 else "%a %H:%M" if days < 7 else "%d %b %H:%M")

@@ -11,7 +11,8 @@ from files import whole_file
 from mistakes import Mistake
 
 log = logging.getLogger("train")
-PATTERNS = ("last.pth", "best.pth", "epoch_*.pth", "epoch_*.png", "metrics.jsonl", "train.log", ".*.part")
+PATTERNS = ("last.pth", "best.pth", "best_fd.pth", "epoch_*.pth", "epoch_*.png", "metrics.jsonl", "train.log", ".*.part")
+PATTERNS += ("tensorboard/events.out.tfevents.*", "wandb_id")
 
 _locked: dict[Path, int] = {}  # folders that this process has locked, and their handles
 

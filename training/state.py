@@ -16,6 +16,7 @@ from torch import Tensor
 import checkpoint
 from config import MAY_CHANGE, as_json_line
 from mistakes import Mistake, as_mistake
+from training.meter import BINS
 from training.optimizers import restore_moments
 
 log = logging.getLogger("train")
@@ -40,8 +41,10 @@ def take_state(run) -> dict | None:
             "world": run.ranks.world,
             "records": run.records,
             "best_loss": run.best_loss,
-            "loss_sums": sums,
+            "loss_sums": sums[:2],
+            "loss_by_t": sums[2:],
             "bad_steps": [int(run.meter.bad_steps), int(run.meter.bad_in_row)],
+            "quality": run.quality.state(),
             "model": run.model.state_dict(),
             "ema": run.ema.state_dict(),
             "optimizer": run.optimizer.state_dict(),
@@ -74,7 +77,9 @@ def restore_state(run, state: dict) -> None:
         raise Mistake(f"{run.folder.resume_from}: is not the state of a run ({reason})") from error
     run.step, run.closed, run.records = state["step"], state["closed"], state["records"]
     run.best_loss = state["best_loss"]
-    run.meter.restore(state["loss_sums"], state["bad_steps"], run.ranks.rank)
+    loss_sums = state["loss_sums"] + state.get("loss_by_t", [0] * 2 * BINS)  # older checkpoints have no loss by t
+    run.meter.restore(loss_sums, state["bad_steps"], run.ranks.rank)
+    run.quality.restore(state.get("quality", {}))
     run.scheduler.last_epoch = run.step
     for group, rate, factor in zip(run.optimizer.param_groups, run.scheduler.base_lrs, run.scheduler.lr_lambdas, strict=True):
         group["lr"] = rate * factor(run.step)
@@ -134,10 +139,13 @@ def _check_counters(state: dict) -> None:
             raise ValueError(f"{name}: must be a whole number of at least {least}")
     if type(state.get("best_loss")) is not float or math.isnan(state["best_loss"]):
         raise ValueError("best_loss: must be a number")
-    for name in ("loss_sums", "bad_steps"):
-        pair = state.get(name)
-        if not isinstance(pair, list) or [type(value) in (int, float) for value in pair] != [True, True]:
-            raise ValueError(f"{name}: must be two numbers")
+    for name, count in {"loss_sums": 2, "bad_steps": 2, "loss_by_t": 2 * BINS}.items():
+        values = state.get(name, [0] * count if name == "loss_by_t" else None)
+        if not isinstance(values, list) or [type(value) in (int, float) for value in values] != [True] * count:
+            raise ValueError(f"{name}: must be {count} numbers")
+    quality = state.get("quality", {})
+    if not isinstance(quality, dict) or any(type(value) is not float or math.isnan(value) for value in quality.values()):
+        raise ValueError("quality: must be an object of numbers")
 
 
 def _newest_good(broken: Path) -> str:

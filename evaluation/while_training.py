@@ -1,0 +1,199 @@
+"""What looks at a model while it trains: its loss on the validation set, pictures of samples, and metrics within their share of
+the run's time.
+
+`run` is train.py's Trainer; what is looked at are its averaged weights. No draw here changes one of the training.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from config import find
+from evaluation.metrics import METRICS, BitsPerDimension, Evaluation
+from evaluation.pictures import grid, save_png
+from evaluation.sampling import draw, evenly, labels_by_row
+from mistakes import Mistake
+from training import speed
+from training.seeds import PICTURE, VALIDATION, mixed_seed
+
+log = logging.getLogger("train")
+SAMPLES = 64  # in a picture
+STRIPS, FRAMES = 8, 11  # samples whose way is shown, and states of each
+FIRST_PICTURE = 30.0  # seconds of training until the first picture, if no epoch has ended by then that gets one
+BATCH_SIZE = 64  # samples that are drawn at a time to be measured
+
+
+@torch.no_grad()
+def valid_loss(run) -> float:
+    """Mean loss on the validation set, over all ranks, with the same t and eps every time."""
+    total, count = torch.zeros((), device=run.device), 0
+    for i, (pixels, labels) in enumerate(run.valid_data.epoch(0)):
+        run.stopper.check()
+        torch.manual_seed(mixed_seed(VALIDATION, run.cfg.seed, run.ranks.rank, i))
+        x0 = run.ema.x0_of(run.valid_data.images.to_float(pixels))
+        total += run.ema(x0, run.cfg.chunk_size, condition=run.condition(labels)) * len(pixels)
+        count += len(pixels)
+    total, count = run.ranks.sum(torch.stack([total, torch.full_like(total, count)])).tolist()
+    return total / count
+
+
+# Pictures
+
+
+def sampler(run) -> str:
+    """What takes few network calls."""
+    return "ddpm" if run.ema.n_levels else "dpm"
+
+
+def save_samples(run, path: Path) -> None:
+    """Samples from the same noise every time, a row a class, of which each rank draws its share.
+
+    With train_cfg.loggers also the way of the first ones from x_T to x_0, beside path as NAME_strip.png.
+    """
+    share = math.ceil(SAMPLES / run.ranks.world)
+    labels, columns = labels_by_row(run.n_classes, share * run.ranks.world)
+    condition = run.condition(None if labels is None else labels.split(share)[run.ranks.rank].to(run.device))
+    generator = torch.Generator(run.device).manual_seed(mixed_seed(PICTURE, run.cfg.seed, run.ranks.rank))
+    steps = min(run.cfg.sample_timesteps, run.ema.T)
+    how = {"clip_x0": True, "generator": generator, "condition": condition}
+    states = []
+    for _, x in run.ema.trajectory((share, *run.shape), sampler(run), steps, **how):
+        run.stopper.check()
+        states += [run.ema.values_of(x[:STRIPS])] if run.cfg.loggers else []
+    x = run.ranks.gather_tensor(run.ema.values_of(x))[:SAMPLES]
+    if run.ranks.rank:
+        return
+    save_png(path, grid(x, columns))
+    if states:
+        strips = torch.stack([states[i] for i in evenly(FRAMES, len(states))], 1)
+        save_png(path.with_stem(f"{path.stem}_strip"), grid(strips.flatten(0, 1), columns=strips.shape[1]))
+
+
+def first_picture(run) -> None:
+    """Draw one inside an epoch, if none has been drawn for so long; several ranks, whose clocks differ, wait for its end."""
+    waited = time.monotonic() - run.begun[0] > FIRST_PICTURE
+    if run.pictured or not waited or not run.cfg.sample_period or run.ranks.world > 1:
+        return
+    begin = time.perf_counter()
+    with speed.autocast(run.device, run.cfg.precision):
+        run.save_picture(run.folder.path / f"epoch_{run.epoch}.png")
+    run.meter.clock += time.perf_counter() - begin  # which counts training alone
+
+
+# Metrics
+
+
+class Quality:
+    """train_cfg.metrics, every metric_period epochs and at the end, unless the run would then have spent more than metric_share
+    of its time on them. Refuses, when made, what cannot be measured.
+
+    seconds       that measuring took
+    best_fd       least Fréchet distance, and better: is it the last one measured?
+    """
+
+    def __init__(self, run):
+        self.run, self.metrics = run, {}
+        self.seconds, self.best_fd, self.better = 0.0, math.inf, False
+        self.began = time.monotonic()  # less the time that the run took before it was resumed
+        self.expected: float | None = None  # seconds of the next measurement
+        self.told = False
+        if run.cfg.metric_period:
+            self.evaluation = self._evaluation()
+            self.metrics = {name: _metric(name, self.evaluation) for name in run.cfg.metrics}
+
+    def _evaluation(self) -> Evaluation:
+        run, cfg = self.run, self.run.cfg
+        terms = min(cfg.sample_timesteps, run.ema.T - 1)  # of the bound, so that an image costs as much as a sample
+        how = {"n": cfg.metric_samples, "batch_size": BATCH_SIZE, "seed": cfg.seed, "features": cfg.metric_features}
+        how |= {"bpd_images": cfg.metric_samples, "bpd_timesteps": terms}
+        evaluation = Evaluation(run.ema, run.config, run.ranks, **how)
+        if run.ranks.world == 1:  # ranks look for signals equally often or not at all
+            evaluation.check = run.stopper.check
+        return evaluation
+
+    def measure(self, epoch: int, last: bool) -> dict[str, dict]:
+        """What each metric found, if they are due and their share allows it; on ranks other than the first without what only
+        that one knows.
+        """
+        cfg, self.better = self.run.cfg, False
+        if not cfg.metric_period or not (last or epoch % cfg.metric_period == 0) or self._too_long(epoch):
+            return {}
+        begin = time.monotonic()
+        if any(not isinstance(metric, BitsPerDimension) for metric in self.metrics.values()):
+            self.evaluation.samples = self._draw(cfg.metric_samples)
+        found = {}
+        for name, metric in self.metrics.items():
+            if self.run.ranks.rank == 0 or metric.uses_model:
+                with speed.autocast(self.run.device, cfg.precision if metric.uses_model else "fp32"):
+                    found[name] = metric.measure()
+                log.info(metric.describe(found[name]))
+        self.evaluation.samples = None
+        self._note_best(found)
+        self.expected = time.monotonic() - begin
+        self.seconds += self.expected
+        return found
+
+    def _note_best(self, found: dict[str, dict]) -> None:
+        """Is it the least distance so far? The first rank's word counts, since all of them save together."""
+        distance = found.get("fd", {}).get("distance", math.inf)
+        self.better = self.run.ranks.largest(float(distance < self.best_fd)) > 0
+        self.best_fd = min(distance, self.best_fd)
+
+    def _draw(self, n: int) -> torch.Tensor:
+        """n samples, all of them on rank 0. Of a network with classes, each with the label of an image of the valid split."""
+        run, labels = self.run, None
+        if run.n_classes is not None:
+            known = torch.as_tensor(run.valid_data.images.labels)
+            labels = known[torch.arange(n) * len(known) // n]
+        how = {"timesteps": min(run.cfg.sample_timesteps, run.ema.T), "batch_size": BATCH_SIZE, "seed": run.cfg.seed}
+        with speed.autocast(run.device, run.cfg.precision):
+            return draw(
+                run.ema, n, run.shape, sampler(run), **how, labels=labels, ranks=run.ranks, check=self.evaluation.check
+            ).samples
+
+    def _too_long(self, epoch: int) -> bool:
+        """Would measuring now take the time spent on it above its share? Said once."""
+        share, n = self.run.cfg.metric_share, self.run.cfg.metric_samples
+        if self.expected is None:  # the bound costs about as much as the samples; so one batch tells
+            begin = time.monotonic()
+            self._draw(min(n, BATCH_SIZE))
+            probe = time.monotonic() - begin
+            self.seconds += probe
+            self.expected = probe * math.ceil(n / BATCH_SIZE) * len(self.metrics)
+        part = (self.seconds + self.expected) / (time.monotonic() - self.began + self.expected)
+        too_long = self.run.ranks.largest(float(part > share)) > 0
+        if too_long and not self.told and self.run.ranks.rank == 0:
+            self.told = True
+            log.info(
+                f"metrics: left out after epoch {epoch}, and later when need be: they would have taken {100 * part:.0f} % of "
+                f"the run's time, where train_cfg.metric_share allows {100 * share:g} %; fewer metric_samples take less"
+            )
+        return too_long
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of it."""
+        if not self.metrics:
+            return {"seconds": 0.0, "run_seconds": 0.0, "best_fd": math.inf}
+        return {"seconds": self.seconds, "run_seconds": time.monotonic() - self.began, "best_fd": self.best_fd}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        self.seconds, self.best_fd = state.get("seconds", 0.0), state.get("best_fd", math.inf)  # older ones have none
+        self.began = time.monotonic() - state.get("run_seconds", 0.0)
+
+
+KEYS = {"--metrics": "train_cfg.metrics", "--features": "train_cfg.metric_features", "-n =": "train_cfg.metric_samples ="}
+
+
+def _metric(name: str, evaluation: Evaluation) -> object:
+    """The metric of a name; what it refuses is said in the words of a config, not of test.py."""
+    try:
+        return find(name, METRICS, object, "train_cfg.metrics")(evaluation)
+    except Mistake as mistake:
+        message = str(mistake)
+        for flag, key in KEYS.items():
+            message = message.replace(flag, key)
+        raise Mistake(message) from mistake
