@@ -27,6 +27,8 @@ TINY = [
     "train_cfg.sample_timesteps=3",
 ]
 
+LOSSES = ("step", "epoch", "train_loss", "valid_loss", "lr", "loss_by_t")  # what is the same whenever a run is stopped
+
 
 def tiny(folder: Path, *more: str, flags: tuple[str, ...] = ()) -> list[str]:
     """Arguments of a run of eight steps in two epochs."""
@@ -39,7 +41,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def losses(folder: Path) -> list[tuple]:
-    return [(line["step"], line["epoch"], line["train_loss"], line["valid_loss"], line["lr"]) for line in metrics(folder)]
+    return [tuple(line.get(key) for key in LOSSES) for line in metrics(folder)]
 
 
 def assert_same_state(a: object, b: object, path: str = "") -> None:

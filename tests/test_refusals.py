@@ -124,9 +124,11 @@ BOTH = {
     **{f"no {key}": without(key) for key in ("format", "version", "config", "shape", "ema")},
 }
 MOMENT = ("optimizer", "state", 0)
+SUMS = (None, [], ["a", "b"], 3)
 TRAIN = {
     **{f"{key} {value!r}": put(key, value) for key in ("step", "closed", "records", "world") for value in (-1, 3.5, "x", None)},
-    **{f"{key} {value!r}": put(key, value) for key in ("loss_sums", "bad_steps") for value in (None, [], ["a", "b"], 3)},
+    **{f"{key} {value!r}": put(key, value) for key in ("loss_sums", "bad_steps", "loss_by_t") for value in SUMS},
+    **{f"quality {value!r}": put("quality", value) for value in (None, [], 3, {"best_fd": "x"}, {"best_fd": float("nan")})},
     "step a tensor": put("step", torch.zeros(2)),
     "step 2^70": put("step", 2**70),
     "best_loss text": put("best_loss", "x"),

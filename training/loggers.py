@@ -114,11 +114,12 @@ class WeightsAndBiases:
             project=os.environ.get("WANDB_PROJECT", "gaussian-diffusion"),
             id=name,
             name=folder.resolve().name,
-            dir=str(folder),
+            dir=str(folder.resolve()),  # its process has another current folder
             config=config,
             settings=settings,
         )
-        log.info(f"wandb: {self.run.dir if self.run.settings.mode == 'offline' else self.run.url}")
+        kept = f"kept in {Path(self.run.dir).parent}, which `wandb sync` uploads"
+        log.info(f"wandb: {kept if self.run.settings.mode == 'offline' else self.run.url}")
 
     def add(self, record: dict) -> None:
         images = {name: self.Image(str(path)) for name, path in pictures(self.folder, record).items()}

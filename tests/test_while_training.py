@@ -1,0 +1,231 @@
+"""Pictures and metrics while a model trains: they change nothing of it, say what they measured, and stay within their share."""
+
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from runs import assert_same_state, metrics, tiny, torchrun
+
+import checkpoint
+import train
+from config import build_dataset
+from evaluation import while_training
+from evaluation.features import from_uint8, to_uint8
+from evaluation.sampling import draw
+from evaluation.while_training import Quality
+from training.ranks import Ranks
+
+WHOLE = ["dataset.train.pipeline=[]", "dataset.valid.pipeline=[]"]  # the classifier takes no smaller images
+OFTEN = [*WHOLE, "train_cfg.metric_period=1", "train_cfg.metric_samples=150", "train_cfg.metric_share=1"]
+OWN = """
+class Brightness:
+    uses_model = False
+
+    def __init__(self, evaluation):
+        self.evaluation = evaluation
+
+    def measure(self):
+        return {"mean": self.evaluation.samples.mean().item(), "samples": len(self.evaluation.samples)}
+
+    @staticmethod
+    def describe(found):
+        return f"brightness {found['mean']}"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the classifier of the digits is kept."""
+    return tmp_path_factory.mktemp("metrics")
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(folder):
+    """A run with both metrics after each of its two epochs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train.main(tiny(folder / "measured", *OFTEN)) == 0
+    return folder / "measured"
+
+
+def test_a_run_with_metrics_and_an_early_picture_trains_the_same_weights(measured, here, monkeypatch):
+    monkeypatch.setattr(while_training, "FIRST_PICTURE", 0.0)
+    assert train.main(tiny(here / "plain", *WHOLE, "train_cfg.sample_period=9")) == 0
+    plain, states = metrics(here / "plain"), [checkpoint.load(path / "last.pth") for path in (measured, here / "plain")]
+    for part in ("model", "ema", "optimizer", "loss_sums", "loss_by_t", "best_loss"):
+        assert_same_state(states[0][part], states[1][part], part)
+    for key in ("step", "train_loss", "valid_loss", "loss_by_t"):
+        assert [line[key] for line in metrics(measured)] == [line[key] for line in plain]
+
+
+def test_the_first_picture_is_drawn_inside_an_epoch_and_said_at_once(here, monkeypatch, capsys):
+    monkeypatch.setattr(while_training, "FIRST_PICTURE", 0.0)
+    assert train.main(tiny(here / "early", "train_cfg.sample_period=9", "train_cfg.max_steps=6")) == 0
+    said = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "first samples" in line]
+    assert said == [f"{here}/early/epoch_1.png: the first samples, after 1 steps"]
+    assert {path.name for path in (here / "early").glob("*.png")} == {"epoch_1.png", "epoch_2.png"}  # and at the end
+
+
+def test_the_distance_recorded_is_that_of_best_fd_pth_by_numpy(measured, here):
+    """Samples drawn from the file again, their statistics and the matrix root by numpy."""
+    found = [line["metrics"]["fd"] for line in metrics(measured) if "metrics" in line]
+    assert len(found) == 2
+    best = min(found, key=lambda one: one["distance"])
+    diffusion, state = checkpoint.load_diffusion(measured / "best_fd.pth")
+    run = train.Trainer({**state["config"], "train_cfg": {**state["config"]["train_cfg"], "model_save_dirpath": "x"}}, "cpu")
+    run.folder.close()
+    extractor = run.quality.metrics["fd"].extractor
+    samples = draw(diffusion, 150, state["shape"], "dpm", 3, batch_size=64, seed=0).samples
+    real = torch.stack(list(build_dataset(state["config"], "valid")))
+    assert (best["samples"], best["real"], best["features"]) == (150, len(real), extractor.name)
+    a, b = (extractor.features(from_uint8(to_uint8(x))).double().numpy() for x in (samples, real))
+    difference, (C_a, C_b) = a.mean(0) - b.mean(0), (np.cov(x.T) for x in (a, b))
+    root = np.sqrt(np.linalg.eigvals(C_a @ C_b).astype(complex)).sum().real  # tr (C_a C_b)^{1/2}
+    assert best["distance"] == pytest.approx(difference @ difference + np.trace(C_a + C_b) - 2 * root, rel=1e-4)
+    assert state["quality"]["best_fd"] == best["distance"] == checkpoint.load(measured / "last.pth")["quality"]["best_fd"]
+
+
+def test_the_bits_are_recorded_with_their_number_of_images_and_error(measured):
+    for line in metrics(measured):
+        if found := line.get("metrics"):
+            parts = found["bpd"]
+            assert parts["total"] == pytest.approx(parts["prior"] + parts["kl"] + parts["reconstruction"], rel=1e-6)
+            assert parts["images"] == 150
+            assert parts["standard_error"] > 0
+
+
+def test_a_metric_of_ones_own_and_a_resumed_best(here):
+    (here / "my_metric.py").write_text(OWN)
+    more = [*OFTEN, 'train_cfg.metrics=["my_metric.Brightness","fd"]', "train_cfg.lr_schedule=constant"]
+    assert train.main(tiny(here / "own", *more, "train_cfg.epochs=1")) == 0
+    path = here / "own" / "last.pth"
+    state = checkpoint.load(path)
+    checkpoint.save(path, state | {"quality": state["quality"] | {"best_fd": 0.0}})  # nothing is better
+    before = (here / "own" / "best_fd.pth").read_bytes()
+    assert train.main(tiny(here / "own", *more, flags=("--resume",))) == 0
+    assert (here / "own" / "best_fd.pth").read_bytes() == before
+    found = metrics(here / "own")[-1]["metrics"]["my_metric.Brightness"]
+    assert found["samples"] == 150
+    assert -1 < found["mean"] < 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["train_cfg.metric_samples=128"], "train_cfg.metric_samples = 128: the Fréchet distance needs at least 129"),
+        (["train_cfg.metrics=[\"fid\"]"], "train_cfg.metrics = \"fid\": unknown"),
+        (["train_cfg.metric_share=0"], "train_cfg.metric_share = 0: must be a number"),
+        (["train_cfg.metrics=[\"my_file.Missing\"]"], "train_cfg.metrics = \"my_file.Missing\": no file my_file.py"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused_before_the_first_step(more, words, here, capsys):
+    assert train.main(tiny(here / "refused", *OFTEN, *more)) == 2
+    assert f"train.py: {words}" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (here / "refused").exists()
+
+
+def test_a_data_set_too_small_for_the_distance_is_refused(here, capsys, monkeypatch):
+    from PIL import Image
+
+    (here / "few").mkdir()
+    for i in range(40):
+        Image.new("L", (8, 8), i).save(here / "few" / f"{i}.png")
+    section = f'{{"root": "{here / "few"}", "mode": "L"}}'
+    data = ["dataset.name=ImageFolder", f"dataset.train={section}", f"dataset.valid={section}"]
+    assert train.main(tiny(here / "small", *OFTEN[2:], *data)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("train.py: dataset.valid = 40: the Fréchet distance needs at least 129")
+    assert not (here / "small").exists()
+
+
+class Clock:
+    """What time.monotonic gives."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Slow:
+    """A metric of so many seconds."""
+
+    uses_model, seconds = True, 3.0
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def measure(self) -> dict:
+        self.clock.now += self.seconds
+        return {}
+
+    describe = staticmethod(str)
+
+
+@pytest.mark.parametrize(("share", "seconds"), [(0.05, 3.0), (0.2, 1.0), (0.2, 7.0)])
+def test_metrics_never_take_more_than_their_share_of_the_time(share, seconds, monkeypatch, caplog):
+    """Epochs of ten seconds; a batch of samples takes a fifth of a measurement, so that its time is foreseen."""
+    monkeypatch.setattr(train.log, "propagate", True)
+    caplog.set_level("INFO")
+    clock = Clock()
+    monkeypatch.setattr(while_training.time, "monotonic", clock)
+    cfg = SimpleNamespace(metric_period=0, metric_share=share, metric_samples=5 * 64, precision="fp32")
+    quality = Quality(SimpleNamespace(cfg=cfg, ranks=Ranks("cpu"), device=torch.device("cpu")))
+    cfg.metric_period = 2
+    quality.metrics, quality.evaluation = {"slow": Slow(clock)}, SimpleNamespace(check=None)
+    Slow.seconds, spent, at = seconds * 0.8, [], []
+
+    def draw(n: int) -> None:
+        clock.now += seconds / 5 if n == 64 else seconds * 0.2  # the samples of a measurement cost the rest
+        spent.append(seconds / 5)
+
+    monkeypatch.setattr(quality, "_draw", draw)
+    for epoch in range(1, 101):
+        clock.now += 10
+        if quality.measure(epoch, last=False):
+            at.append(epoch)
+            spent.append(Slow.seconds)
+        assert sum(spent) <= share * (clock.now - 100.0) + 1e-9
+    possible = share * 1000 / seconds
+    assert 0.5 * min(possible, 50) < len(at) <= min(possible, 50)
+    assert all(epoch % 2 == 0 for epoch in at)
+    said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(said) == (at != list(range(2, 101, 2)))
+
+
+def test_the_time_spent_is_kept_when_a_run_goes_on(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(while_training.time, "monotonic", clock)
+    run = SimpleNamespace(cfg=SimpleNamespace(metric_period=0))
+    quality = Quality(run)
+    quality.metrics, quality.seconds, quality.best_fd = {"slow": Slow(clock)}, 4.0, 1.5
+    clock.now += 60
+    state = quality.state()
+    assert state == {"seconds": 4.0, "run_seconds": 60.0, "best_fd": 1.5}
+    later = Quality(run)
+    later.metrics = quality.metrics
+    later.restore(state)
+    clock.now += 5
+    assert later.state() == {"seconds": 4.0, "run_seconds": 65.0, "best_fd": 1.5}
+    later.restore({})
+    assert later.best_fd == math.inf  # a checkpoint from before there were metrics
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_together(measured, here):
+    argv = tiny(here / "two", *OFTEN)
+    torchrun(str(train.__file__), *argv)
+    for line in metrics(here / "two"):
+        if found := line.get("metrics"):
+            assert found["fd"]["samples"] == 150
+            assert found["bpd"]["images"] == 150
+    assert checkpoint.load(here / "two" / "best_fd.pth")["quality"]["best_fd"] > 0
