@@ -71,6 +71,8 @@ def draw(
                 check()
             drawn.append((first, Drawn(x.cpu(), torch.stack(strip, 1), torch.stack(animation, 1))))
     drawn = sorted(ranks.gather(drawn) if ranks else drawn, key=lambda part: part[0])
+    if not drawn:  # on a rank for which no batch was left
+        return Drawn(*[torch.empty(0, *shape)] * 3)
     return Drawn(*(torch.cat(parts) for parts in zip(*(part for _, part in drawn), strict=True)))
 
 

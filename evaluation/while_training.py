@@ -158,12 +158,12 @@ class Quality:
     def _too_long(self, epoch: int) -> bool:
         """Would measuring now take the time spent on it above its share? Said once."""
         share, n = self.run.cfg.metric_share, self.run.cfg.metric_samples
-        if self.expected is None:  # the bound costs about as much as the samples; so one batch tells
-            begin = time.monotonic()
-            self._draw(min(n, BATCH_SIZE))
+        if self.expected is None:  # the bound costs about as much as the samples; so one batch a rank tells
+            begin, batch = time.monotonic(), BATCH_SIZE * self.run.ranks.world
+            self._draw(min(n, batch))
             probe = time.monotonic() - begin
             self.seconds += probe
-            self.expected = probe * math.ceil(n / BATCH_SIZE) * len(self.metrics)
+            self.expected = probe * math.ceil(n / batch) * len(self.metrics)
         part = (self.seconds + self.expected) / (time.monotonic() - self.began + self.expected)
         too_long = self.run.ranks.largest(float(part > share)) > 0
         if too_long and not self.told and self.run.ranks.rank == 0:
