@@ -196,7 +196,7 @@ def test_a_dashboard_on_a_full_disk_is_one_line_and_the_others_go_on(tmp_path, m
 def test_a_dashboard_without_a_login_is_one_line_and_the_others_go_on(tmp_path, monkeypatch, caught):
     monkeypatch.setenv("HOME", str(tmp_path))  # where nobody is logged in
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr("wandb.setup", lambda: type("Setup", (), {"settings": type("S", (), {"mode": "online"})}))
+    monkeypatch.setattr("wandb.setup", lambda _: type("Setup", (), {"settings": type("S", (), {"mode": "online"})}))
     monkeypatch.setattr("wandb.login", lambda **_: False)
     assert train.main(tiny(tmp_path / "a", BOTH)) == 0
     (warning,) = warnings(caught)

@@ -100,7 +100,8 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, config: dict):
         import wandb
 
-        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=PATIENCE)
+        if wandb.setup(settings).settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise ValueError("not logged in: run `wandb login`, or set WANDB_MODE=offline")
         self.folder, self.Image = folder, wandb.Image
         if not (folder / "wandb_id").exists():
@@ -109,7 +110,6 @@ class WeightsAndBiases:
         name = (folder / "wandb_id").read_text()
         for path in folder.glob(f"wandb/offline-run-*-{name}"):
             shutil.rmtree(path)
-        settings = wandb.Settings(silent=True, console="off", disable_git=True)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "gaussian-diffusion"),
             id=name,
