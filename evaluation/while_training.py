@@ -130,7 +130,8 @@ class Quality:
             if self.run.ranks.rank == 0 or metric.uses_model:
                 with speed.autocast(self.run.device, cfg.precision if metric.uses_model else "fp32"):
                     found[name] = metric.measure()
-                log.info(metric.describe(found[name]))
+                if self.run.ranks.rank == 0:
+                    log.info(metric.describe(found[name]))
         self.evaluation.samples = None
         self._note_best(found)
         self.expected = time.monotonic() - begin
