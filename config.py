@@ -87,6 +87,10 @@ class TrainConfig:
     grad_clip: Annotated[float, Range(ge=0)] = 1.0  # largest norm of the network's gradient, 0 for any
     grad_accum: Annotated[int, Range(ge=1)] = 1  # parts that a batch is split into, one forward and backward pass each
     ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.9999  # of the averaged weights, per step; shorter at first
+    power_ema: Sequence[
+        Annotated[float, Range(gt=0, le=0.28)]
+    ] = ()  # lengths sigma_rel of power-function averages, recorded too
+    power_ema_snapshots: Annotated[int, Range(ge=1)] = 32  # of those, evenly spread over the run, for the averages between them
     label_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1  # share of labels that the network does not see: it learns both
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of the network; the maths is float32 always
     compile: bool | Literal["auto"] = "auto"  # torch.compile the network
@@ -103,7 +107,7 @@ class TrainConfig:
 
 # What --resume may change: nothing that the weights depend on.
 MAY_CHANGE = {"epochs", "max_steps", "record_period", "save_period", "save_best", "save_minutes", "sample_period"}
-MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps"}
+MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "power_ema_snapshots"}
 
 
 # Checks

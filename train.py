@@ -10,7 +10,7 @@
 A run's state is a function of (seed, rank, step): each step draws its data order, flips, t, eps and dropout from a generator
 seeded by these three alone. So a run that was stopped and resumed does what the run that never stopped does.
 
-In the folder of the run: last.pth, best.pth, epoch_N.pth, train.log, metrics.jsonl, epoch_N.png (samples).
+In the folder of the run: last.pth, best.pth, epoch_N.pth, power_STEP.pth, train.log, metrics.jsonl, epoch_N.png (samples).
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from evaluation.pictures import grid, save_png
 from evaluation.sampling import labels_by_row
 from mistakes import OneLineParser, run_script
 from training import speed
+from training.averages import Averages
 from training.batches import Batches, drop_labels
 from training.checks import bad_numbers, check_batch, check_fit
 from training.meter import Meter
@@ -41,7 +42,7 @@ from training.ranks import Ranks, leave_ranks
 from training.run_folder import RunFolder
 from training.seeds import PICTURE, STEP, VALIDATION, WEIGHTS, mixed_seed
 from training.signals import Stopped, Stopper
-from training.state import read_state, restore_state, take_state
+from training.state import read_state, restore_state, take_snapshot, take_state
 from training.writer import Writer
 
 log = logging.getLogger("train")
@@ -121,7 +122,7 @@ class Trainer:
         self.last_save = time.monotonic()
         self.meter = Meter(self.device)
         self.parameters = list(self.model.time_aware_net.parameters())
-        self.averages, self.averaged = list(self.ema.parameters()), list(self.model.parameters())
+        self.averages = Averages(self)
 
     # Training
 
@@ -165,8 +166,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.scheduler.step()
         self.step += 1
-        decay = min(self.cfg.ema_decay, self.step / (self.step + 9))  # short at first
-        torch._foreach_lerp_(self.averages, self.averaged, 1 - decay)
+        self.averages.update(self.step)
         self.meter.add(loss, bad)
 
     @property
@@ -181,7 +181,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step. A signal ends it early: everything is saved, and Stopped raised."""
         folder = self.folder
-        folder.open(self.records if self.resumed else None)
+        folder.open(self.records if self.resumed else None, self.step)
         self.writer = Writer()
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
         try:
@@ -220,6 +220,7 @@ class Trainer:
         if self.meter.recent_bad_steps() >= self.cfg.max_bad_steps:
             raise bad_numbers(self)
         self.writer.check()
+        self._write(f"power_{self.step}.pth", take_snapshot(self))  # before the last.pth that counts the step
         if self.step % self.cfg.record_period == 0 and not self._at_end():  # which is recorded with its validation
             self.record(bar)
         minutes = (time.monotonic() - self.last_save) / 60
