@@ -154,14 +154,8 @@ def _describe(kind: Any) -> str:
         return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
     if origin and issubclass(origin, Sequence):
         return f"a list, each {_describe(args[0])}" if args else "a list"
-    words = {
-        int: "a whole number",
-        float: "a number",
-        str: "a string",
-        bool: "true or false",
-        type(None): "null",
-        dict: "an object",
-    }
+    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "an object"}
+    words[type(None)] = "null"
     return words.get(kind, getattr(kind, "__name__", str(kind)))
 
 
