@@ -21,7 +21,7 @@ ARENAS = {  # our config, what it takes to have no classes, and what results and
     ),  # benchmarks/emoji.py makes its folder
 }
 MODELS = ROOT / "models"  # of the classifiers, not in git
-CLASSIFIER_IMAGES = 240_000  # that a classifier sees in its training: four epochs of FashionMNIST
+CLASSIFIER_IMAGES, MAX_EPOCHS = 240_000, 40  # that a classifier sees in its training: four epochs of FashionMNIST
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Arena:
         images, labels = self.images("train")
         path = MODELS / f"classifier_{self.name}.pth"
         path.parent.mkdir(exist_ok=True)
-        epochs = max(1, CLASSIFIER_IMAGES // len(images))
+        epochs = min(MAX_EPOCHS, CLASSIFIER_IMAGES // len(images))
         return cached_classifier(path, images, labels, self.name, epochs, device=device)
 
 
