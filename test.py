@@ -141,14 +141,15 @@ def refuse_for_symbols(args: argparse.Namespace) -> None:
             raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of symbols, and this is only for numbers")
 
 
-def load_model(args: argparse.Namespace, ema_length: float | None) -> tuple[nn.Module, dict, Path]:
+def load_model(args: argparse.Namespace, ema_length: float | None, ranks: Ranks) -> tuple[nn.Module, dict, Path]:
     """The model, its checkpoint's state and path; with a length those of that average, which is not saved yet."""
     path = Path(args.checkpoint)
     if ema_length is None:
         return *load_diffusion(path, ema=not args.raw), path
     state, error = average_of(path, ema_length)
     path = path.with_name(f"{path.stem}_ema{ema_length:g}.pth")
-    print(f"{path}: the average of length {ema_length:g} after step {state['step']}; its profile is off by {error:.2%}")
+    if ranks.rank == 0:
+        print(f"{path}: the average of length {ema_length:g} after step {state['step']}; its profile is off by {error:.2%}")
     return diffusion_of(state, path), state, path
 
 
@@ -163,7 +164,7 @@ def run_each_length(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, ema_length: float | None) -> float | None:
     """Do what the flags ask for; the figure of the first metric, if rank 0 has one."""
     ranks = Ranks(args.device)
-    diffusion, state, path = load_model(args, ema_length)
+    diffusion, state, path = load_model(args, ema_length, ranks)
     diffusion.to(ranks.device)
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
     count = min(args.n, args.batch_size)
