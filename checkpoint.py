@@ -82,14 +82,22 @@ def _check_weights(state: Mapping, weights: Mapping) -> None:
 def load_diffusion(path: str | Path, ema: bool = True) -> tuple[GaussianDiffusion, dict]:
     """The model of a checkpoint, with its averaged weights (ema) or the raw ones, in eval mode; and the checkpoint's state."""
     state = load(path)
+    return diffusion_of(state, path, ema), state
+
+
+def diffusion_of(state: Mapping, path: str | Path, ema: bool = True) -> GaussianDiffusion:
+    """The model of a state that was loaded from path, as `load_diffusion` gives it."""
     weights = state.get("ema" if ema else "model")
     with as_mistake(f"{path}: "):
         if not isinstance(weights, Mapping):
-            raise Mistake(f"{'ema' if ema else 'model'}: missing")
+            of_snapshot = (
+                ": this is a snapshot of averages, of which test.py --ema-length makes one" if "buffers" in state else ""
+            )
+            raise Mistake(f"{'ema' if ema else 'model'}: missing{of_snapshot}")
         _check_weights(state, weights)
         diffusion = build_diffusion(state["config"])
     try:
         diffusion.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise Mistake(f"{path}: {' '.join(str(error).split())[:300]}") from error
-    return diffusion.eval(), state
+    return diffusion.eval()

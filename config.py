@@ -93,6 +93,8 @@ class TrainConfig:
     grad_clip: Annotated[float, Range(ge=0)] = 1.0  # largest norm of the network's gradient, 0 for any
     grad_accum: Annotated[int, Range(ge=1)] = 1  # parts that a batch is split into, one forward and backward pass each
     ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.9999  # of the averaged weights, per step; shorter at first
+    power_ema: Sequence[Annotated[float, Range(gt=0, le=0.28)]] = ()  # lengths sigma_rel of power-function averages besides
+    power_ema_snapshots: Annotated[int, Range(ge=1)] = 32  # of those, evenly spread over the run, for the averages between them
     label_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1  # share of labels that the network does not see: it learns both
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of the network; the maths is float32 always
     compile: bool | Literal["auto"] = "auto"  # torch.compile the network
@@ -110,7 +112,7 @@ class TrainConfig:
 # What --resume may change: nothing that the weights depend on.
 MAY_CHANGE = {"epochs", "max_steps", "record_period", "save_period", "save_best", "save_minutes", "sample_period"}
 MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers"}
-MAY_CHANGE |= {"metric_period", "metrics", "metric_samples", "metric_features", "metric_share"}
+MAY_CHANGE |= {"metric_period", "metrics", "metric_samples", "metric_features", "metric_share", "power_ema_snapshots"}
 
 
 # Checks
@@ -157,8 +159,8 @@ def _describe(kind: Any) -> str:
         return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
     if origin and issubclass(origin, Sequence):
         return f"a list, each {_describe(args[0])}" if args else "a list"
-    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
-    words[dict] = "an object"
+    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "an object"}
+    words[type(None)] = "null"
     return words.get(kind, getattr(kind, "__name__", str(kind)))
 
 

@@ -5,6 +5,7 @@
     python test.py models/FashionMNIST_den/last.pth -n 1000 --sampler ddim --timesteps 50 --metrics bpd fd
     python test.py models/CelebA_HQ_256_den/last.pth 128 192                   # another height and width
     python test.py models/FashionMNIST_class/last.pth -n 80 --class all --guidance 2            # a row a class
+    python test.py models/FashionMNIST_fast/last.pth -n 1000 --ema-length 0.05 0.1 0.2 --metrics fd    # which average is best?
     python test.py models/FashionMNIST_class/last.pth --inpaint shoe.png --mask mask.png        # white: known
     torchrun --nproc_per_node=4 test.py models/CIFAR10_den/last.pth -n 50000 --batch-size 512 --pictures 64
 
@@ -24,7 +25,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from checkpoint import MAX_VALUES, load_diffusion, save
+from checkpoint import MAX_VALUES, diffusion_of, load_diffusion, save
 from classify import Weighting
 from config import check_shape, find
 from evaluation.edits import EDITS, Edit
@@ -37,6 +38,7 @@ from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
 from samplers import SAMPLERS
 from training import speed
+from training.averages import MAX_LENGTH, average_of
 from training.ranks import Ranks, leave_ranks
 from training.seeds import STEP, mixed_seed
 
@@ -139,9 +141,30 @@ def refuse_for_symbols(args: argparse.Namespace) -> None:
             raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of symbols, and this is only for numbers")
 
 
-def run(args: argparse.Namespace) -> None:
-    ranks, path = Ranks(args.device), Path(args.checkpoint)
-    diffusion, state = load_diffusion(path, ema=not args.raw)
+def load_model(args: argparse.Namespace, ema_length: float | None, ranks: Ranks) -> tuple[nn.Module, dict, Path]:
+    """The model, its checkpoint's state and path; with a length those of that average, which is not saved yet."""
+    path = Path(args.checkpoint)
+    if ema_length is None:
+        return *load_diffusion(path, ema=not args.raw), path
+    state, error = average_of(path, ema_length)
+    path = path.with_name(f"{path.stem}_ema{ema_length:g}.pth")
+    if ranks.rank == 0:
+        print(f"{path}: the average of length {ema_length:g} after step {state['step']}; its profile is off by {error:.2%}")
+    return diffusion_of(state, path), state, path
+
+
+def run_each_length(args: argparse.Namespace) -> None:
+    """Sample and measure with the average of each --ema-length, and say with which the first metric is least."""
+    figures = {length: run(args, length) for length in args.ema_length or [None]}
+    if len(figures) > 1 and None not in figures.values():
+        best = min(figures, key=figures.get)
+        print(f"least {args.metrics[0]}: {figures[best]:.4f}, with --ema-length {best:g}")
+
+
+def run(args: argparse.Namespace, ema_length: float | None) -> float | None:
+    """Do what the flags ask for; the figure of the first metric, if rank 0 has one."""
+    ranks = Ranks(args.device)
+    diffusion, state, path = load_model(args, ema_length, ranks)
     diffusion.to(ranks.device)
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
     count = min(args.n, args.batch_size)
@@ -165,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
         how |= {"sampler": sampler} if edit.kind == "from" else {}
         samples = edit.samples(diffusion, args.n, args.batch_size, args.seed, labels, **how)
         save_edited(path.with_name(f"{path.stem}_{edit.kind}"), edit.picture(), samples)
-        return
+        return None
     names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
     how = {name: getattr(args, name) for name in names}
     evaluation = Evaluation(diffusion, state["config"], ranks, **how, guided=args.guidance is not None)
@@ -173,6 +196,8 @@ def run(args: argparse.Namespace) -> None:
     folder = path.with_name(f"{path.stem}_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
     folder.parent.joinpath(f".{folder.name}.part").unlink()
+    if ema_length is not None and ranks.rank == 0:
+        save(path, state)
     x0 = torch.zeros(min(args.n, args.batch_size, speed.PROBE_ROWS), *shape, device=ranks.device)
     precision = set_speed(diffusion, diffusion.x0_of(x0), args.precision, args.compile, ranks)
     with speed.autocast(ranks.device, precision):
@@ -186,11 +211,14 @@ def run(args: argparse.Namespace) -> None:
         folder.mkdir(exist_ok=True)
         save_pictures(folder, drawn, args.pictures, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
-    measure(metrics, folder / "metrics.json", vars(args), precision, ranks)
+    return measure(metrics, folder / "metrics.json", vars(args), precision, ranks)
 
 
-def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ranks) -> None:
-    """Measure one after the other. What is measured is written and printed before the next thing is tried."""
+def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ranks) -> float | None:
+    """Measure one after the other; the first one's figure on rank 0, if it has one.
+
+    What is measured is written and printed before the next thing is tried.
+    """
     results = {}
     for name, metric in metrics.items():
         if ranks.rank and not metric.uses_model:
@@ -201,6 +229,8 @@ def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ra
             with whole_file(path) as file:
                 file.write(json.dumps(results | {"settings": settings}, indent=4).encode())
             print(metric.describe(results[name]))
+    first = next(iter(metrics), None)
+    return results[first][metrics[first].figure] if ranks.rank == 0 and hasattr(metrics.get(first), "figure") else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -245,6 +275,13 @@ def main(argv: list[str] | None = None) -> int:
         "--fit-variance", type=int, metavar="N", help="first fit sigma_t^2 to N training images; saves NAME_fitted.pth"
     )
     parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their average")
+    parser.add_argument(
+        "--ema-length",
+        nargs="+",
+        type=float,
+        metavar="LENGTH",
+        help="the power-function average of this length instead, or each",
+    )
     parser.add_argument("--precision", default="fp32", choices=["auto", *speed.PRECISIONS])
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
@@ -252,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         _check(args)
-        run(args)
+        run_each_length(args)
 
     try:
         return run_script("test.py", work)
@@ -270,6 +307,12 @@ def _check(args: argparse.Namespace) -> None:
         raise Mistake("--guide and --interval need --guidance WEIGHT")
     if args.guidance is not None and args.fit_variance:
         raise Mistake("--fit-variance is of the network itself: leave out --guidance")
+    if args.ema_length and args.raw:
+        raise Mistake("--raw and --ema-length are weights of two kinds")
+    if any(not 0 < length <= MAX_LENGTH for length in args.ema_length or []):
+        raise Mistake(f"--ema-length {' '.join(map(str, args.ema_length))}: must be above 0 and at most {MAX_LENGTH:.4f}")
+    if len(args.ema_length or []) > 1 and not args.metrics:
+        raise Mistake("--ema-length with several lengths needs --metrics to tell them apart")
     if args.seed < 0:
         raise Mistake(f"--seed = {args.seed}: must be at least 0")
 

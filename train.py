@@ -10,7 +10,7 @@
 A run's state is a function of (seed, rank, step): each step draws its data order, flips, t, eps and dropout from a generator
 seeded by these three alone. So a run that was stopped and resumed does what the run that never stopped does.
 
-In the folder of the run: last.pth, best.pth, best_fd.pth, epoch_N.pth, train.log, metrics.jsonl, epoch_N.png (samples).
+In its folder: last.pth, best.pth, best_fd.pth, epoch_N.pth, power_STEP.pth, epoch_N.png (samples), metrics.jsonl, train.log.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from config import build_dataset, build_diffusion, build_train_config, load_conf
 from evaluation.while_training import Quality, first_picture, save_samples, valid_loss
 from mistakes import OneLineParser, run_script
 from training import speed
+from training.averages import Averages
 from training.batches import Batches, drop_labels
 from training.checks import bad_numbers, check_batch, check_fit
 from training.loggers import Loggers
@@ -42,7 +43,7 @@ from training.ranks import Ranks, leave_ranks
 from training.run_folder import RunFolder
 from training.seeds import STEP, WEIGHTS, mixed_seed
 from training.signals import Stopped, Stopper
-from training.state import read_state, restore_state, take_state
+from training.state import read_state, restore_state, take_snapshot, take_state
 from training.writer import Writer
 
 log = logging.getLogger("train")
@@ -123,7 +124,7 @@ class Trainer:
         self.last_save = time.monotonic()
         self.meter = Meter(self.device, self.model.T)
         self.parameters = list(self.model.time_aware_net.parameters())
-        self.averages, self.averaged = list(self.ema.parameters()), list(self.model.parameters())
+        self.averages = Averages(self)
 
     # Training
 
@@ -168,8 +169,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.scheduler.step()
         self.step += 1
-        decay = min(self.cfg.ema_decay, self.step / (self.step + 9))  # short at first
-        torch._foreach_lerp_(self.averages, self.averaged, 1 - decay)
+        self.averages.update(self.step)
         self.meter.add(loss, bad, terms)
 
     @property
@@ -184,7 +184,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step. A signal ends it early: everything is saved, and Stopped raised."""
         folder = self.folder
-        folder.open(self.records if self.resumed else None)
+        folder.open(self.records if self.resumed else None, self.step)
         self.loggers.open(folder.path)
         self.writer, self.begun = Writer(), (time.monotonic(), self.step)
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
@@ -225,6 +225,7 @@ class Trainer:
         if self.meter.recent_bad_steps() >= self.cfg.max_bad_steps:
             raise bad_numbers(self)
         self.writer.check()
+        self._write(f"power_{self.step}.pth", take_snapshot(self))  # before the last.pth that counts the step
         if self.step % self.cfg.record_period == 0 and not self._at_end():  # which is recorded with its validation
             self.record(bar)
         first_picture(self)

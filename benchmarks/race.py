@@ -1,21 +1,22 @@
-"""What each trainer has to show for the same compute: samples of FashionMNIST after so many seconds of training.
+"""What each trainer has to show for the same compute: samples of a data set after so many seconds of training.
 
     python benchmarks/race.py --threads 1                                  # all racers, 1500 s each: hours
     python benchmarks/race.py --racers ours --budget 375 750 1500 3000     # some of them; rows are added to those there
     python benchmarks/race.py --racers ours --set train_cfg.lr=1e-3        # an ablation: a row of its own
+    python benchmarks/race.py --data emoji                                 # which benchmarks/emoji.py makes; or both
     python benchmarks/race.py --quick                                      # a minute, to see that it runs
 
 The budget is of time.process_time of the racer's own process, so that a busy machine is fair (on CUDA: seconds of the
 clock, with the device waited for every 50 steps). The clock runs while the racer trains; reading and decoding the data is
-outside. Then -n samples are drawn, with at most --calls network calls each, and get the Fréchet distance to the 10,000 test
-images, in the features of one classifier for all.
+outside. Then -n samples are drawn, with at most --calls network calls each, and get the Fréchet distance to the validation
+images, in the features of one classifier for all, and the mean distance to the nearest training image (arenas.py).
 
 Equal for all: torch's switches (TF32 on, cuDNN chooses the fastest kernels), nothing compiled, and the rule for the precision,
 train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, on a CPU the faster of bf16 and fp32.
 
-    ours        configs/FashionMNIST_fast.json through train.py's own Trainer, validation and checkpoints included, without its
-                pictures. The number of steps that fits into the budget is measured first, on a copy, as the learning rate
-                falls to 0 at the end
+    ours        configs/FashionMNIST_fast.json, or what arenas.py names for the data, through train.py's own Trainer,
+                validation and checkpoints included, without its pictures. The number of steps that fits into the budget is
+                measured first, on a copy, as the learning rate falls to 0 at the end
     ddp         denoising-diffusion-pytorch: its Unet of dim 16, multipliers 1, 2, 4, objective pred_v, and the loop and
                 defaults of its Trainer: batch 16, Adam, EMA 0.995 every 10 steps, horizontal flips; its DDIM
     diffusers   UNet2DModel 32, 32, 64 (attention at the lowest resolution) and the recipe of train_unconditional.py: batch
@@ -30,7 +31,6 @@ A peer's run is one run of the largest budget: its learning rate does not know t
 """
 
 import argparse
-import functools
 import itertools
 import json
 import os
@@ -43,6 +43,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from arenas import ARENAS, Arena, Measure
 from common import (
     ROOT,
     choose_precision,
@@ -61,15 +62,12 @@ from tqdm import tqdm
 
 from checkpoint import load_diffusion
 from config import load_config
-from dataset import FashionMNIST
-from evaluation.features import N_FEATURES, cached_classifier, from_uint8, to_uint8
-from evaluation.metrics import frechet_distance, image_statistics
+from evaluation.features import N_FEATURES, from_uint8, to_uint8
 from evaluation.pictures import grid, save_png
 from samplers import SAMPLERS
 from train import Trainer
 from training.speed import autocast
 
-FAST = ROOT / "configs" / "FashionMNIST_fast.json"
 FOLDER = ROOT / "models" / "race"  # samples and our checkpoints, not in git
 PEER_BATCH = 16
 WAIT_STEPS = 50  # on CUDA, steps between two looks at the clock
@@ -126,8 +124,9 @@ class _Waiting(Trainer):
 
 def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     for budget in args.budget:
-        folder = FOLDER / args.name.replace("/", "_") / f"{budget:g}"
+        folder = samples_path(args.arena, args.name, budget).with_suffix("")
         settings = [
+            *args.arena.settings,
             "train_cfg.precision=auto",
             "train_cfg.compile=false",
             "train_cfg.sample_period=0",
@@ -135,7 +134,7 @@ def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
             f"train_cfg.model_save_dirpath={folder}",
         ]
         settings += ["train_cfg.epochs=1000000", f"train_cfg.seed={args.seed}"]
-        probe = _Waiting(load_config(FAST, settings), args.device, overwrite=True)
+        probe = _Waiting(load_config(args.arena.config, settings), args.device, overwrite=True)
         probe.folder.close()
         config = probe.config  # in which the precision is chosen
         config["train_cfg"]["max_steps"] = _steps_within(budget, probe)
@@ -189,10 +188,11 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     import denoising_diffusion_pytorch as peer
     from ema_pytorch import EMA
 
-    unet = peer.Unet(dim=16, dim_mults=(1, 2, 4), channels=1)
-    settings = {"image_size": 28, "timesteps": 1000, "sampling_timesteps": args.calls, "objective": "pred_v"}
+    first = _first_images(args.arena, device)
+    unet = peer.Unet(dim=16, dim_mults=(1, 2, 4), channels=first.shape[1])
+    settings = {"image_size": first.shape[-1], "timesteps": 1000, "sampling_timesteps": args.calls, "objective": "pred_v"}
     diffusion = peer.GaussianDiffusion(unet, **settings).to(device)
-    precision = choose_precision(lambda: diffusion(_first_images(device) / 2 + 0.5), diffusion, device)
+    precision = choose_precision(lambda: diffusion(first / 2 + 0.5), diffusion, device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=args.lr or 1e-4, betas=(0.9, 0.99))
     ema = {"update_every": 1, "update_after_step": 0, "power": args.ema_power} if args.ema_power else {"update_every": 10}
     ema = EMA(diffusion, beta=0.9999 if args.ema_power else 0.995, **ema).to(device)
@@ -220,10 +220,11 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
+    first = _first_images(args.arena, device)
     unet = diffusers.UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
+        sample_size=first.shape[-1],
+        in_channels=first.shape[1],
+        out_channels=first.shape[1],
         block_out_channels=(32, 32, 64),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
@@ -232,14 +233,15 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
     noising = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     settings = {"lr": args.lr or 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
     optimizer = torch.optim.AdamW(unet.parameters(), **settings)
-    warmup = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100 * 60000 // 16)
+    steps = 100 * len(args.arena.images("train")[0]) // PEER_BATCH
+    warmup = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=steps)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, power=args.ema_power) if args.ema_power else None
 
     def loss_of(x0: Tensor) -> Tensor:
         noise, t = torch.randn_like(x0), torch.randint(0, 1000, (len(x0),), device=device).long()
         return F.mse_loss(unet(noising.add_noise(x0, noise, t), t).sample.float(), noise)
 
-    precision = choose_precision(lambda: loss_of(_first_images(device)), unet, device)
+    precision = choose_precision(lambda: loss_of(first), unet, device)
 
     def step(x0: Tensor) -> None:
         with autocast(device, precision):
@@ -272,9 +274,10 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
 
 def _race(args, device, net, precision, loss_of, step, sample) -> Iterator[Finish]:
     """A peer's run: shuffled batches of 16 until each budget is used up."""
-    flops = counted(lambda: loss_of(_first_images(device)).backward())
+    flops = counted(lambda: loss_of(_first_images(args.arena, device)).backward())
     net.zero_grad()
-    parameters, steps, clock, batches = sum(p.numel() for p in net.parameters()), 0, Clock(device), _batches(device)
+    parameters, steps, clock = sum(p.numel() for p in net.parameters()), 0, Clock(device)
+    batches = _batches(args.arena, device)
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
     with tqdm(total=max(args.budget), desc=args.name, bar_format=form) as bar:
         for budget in sorted(args.budget):
@@ -290,22 +293,16 @@ def _race(args, device, net, precision, loss_of, step, sample) -> Iterator[Finis
             yield Finish(budget, clock.total, steps, PEER_BATCH, parameters, flops / 1e9, args.calls, precision, sample)
 
 
-def _batches(device: torch.device) -> Iterator[Tensor]:
+def _batches(arena: Arena, device: torch.device) -> Iterator[Tensor]:
     """Shuffled training images without end."""
-    images = _fashion(train=True)[0]
+    images = arena.images("train")[0]
     while True:
         for indices in torch.randperm(len(images)).split(PEER_BATCH):
             yield from_uint8(images[indices]).to(device)
 
 
-def _first_images(device: torch.device) -> Tensor:
-    return from_uint8(_fashion(train=True)[0][:PEER_BATCH]).to(device)
-
-
-@functools.cache
-def _fashion(train: bool) -> tuple[Tensor, Tensor]:
-    data = FashionMNIST(str(ROOT / "data"), train=train)
-    return torch.from_numpy(data.images.copy())[:, None], data.labels
+def _first_images(arena: Arena, device: torch.device) -> Tensor:
+    return from_uint8(arena.images("train")[0][:PEER_BATCH]).to(device)
 
 
 RACERS: dict[str, tuple[Callable, dict]] = {
@@ -321,13 +318,13 @@ SEARCHED = ("lr", "ema_power", "no_flips", "groups", "diffusers_sampler")  # opt
 # The race
 
 
-def samples_path(name: str, budget: float) -> Path:
-    return FOLDER / f"{name.replace('/', '_')}_{budget:g}.pt"
+def samples_path(arena: Arena, name: str, budget: float) -> Path:
+    return FOLDER / arena.name / f"{name.replace('/', '_')}_{budget:g}.pt"
 
 
 def worker(args: argparse.Namespace) -> None:
     """Train and sample as one racer, in this process; a line of JSON and a file of samples for each budget."""
-    device = torch.device(args.device)
+    device, args.arena = torch.device(args.device), Arena(args.data[0], args.root)
     set_up(args)
     racer, recipe = RACERS[args.racers[0]]
     for name, value in recipe.items():
@@ -344,39 +341,19 @@ def worker(args: argparse.Namespace) -> None:
                 batches.append(to_uint8(finish.sample(min(100, args.n - first))).cpu())
         seconds = clock.stop()
         torch.set_rng_state(state)
-        path = samples_path(args.name, finish.budget)
+        path = samples_path(args.arena, args.name, finish.budget)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(torch.cat(batches), path)
         row = {name: value for name, value in vars(finish).items() if name != "sample"}
         print(json.dumps(row | {"sampling s": seconds, "samples": str(path)}), flush=True)
 
 
-def classifier_and_real(device: torch.device):
-    images, labels = _fashion(train=True)
-    path = ROOT / "models" / "classifier_FashionMNIST.pth"
-    extractor = cached_classifier(path, images, labels, "FashionMNIST", device=device)
-    real = image_statistics(map(from_uint8, _fashion(train=False)[0].split(500)), extractor)
-    return extractor, real
-
-
-def distances_of_data(extractor, real, n: int) -> dict[str, float]:
-    """Both ends of the scale: n training images, and n of uniform noise."""
-    images = _fashion(train=True)[0]
-    generator = torch.Generator().manual_seed(0)
-    chosen = images[torch.randperm(len(images), generator=generator)[:n]]
-    noise = torch.randint(0, 256, chosen.shape, dtype=torch.uint8, generator=generator)
-    return {
-        name: frechet_distance(image_statistics(map(from_uint8, x.split(500)), extractor), real)
-        for name, x in (("training images", chosen), ("uniform noise", noise))
-    }
-
-
-def rows_of(args: argparse.Namespace, name: str, racer: str, extractor, real) -> Iterator[dict]:
+def rows_of(args: argparse.Namespace, name: str, racer: str, measure: Measure) -> Iterator[dict]:
     """Run a racer in a process of its own, and measure what it brings."""
     # fmt: off
     command = [sys.executable, __file__, "--worker", "--racers", racer, "--name", name, "--device", args.device,
                "--seed", str(args.seed), "-n", str(args.n), "--sampler", args.sampler, "--calls", str(args.calls),
-               "--budget", *map(str, args.budget)]
+               "--budget", *map(str, args.budget), "--data", measure.arena.name, "--root", args.root]
     # fmt: on
     for option in ("threads", *SEARCHED):
         if getattr(args, option) is not None:
@@ -389,18 +366,17 @@ def rows_of(args: argparse.Namespace, name: str, racer: str, extractor, real) ->
                 continue
             row = json.loads(line)
             samples = torch.load(row.pop("samples"), weights_only=True)
-            made = image_statistics(map(from_uint8, samples.split(500)), extractor)
-            yield {"racer": name, "distance": frechet_distance(made, real), "n": args.n} | row
+            yield {"racer": name, **measure(samples), "n": args.n} | row
     if process.returncode:
         sys.exit(f"{name}: its process failed")
 
 
-def picture(rows: list[dict], path: Path) -> None:
+def picture(arena: Arena, rows: list[dict], path: Path) -> None:
     """The first samples of each racer at the largest budget of which there are some here."""
-    rows = [row for row in rows if samples_path(row["racer"], row["budget"]).exists()]
+    rows = [row for row in rows if samples_path(arena, row["racer"], row["budget"]).exists()]
     last = {row["racer"]: row for row in sorted(rows, key=lambda row: (row["budget"], row["n"]))}
     last = {name: last[name] for name in RACERS if name in last}
-    samples = [torch.load(samples_path(name, row["budget"]), weights_only=True)[:14] for name, row in last.items()]
+    samples = [torch.load(samples_path(arena, name, row["budget"]), weights_only=True)[:14] for name, row in last.items()]
     drawn = grid(from_uint8(torch.cat(samples)), 14)
     labelled = Image.new("RGB", (drawn.width + 130, drawn.height), "white")
     labelled.paste(drawn.convert("RGB"), (130, 0))
@@ -427,15 +403,47 @@ def plot(rows: list[dict], ends: dict[str, dict[str, float]], path: Path) -> Non
             axes.loglog(*zip(*points, strict=True), "o-", label=name)
     axes.axhline(ends[str(n)]["training images"], color="grey", linestyle=":", label="training images")
     budgets = sorted({row["budget"] for row in rows})
-    axes.set(xlabel="seconds of training", ylabel="Fréchet distance to the test images", xticks=budgets, xticklabels=budgets)
+    axes.set(
+        xlabel="seconds of training", ylabel="Fréchet distance to the validation images", xticks=budgets, xticklabels=budgets
+    )
     axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=100)
 
 
+def compete(args: argparse.Namespace, arena: Arena, device: torch.device) -> None:
+    """The race on one arena: its rows, printed and added to those there, and the pictures."""
+    measure, path = Measure(arena, device), result_path(arena.stem, device, args.quick)
+    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    ends = measure.of_data(args.n)
+    changed = [*args.set, *(f"{name}={getattr(args, name)}" for name in SEARCHED if getattr(args, name) is not None)]
+    changed += [f"seed={args.seed}"] if args.seed else []
+    for racer in args.racers:
+        name = args.name or " ".join([racer, *changed])
+        for row in rows_of(args, name, racer, measure):
+            print(f"{arena.name}, {name}, {row['budget']:g} s: {row['distance']:.2f}", file=sys.stderr, flush=True)
+            old = json.loads(path.read_text()) if path.exists() else old  # another race may have written meanwhile
+            kept = [each for each in old["rows"] if any(each[key] != row[key] for key in ("racer", "budget", "n", "calls"))]
+            made = {"date": time.strftime("%Y-%m-%d"), "device": device_name(device), "versions": versions()}
+            scale = old.get("ends", {}) | {str(args.n): ends}
+            about = {"features": measure.extractor.name, "real images": measure.real.count}
+            result = {**about, "ends": scale, **made, "rows": [*kept, row]}
+            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    rows = json.loads(path.read_text())["rows"]
+    rows.sort(key=lambda row: (row["racer"] not in RACERS, row["racer"], row["budget"]))
+    show(f"Fréchet distance of n samples to {measure.real.count} images, in the features of the {measure.extractor.name}", rows)
+    print(f"\nof {args.n} " + ", ".join(f"{name}: {value:.3g}" for name, value in ends.items()))
+    rows = [row for row in rows if row["racer"] in RACERS]
+    if not args.quick and name in RACERS:  # and not a variant of one
+        picture(arena, rows, ROOT / "samples" / f"{arena.stem}.png")
+        plot(rows, json.loads(path.read_text())["ends"], ROOT / "samples" / f"{arena.stem}_curve.png")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--racers", nargs="+", default=list(RACERS), choices=RACERS)
+    parser.add_argument("--data", nargs="+", default=["FashionMNIST"], choices=ARENAS)
+    parser.add_argument("--root", default=str(ROOT / "data"), help="folder of the data sets")
     parser.add_argument("--budget", nargs="+", type=float, default=[1500.0], help="seconds of training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU, by default torch's own choice")
@@ -461,30 +469,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"-n {args.n}: the distance needs more samples than features, at least {N_FEATURES + 1}")
     device = torch.device(args.device)
     set_up(args)
-    extractor, real = classifier_and_real(device)
-    path = result_path("race", device, args.quick)
-    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    ends = distances_of_data(extractor, real, args.n)
-    changed = [*args.set, *(f"{name}={getattr(args, name)}" for name in SEARCHED if getattr(args, name) is not None)]
-    changed += [f"seed={args.seed}"] if args.seed else []
-    for racer in args.racers:
-        name = args.name or " ".join([racer, *changed])
-        for row in rows_of(args, name, racer, extractor, real):
-            print(f"{name}, {row['budget']:g} s: {row['distance']:.2f}", file=sys.stderr, flush=True)
-            old = json.loads(path.read_text()) if path.exists() else old  # another race may have written meanwhile
-            kept = [each for each in old["rows"] if any(each[key] != row[key] for key in ("racer", "budget", "n", "calls"))]
-            made = {"date": time.strftime("%Y-%m-%d"), "device": device_name(device), "versions": versions()}
-            scale = old.get("ends", {}) | {str(args.n): ends}
-            result = {"features": extractor.name, "real images": real.count, "ends": scale, **made, "rows": [*kept, row]}
-            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    rows = json.loads(path.read_text())["rows"]
-    rows.sort(key=lambda row: (row["racer"] not in RACERS, row["racer"], row["budget"]))
-    show(f"Fréchet distance of n samples to {real.count} test images, in the features of the {extractor.name}", rows)
-    print(f"\nof {args.n} " + ", ".join(f"{name}: {value:.2f}" for name, value in ends.items()))
-    rows = [row for row in rows if row["racer"] in RACERS]
-    if not args.quick and name in RACERS:  # and not a variant of one
-        picture(rows, ROOT / "samples" / "race.png")
-        plot(rows, json.loads(path.read_text())["ends"], ROOT / "samples" / "race_curve.png")
+    for data in args.data:
+        compete(args, Arena(data, args.root), device)
 
 
 if __name__ == "__main__":

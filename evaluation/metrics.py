@@ -235,6 +235,7 @@ class BitsPerDimension:
     """The bound on images of the valid split."""
 
     uses_model = True  # so that all ranks measure it together
+    figure = "total"  # of what it measures, less is better
 
     def __init__(self, evaluation: Evaluation):
         """Refuse what cannot be measured, before the first network call."""
@@ -260,6 +261,7 @@ class FrechetDistance:
     """The Fréchet distance of the samples to all images of the valid split."""
 
     uses_model = False  # rank 0 has all samples
+    figure = "distance"
 
     def __init__(self, evaluation: Evaluation):
         """Refuse what cannot be measured, before the first network call; train the classifier, if there is none yet."""

@@ -1,24 +1,32 @@
 """The parts of the benchmarks that decide what is compared: what they print of it is not tested."""
 
+import io
 import json
 import sys
+import tarfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import ROOT
 from torch import nn
 
 sys.path.append(str(ROOT / "benchmarks"))
+import arenas
 import common
 import discrete
+import emoji
 import epoch_end
 import gpu
 import race
 
 from beta_schedule import LinearSchedule
 from config import network_without_memory
+from dataset import ImageFolder
 from gaussian_diffusion import GaussianDiffusion
 
 CPU = torch.device("cpu")
@@ -51,8 +59,8 @@ def test_a_side_runs_in_the_precision_in_which_its_own_step_is_faster(faster, mo
 
 def test_a_race_ends_at_each_budget(monkeypatch):
     """On a CPU, where a look at the clock costs nothing, at most one step late, and not at the next fiftieth."""
-    monkeypatch.setattr(race, "_batches", lambda device: iter(lambda: torch.zeros(16), None))
-    monkeypatch.setattr(race, "_first_images", lambda device: torch.zeros(16))
+    monkeypatch.setattr(race, "_batches", lambda arena, device: iter(lambda: torch.zeros(16), None))
+    monkeypatch.setattr(race, "_first_images", lambda arena, device: torch.zeros(16))
     net = nn.Linear(16, 1)
 
     def step(x0):
@@ -60,7 +68,7 @@ def test_a_race_ends_at_each_budget(monkeypatch):
         while time.process_time() - begin < 0.01:
             pass
 
-    args = SimpleNamespace(budget=[0.2, 0.1], name="test", calls=1)
+    args = SimpleNamespace(budget=[0.2, 0.1], name="test", calls=1, arena=None)
     first, second = race._race(args, CPU, net, "fp32", lambda x0: net(x0).sum(), step, None)
     assert (first.budget, second.budget) == (0.1, 0.2)
     assert 0.1 <= first.seconds < 0.15
@@ -120,3 +128,117 @@ def test_symbols_are_compared_and_drawn(tmp_path):
     assert [row["setting"] for row in rows] == ["gaussian-numbers", "absorbing"]
     assert all(1 < row["bits per dimension"] < 17 for row in rows)  # log2(17) is 4.1; after a second of training
     assert {path.name for path in tmp_path.glob("*.png")} == {"discrete.png", "discrete_trajectories.png"}
+
+
+# The emoji
+
+
+def emoji_package(vendor: str) -> dict[str, bytes]:
+    """What a package emoji-datasource-VENDOR holds: 40 emoji of one colour, three that are left out, and one in two sexes."""
+
+    def entry(code: str, category: str, **more) -> dict:
+        return {
+            "unified": code,
+            "image": f"{code.lower()}.png",
+            "category": category,
+            "subcategory": "",
+            f"has_img_{vendor}": True,
+            **more,
+        }
+
+    entries = [entry(f"1F3{i:02}", "Food & Drink" if i % 3 else "Objects") for i in range(40)]
+    entries += [entry(f"{who}-200D-1F692", "Objects") for who in ("1F468", "1F469")]
+    entries += [entry("1F1E6-1F1E8", "Flags"), entry("1F3FB", "Component"), entry("1F999", "Objects", obsoleted_by="1F998")]
+    files = {
+        "package.json": json.dumps({"name": f"emoji-datasource-{vendor}"}).encode(),
+        "emoji.json": json.dumps(entries).encode(),
+    }
+    for i, each in enumerate(entries):
+        image = Image.new("RGBA", (64, 64), (200, i, 0, 0))  # transparent
+        image.paste((200, i, 0, 255), (0, 0, 32, 64))
+        image.save(png := io.BytesIO(), "PNG")
+        files[f"img/{vendor}/64/{each['image']}"] = png.getvalue()
+    return files
+
+
+@pytest.fixture
+def packages(tmp_path) -> list[Path]:
+    """One as the file that npm fetches, one as the folder that it unpacks to."""
+    with tarfile.open(tmp_path / "twitter.tgz", "w:gz") as archive:
+        for name, content in emoji_package("twitter").items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    for name, content in emoji_package("apple").items():
+        path = tmp_path / "apple" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return [tmp_path / "twitter.tgz", tmp_path / "apple"]
+
+
+def test_the_emoji_are_small_on_white_with_the_variants_of_one_on_one_side(packages, tmp_path):
+    folder = tmp_path / "data" / "emoji"
+    assert emoji.main(["--folder", str(folder), "--packages", *map(str, packages)]) == 0
+    data = {split: ImageFolder(str(folder / split), labels="folders") for split in ("train", "valid")}
+    assert [len(data["train"]), len(data["valid"])] == [76, 8]  # 41 groups, of which every tenth is held out
+    assert data["train"].class_names == data["valid"].class_names == ["food_drink", "objects"]
+    sides = {}
+    for path in folder.rglob("*.png"):
+        sides.setdefault(path.stem.split("_")[0].split("-")[-1], set()).add(path.parts[-3])
+    assert set(map(len, sides.values())) == {1}
+    assert "1F692" in sides
+    assert not {"1F1E8", "1F3FB", "1F999"} & sides.keys()
+    image = Image.open(folder / "train" / "objects" / "1F300_apple.png")
+    assert (image.size, image.mode, image.getpixel((5, 5)), image.getpixel((25, 5))) == (
+        (32, 32),
+        "RGB",
+        (200, 0, 0),
+        (255,) * 3,
+    )
+    assert (folder / "LICENCES.txt").read_text().splitlines() == [
+        f"{name}: {emoji.LICENCES[name]}" for name in ("twitter", "apple")
+    ]
+
+
+def test_what_is_no_package_of_emoji_is_refused_and_nothing_is_written(packages, tmp_path, capsys):
+    (tmp_path / "wrong.tgz").write_bytes(b"no archive")
+    (tmp_path / "there").mkdir()
+    before = set(tmp_path.rglob("*"))
+    new = ["--folder", str(tmp_path / "new")]
+    for argv in ([*new, "--packages", str(tmp_path / "wrong.tgz")], [*new, "--packages", str(tmp_path / "there")]):
+        assert emoji.main(argv) == 2
+        assert "package" in capsys.readouterr().err
+    assert emoji.main(["--folder", str(tmp_path / "there"), "--packages", str(packages[0])]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert set(tmp_path.rglob("*")) == before
+
+
+# The race on more than one data set
+
+
+def test_copies_have_no_distance_to_the_training_images_and_others_have_it_in_root_mean_square(monkeypatch):
+    train = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8)
+    arena = SimpleNamespace(images=lambda split: (train, None))
+    measure = arenas.Measure.__new__(arenas.Measure)
+    measure.arena = arena
+    assert measure.nearest(train[:7]) == pytest.approx(0, abs=1e-3)
+    one = train[:1].float().clamp(max=245)
+    near = np.sqrt((((one + 10 - train.float()) / 127.5).flatten(1) ** 2).mean(1).numpy()).min()
+    assert measure.nearest((one + 10).byte()) == pytest.approx(near, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_quick_race_runs_on_a_folder_of_emoji(tmp_path, monkeypatch):
+    for split, count in (("train", 200), ("valid", 140)):  # more than the classifier has features
+        for i in range(count):
+            path = tmp_path / "emoji" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    monkeypatch.setattr(arenas, "MODELS", tmp_path)
+    monkeypatch.setattr(race, "result_path", lambda name, device, quick: tmp_path / f"{name}.json")
+    small = ["--name", "test", "--calls", "2", "--threads", "1", "--set", "time_aware_net.kwargs.base_channels=8"]
+    race.main(["--quick", "--data", "emoji", "--root", str(tmp_path), "--racers", "ours", *small])
+    (row,) = json.loads((tmp_path / "race_emoji.json").read_text())["rows"]
+    assert (row["racer"], row["n"], row["budget"]) == ("test", 200, 10.0)
+    assert row["distance"] > 0
+    assert 0.1 < row["nearest"] < 2  # of noise to noise

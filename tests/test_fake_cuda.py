@@ -141,7 +141,7 @@ def test_a_training_step_mixes_no_devices_and_waits_for_nothing(more, precision,
             run.train_step(pixels)
     assert run.step == 2
     assert watch.convolutions == {torch.bfloat16 if precision == "bf16" else torch.float32}
-    assert {p.device for p in [*run.averages, *run.averaged, run.meter.loss_sum, run.norm]} == {CUDA}
+    assert {p.device for p in [*run.averages.tensors(), run.meter.loss_sum, run.norm]} == {CUDA}
     moments = [moment for state in run.optimizer.state.values() for moment in state.values()]
     assert len(moments) > len(run.parameters)
     assert {moment.device for moment in moments} == {CUDA}

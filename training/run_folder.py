@@ -5,14 +5,16 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 from files import whole_file
 from mistakes import Mistake
+from training.averages import snapshots
 
 log = logging.getLogger("train")
-PATTERNS = ("last.pth", "best.pth", "best_fd.pth", "epoch_*.pth", "epoch_*.png", "metrics.jsonl", "train.log", ".*.part")
-PATTERNS += ("tensorboard/events.out.tfevents.*", "wandb_id")
+PATTERNS = ("last.pth", "best.pth", "best_fd.pth", "epoch_*.pth", "power_*.pth", "epoch_*.png", "metrics.jsonl", "train.log")
+PATTERNS += (".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
 
 _locked: dict[Path, int] = {}  # folders that this process has locked, and their handles
 
@@ -68,8 +70,10 @@ class RunFolder:
             log.warning(f"{self.path}: cannot be locked ({error.strerror}): nothing keeps a second process from training there")
         _locked[self.path.resolve()] = handle
 
-    def open(self, records: int | None) -> None:
-        """Make it ready: empty for a new run (records None), metrics.jsonl cut back to so many lines for one that goes on."""
+    def open(self, records: int | None, step: int) -> None:
+        """Make it ready: empty for a new run (records None); metrics.jsonl cut back to so many lines, and the snapshots of the
+        averages to those up to step, for one that goes on.
+        """
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -77,13 +81,24 @@ class RunFolder:
         if records is None:
             for path in self.files():
                 path.unlink()
-        elif (metrics := self.resume_from.with_name("metrics.jsonl")).exists():
-            lines = metrics.read_bytes().splitlines(keepends=True)[:records]
-            with whole_file(self.path / "metrics.jsonl") as file:
-                file.writelines(lines)
+        else:
+            self._go_on(records, step)
         self.log_file = _LogFile(self.path / "train.log", encoding="utf-8")
         self.log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(self.log_file)
+
+    def _go_on(self, records: int, step: int) -> None:
+        """Have what the run had that is gone on with, and nothing of what it did after that."""
+        if (metrics := self.resume_from.with_name("metrics.jsonl")).exists():
+            lines = metrics.read_bytes().splitlines(keepends=True)[:records]
+            with whole_file(self.path / "metrics.jsonl") as file:
+                file.writelines(lines)
+        for path in [path for taken, path in snapshots(self.path).items() if taken > step]:
+            path.unlink()
+        for taken, path in snapshots(self.resume_from.parent).items():
+            if taken <= step and not (self.path / path.name).exists():
+                with whole_file(self.path / path.name) as file, open(path, "rb") as source:
+                    shutil.copyfileobj(source, file)
 
     def add_record(self, record: dict) -> None:
         """Append a line to metrics.jsonl, and see it to the disk: before the checkpoint that counts it."""

@@ -25,17 +25,12 @@ log = logging.getLogger("train")
 def take_state(run) -> dict | None:
     """A copy, on the CPU, of everything that resuming and sampling need; None on the ranks that do not write."""
     sums = run.meter.loss_sums(run.ranks)
-    norms = torch.stack(torch._foreach_norm([*run.averages, *run.averaged]))
-    if not norms.isfinite().all():
-        raise Mistake(f"the weights at step {run.step} are not finite, and were not written to {run.folder.path}")
+    _check_finite(run, run.averages.tensors())
     if run.ranks.rank:
         return None
     return _copied(
         {
-            "config": run.config,
-            "shape": list(run.shape),
-            "class_names": run.class_names,
-            "step": run.step,
+            **_head(run),
             "epoch": run.epoch,
             "closed": run.closed,
             "world": run.ranks.world,
@@ -47,10 +42,33 @@ def take_state(run) -> dict | None:
             "quality": run.quality.state(),
             "model": run.model.state_dict(),
             "ema": run.ema.state_dict(),
+            **({"power_ema": run.averages.state()} if run.averages.power else {}),
             "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(),
         }
     )
+
+
+def take_snapshot(run) -> dict | None:
+    """A copy of the power-function averages, on the CPU, in half precision, if one is due; None on ranks that do not write."""
+    if run.step not in run.averages.snapshot_steps:
+        return None
+    averages = [{name: p.half() for name, p in average.items()} for average in run.averages.state()]
+    _check_finite(run, [p for average in averages for p in average.values()])
+    if run.ranks.rank:
+        return None
+    buffers = {name: value for name, value in run.ema.state_dict().items() if name not in averages[0]}
+    return _copied({**_head(run), "buffers": buffers, "power_ema": averages})
+
+
+def _head(run) -> dict:
+    """What every file with weights says of them."""
+    return {"config": run.config, "shape": list(run.shape), "class_names": run.class_names, "step": run.step}
+
+
+def _check_finite(run, tensors: list[Tensor]) -> None:
+    if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
+        raise Mistake(f"the weights at step {run.step} are not finite, and were not written to {run.folder.path}")
 
 
 def _copied(state: Any) -> Any:
@@ -70,6 +88,7 @@ def restore_state(run, state: dict) -> None:
     try:
         run.model.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
+        run.averages.restore(state.get("power_ema", []))
         restore_moments(run.optimizer, state["optimizer"]["state"], state["step"])
         run.scaler.load_state_dict(state["scaler"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError, ArithmeticError) as error:
@@ -151,7 +170,7 @@ def _check_counters(state: dict) -> None:
 def _newest_good(broken: Path) -> str:
     """What to resume from instead of a broken checkpoint."""
     for path in sorted(broken.parent.glob("*.pth"), key=lambda path: -path.stat().st_mtime):
-        with contextlib.suppress(Mistake):
-            checkpoint.load(path)
+        with contextlib.suppress(ValueError):
+            _check_counters(checkpoint.load(path))
             return f"the newest good one is {path}: to go on from there, --resume {path}"
     return "there is no good one beside it"

@@ -1,0 +1,99 @@
+"""The data sets of the race, and what samples of each are held against: features of its classifier, and its training images."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import ROOT
+from torch import Tensor, nn
+
+from config import build_dataset, load_config
+from evaluation.features import cached_classifier, from_uint8
+from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
+
+ARENAS = {  # our config, what it takes to have no classes, and what results and pictures are called
+    "FashionMNIST": ("FashionMNIST_fast.json", [], "race"),
+    "emoji": (
+        "Emoji_class.json",
+        ["time_aware_net.kwargs.n_classes=null"],
+        "race_emoji",
+    ),  # benchmarks/emoji.py makes its folder
+}
+MODELS = ROOT / "models"  # of the classifiers, not in git
+CLASSIFIER_IMAGES, MAX_EPOCHS = 240_000, 40  # that a classifier sees in its training: four epochs of FashionMNIST
+
+
+@dataclass(frozen=True)
+class Arena:
+    """A data set of the race; folder is where it lies, below which is its own folder where it is not torchvision's."""
+
+    name: str
+    folder: str
+
+    @property
+    def config(self) -> Path:
+        """Of our recipe for it."""
+        return ROOT / "configs" / ARENAS[self.name][0]
+
+    @property
+    def stem(self) -> str:
+        return ARENAS[self.name][2]
+
+    @property
+    def settings(self) -> list[str]:
+        """That lead from its config to a network without classes and the data in the folder."""
+        splits = ("train", "valid")
+        roots = {split: f"{self.folder}/emoji/{split}" if self.name == "emoji" else self.folder for split in splits}
+        return [*ARENAS[self.name][1], *(f"dataset.{split}.root={root}" for split, root in roots.items())]
+
+    def images(self, split: str) -> tuple[Tensor, Tensor]:
+        """All images of "train" or "valid", uint8 [N, C, H, W], and their labels [N]."""
+        return _images(self, split)
+
+    def classifier(self, device: torch.device) -> nn.Module:
+        """Trained on its training images, once, and kept in models/."""
+        images, labels = self.images("train")
+        path = MODELS / f"classifier_{self.name}.pth"
+        path.parent.mkdir(exist_ok=True)
+        epochs = min(MAX_EPOCHS, CLASSIFIER_IMAGES // len(images))
+        return cached_classifier(path, images, labels, self.name, epochs, device=device)
+
+
+@functools.cache
+def _images(arena: Arena, split: str) -> tuple[Tensor, Tensor]:
+    data = build_dataset(load_config(arena.config, arena.settings), split)
+    return torch.stack([data.pixels(i) for i in range(len(data))]), data.labels
+
+
+class Measure:
+    """What the samples of an arena are held against."""
+
+    def __init__(self, arena: Arena, device: torch.device):
+        self.arena, self.extractor = arena, arena.classifier(device)
+        self.real = self._statistics(arena.images("valid")[0])
+
+    def _statistics(self, images: Tensor) -> FeatureStatistics:
+        return image_statistics(map(from_uint8, images.split(500)), self.extractor)
+
+    def __call__(self, samples: Tensor) -> dict[str, float]:
+        """The Fréchet distance of samples, uint8 [n, C, H, W], to the valid images, and how near training images are."""
+        return {"distance": frechet_distance(self._statistics(samples), self.real), "nearest": self.nearest(samples)}
+
+    def nearest(self, samples: Tensor) -> float:
+        """The mean over samples of the distance to the nearest training image: root mean square over pixels, in [0, 2].
+
+        Copies have 0; images that are new have what the valid images have.
+        """
+        train = from_uint8(self.arena.images("train")[0]).flatten(1)
+        parts = [torch.cdist(from_uint8(part).flatten(1), train).amin(1) for part in samples.split(100)]
+        return (torch.cat(parts) / train.shape[1] ** 0.5).mean().item()
+
+    def of_data(self, n: int) -> dict[str, float]:
+        """Distances of data: both ends of the scale, n training images and n of noise, and how near valid images are."""
+        images, generator = self.arena.images("train")[0], torch.Generator().manual_seed(0)
+        chosen = images[torch.randperm(len(images), generator=generator)[:n]]
+        noise = torch.randint(0, 256, chosen.shape, dtype=torch.uint8, generator=generator)
+        ends = {"training images": chosen, "uniform noise": noise}
+        found = {name: frechet_distance(self._statistics(x), self.real) for name, x in ends.items()}
+        return found | {"valid images to the nearest training image": self.nearest(self.arena.images("valid")[0][:n])}
