@@ -18,7 +18,7 @@ CELLS = json.loads(TEXT)["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 PROSE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
-TRAINED = 0.15  # relative, of what a line with ≈ prints: it comes from training
+TRAINED = 0.1  # relative, of what a line with ≈ prints: it comes from training
 EXACT = {"rel": 1e-3, "abs": 1.1e-3}  # of the others, which are printed to the third decimal
 
 
