@@ -2,9 +2,13 @@
 
 A schedule is a sequence of T variances, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (README, equation 1).
 Everything here is float64; index i of a tensor holds the value at t = i + 1.
+
+    python beta_schedule.py                                       # a figure of every schedule, with its defaults
+    python beta_schedule.py configs/Digits_den.json configs/CIFAR10_den.json       # of these configs'
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -109,3 +113,26 @@ class CosineSchedule(BetaSchedule):
         t = torch.cat([torch.zeros(1, dtype=torch.float64), _time(timesteps)])
         f = (math.pi / 2 * (t / timesteps + s) / (1 + s)).cos() ** 2
         super().__init__((1 - f[1:] / f[:-1]).clamp(max=0.999))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw beta, alpha_bar and log snr of the schedules."""
+    from evaluation.forward import draw_schedules
+    from evaluation.pictures import png_path
+    from mistakes import OneLineParser, run_script
+
+    parser = OneLineParser(description="Draw beta, alpha_bar and log snr of every schedule, or of those of some configs.")
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="by default all schedules, each with its own defaults")
+    parser.add_argument("--output", default="models/schedules.png", metavar="PNG", help="by default %(default)s")
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        path = png_path(args.output)
+        draw_schedules(args.configs, path)
+        print(f"{path}: beta, alpha_bar and log snr of {', '.join(args.configs) or 'every schedule'}")
+
+    return run_script("beta_schedule.py", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

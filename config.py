@@ -489,12 +489,19 @@ def _build_network(config: Mapping) -> nn.Module:
     return _build_named("time_aware_net", config["time_aware_net"], NETWORKS, nn.Module)
 
 
-def build_diffusion(config: Mapping) -> GaussianDiffusion | DiscreteDiffusion:
-    """The process and its network, with new weights drawn from the global generator."""
+def build_schedule(config: Mapping) -> Any:
+    """The schedule, of which nothing is asked but alpha_bar, a float64 tensor [T]."""
     schedule = _build_named("schedule", config["schedule"], SCHEDULES, object)
     if not isinstance(getattr(schedule, "alpha_bar", None), Tensor):
         raise Mistake(f"schedule.name = {as_json_line(config['schedule']['name'])}: must have alpha_bar, a float64 tensor [T]")
-    if not _is_own(config["time_aware_net"]["name"]):
+    return schedule
+
+
+def build_diffusion(config: Mapping, net: nn.Module | None = None) -> GaussianDiffusion | DiscreteDiffusion:
+    """The process and its network, with new weights drawn from the global generator; or with net in the network's place."""
+    schedule = build_schedule(config)
+    if net is None and not _is_own(config["time_aware_net"]["name"]):
         network_without_memory(config)  # is it too large?
     name, settings = _split_name(config["diffusion"])
-    return _build("diffusion", _diffusion_class(name), settings, schedule=schedule, time_aware_net=_build_network(config))
+    net = _build_network(config) if net is None else net
+    return _build("diffusion", _diffusion_class(name), settings, schedule=schedule, time_aware_net=net)

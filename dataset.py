@@ -5,10 +5,14 @@ the pipeline are left to `to_float`, which does them for a whole batch at once, 
 `ImageDataset` and an entry of `DATASETS`, a new transform an entry of `TRANSFORMS`.
 
 What a user can mend, a file or an argument, is a Mistake. An error inside a class of the user's own passes as it is.
+
+    python dataset.py configs/Digits_den.json                            # the images as the network will see them, and noised
+    python dataset.py configs/CelebA_HQ_256_den.json --split valid --set dataset.valid.root=my/images
 """
 
 import gzip
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -327,3 +331,38 @@ def _is_readable(path: str) -> bool:
         warnings.warn(f"left out: {error}", stacklevel=2)
         return False
     return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Show the images of a config as its network will see them, and one of them as it is noised."""
+    from config import build_dataset, build_diffusion, load_config
+    from evaluation.forward import describe, draw_data
+    from evaluation.pictures import png_path, save_png
+    from mistakes import OneLineParser, run_script
+
+    parser = OneLineParser(description="Show the images of a config as its network will see them, and one as it is noised.")
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--split", default="train", choices=["train", "valid", "test"], help="by default %(default)s")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the config")
+    parser.add_argument("--output", metavar="PNG", help="by default models/CONFIG_data.png")
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        path = png_path(f"models/{Path(args.config).stem}_data.png" if args.output is None else args.output)
+        config = load_config(args.config, args.set)
+        if args.split not in config["dataset"]:
+            raise Mistake(f"--split {args.split}: {args.config} has no dataset.{args.split}")
+        process = build_diffusion(config, torch.nn.Identity())  # only its forward process is asked
+        images = build_dataset(config, args.split)
+        torch.manual_seed(0)
+        print(f"{config['dataset']['name']}, {args.split}: {describe(images, process)}")
+        picture = draw_data(images, process)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(path, picture)
+        print(f"{path}: what the network will see, and one image noised, by steps and at once (the README's equations)")
+
+    return run_script("dataset.py", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
