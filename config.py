@@ -8,7 +8,6 @@ What its code raises is not a Mistake, and keeps its traceback.
 """
 
 import difflib
-import importlib
 import importlib.util
 import inspect
 import json
@@ -206,8 +205,8 @@ def _arguments(path: str, function: Callable, given: Any, without: Sequence[str]
         kind = hints.get(name, Any) if name in named and name not in untyped else Any
         if not _matches(value, kind):
             raise Mistake(f"{path}.{name} = {as_json_line(value)}: must be {_describe(kind)}")
-    defaults = {name: _plain(p.default) for name, p in named.items() if name not in given and _is_plain(p.default)}
-    resolved = defaults | given
+    defaults = {name: p.default for name, p in named.items() if name not in given and _is_plain(p.default)}
+    resolved = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()} | given
     return {name: resolved[name] for name in (*named, *given) if name in resolved}  # in the order of the signature
 
 
@@ -216,11 +215,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def _plain(default: Any) -> Any:
-    """A default as JSON holds it."""
-    return list(default) if isinstance(default, tuple) else default
 
 
 def find(name: Any, registry: Mapping[str, Callable], base: type, where: str = "name") -> Callable:
@@ -481,8 +475,8 @@ def check_shape(config: Mapping, shape: Sequence[int]) -> None:
     """Mistake if the network takes no images [C, H, W] of the shape; takes no memory. One of the user's own is not asked."""
     if not _is_own(config["time_aware_net"]["name"]):
         with as_mistake():
-            t = torch.ones(1, dtype=torch.long, device="meta")
-            network_without_memory(config)(torch.empty(1, *shape, device="meta"), t)
+            x = torch.empty(1, *shape, device="meta")
+            network_without_memory(config)(x, torch.ones(1, dtype=torch.long, device="meta"))
 
 
 def _build_network(config: Mapping) -> nn.Module:
@@ -499,9 +493,8 @@ def build_schedule(config: Mapping) -> Any:
 
 def build_diffusion(config: Mapping, net: nn.Module | None = None) -> GaussianDiffusion | DiscreteDiffusion:
     """The process and its network, with new weights drawn from the global generator; or with net in the network's place."""
-    schedule = build_schedule(config)
+    schedule, (name, settings) = build_schedule(config), _split_name(config["diffusion"])
     if net is None and not _is_own(config["time_aware_net"]["name"]):
         network_without_memory(config)  # is it too large?
-    name, settings = _split_name(config["diffusion"])
     net = _build_network(config) if net is None else net
     return _build("diffusion", _diffusion_class(name), settings, schedule=schedule, time_aware_net=net)
