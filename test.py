@@ -164,8 +164,6 @@ def edit_images(
     """Draw what an edit asks for, and save it."""
     if ranks.world > 1:
         raise Mistake(f"--{edit.kind}: is done by one process; start test.py without torchrun")
-    if args.report:
-        raise Mistake(f"--report: is of samples; leave out --{edit.kind}")
     how = {"timesteps": args.timesteps, "clip_x0": not args.no_clip}
     how |= {"sampler": sampler} if edit.kind == "from" else {}
     samples = edit.samples(diffusion, args.n, args.batch_size, args.seed, labels, **how)
@@ -325,6 +323,8 @@ def _check(args: argparse.Namespace) -> None:
         raise Mistake("--guide and --interval need --guidance WEIGHT")
     if args.guidance is not None and args.fit_variance:
         raise Mistake("--fit-variance is of the network itself: leave out --guidance")
+    if args.report and any(getattr(args, kind) for kind in EDITS):
+        raise Mistake(f"--report is of samples: leave out --{', --'.join(kind for kind in EDITS if getattr(args, kind))}")
     if args.seed < 0:
         raise Mistake(f"--seed = {args.seed}: must be at least 0")
 

@@ -80,7 +80,7 @@ class Report:
         except Mistake as mistake:
             if name == "bpd" and self.data and not self.evaluation.guided:
                 raise
-            self.missing[name] = self.missing.get("data", str(mistake))
+            self.missing[name] = self.missing.get("data", str(mistake).removeprefix(f"--metrics {name}: "))
 
     def _extractor(self) -> nn.Module | None:
         """That of fd, or the one that fd would have, or without labels Inception, if it is there."""
@@ -166,13 +166,16 @@ class Report:
         at, values = evenly(frames.shape[1], len(times)), _values(frames)
         few = evenly(max(3, VALUES["trajectory"] // values), len(at))  # fewer frames of large images
         images, columns = _few(frames, min(TRAJECTORY_IMAGES, VALUES["trajectory"] // (values * len(few))), columns)
-        pictures = {times[at[i]]: page.picture(images[:, i], columns) for i in few}
         text = f"{len(images)} samples as they come out of the noise, from t = {times[0]} to t = 0."
+        if columns and columns**2 < len(images):  # lie it down
+            images, columns = images.unflatten(0, (-1, columns)).transpose(0, 1).flatten(0, 1), len(images) // columns
+            text += " A column a class."
+        pictures = {times[at[i]]: page.picture(images[:, i], columns) for i in few}
         return page.section("From noise to image", page.columns_of_two(page.scrubber(pictures, text), self._strips()))
 
     def _strips(self) -> str:
-        strips = self.sampled.drawn.strips
-        rows = strips[: max(1, min(8, VALUES["strips"] // (_values(strips) * strips.shape[1])))]
+        strips = self.sampled.drawn.strips[:: self.sampled.columns or 1]  # of a row a class, the first one
+        rows = strips[: max(1, min(10, VALUES["strips"] // (_values(strips) * strips.shape[1])))]
         times = ", ".join(str(self.sampled.times[i]) for i in evenly(strips.shape[1], len(self.sampled.times)))
         caption = f"A row a sample, from x_T on the left to x_0 on the right: t = {times}."
         made = page.picture(rows.flatten(0, 1), strips.shape[1])
