@@ -178,6 +178,12 @@ def refuse_for_symbols(args: argparse.Namespace) -> None:
             raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of symbols, and this is only for numbers")
 
 
+def evaluation_of(args: argparse.Namespace, diffusion: nn.Module, config: dict, ranks: Ranks) -> Evaluation:
+    names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
+    how = {name: getattr(args, name) for name in names}
+    return Evaluation(diffusion, config, ranks, **how, guided=args.guidance is not None)
+
+
 def run(args: argparse.Namespace) -> None:
     ranks, path = Ranks(args.device), Path(args.checkpoint)
     diffusion, state = load_diffusion(path, ema=not args.raw)
@@ -201,9 +207,7 @@ def run(args: argparse.Namespace) -> None:
     if edit := edit_of(args, shape):
         edit_images(args, edit, diffusion, labels, sampler, ranks)
         return
-    names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
-    how = {name: getattr(args, name) for name in names}
-    evaluation = Evaluation(diffusion, state["config"], ranks, **how, guided=args.guidance is not None)
+    evaluation = evaluation_of(args, diffusion, state["config"], ranks)
     metrics = {name: find(name, METRICS, object, "--metrics")(evaluation) for name in args.metrics}
     folder = path.with_name(f"{path.stem}_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
@@ -227,10 +231,22 @@ def run(args: argparse.Namespace) -> None:
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
     results = measure(metrics, folder / "metrics.json", vars(args), precision, ranks)
     if report and ranks.rank == 0:
-        times = [*diffusion.steps(args.timesteps, sampler), 0]
-        calls = diffusion.network_calls(args.timesteps, sampler)
-        how = f"{args.sampler} in {len(times) - 1} steps" + ("" if args.guidance is None else f", guidance {args.guidance:g}")
-        report.write(folder / "report.html", Sampled(drawn, columns, times, calls, seconds, f"{how}, {precision}"), results)
+        chain = [*diffusion.steps(args.timesteps, sampler), 0], diffusion.network_calls(args.timesteps, sampler)
+        words = in_words(args, precision)
+        report.write(folder / "report.html", Sampled(drawn, labels, columns, *chain, seconds, words), results)
+
+
+def in_words(args: argparse.Namespace, precision: str) -> str:
+    """How the samples are drawn."""
+    steps = "all steps" if args.timesteps is None else f"{args.timesteps} steps"
+    words = [
+        f"{args.sampler} in {steps}",
+        f"eta {args.eta:g}" if args.eta else "",
+        precision,
+        "raw weights" if args.raw else "",
+    ]
+    words += [] if args.guidance is None else [f"guidance {args.guidance:g}"]
+    return ", ".join(filter(None, words))
 
 
 def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ranks) -> dict[str, dict]:

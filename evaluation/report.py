@@ -42,6 +42,7 @@ class Sampled:
     """What was drawn, and how."""
 
     drawn: Drawn
+    labels: Tensor | None  # [n]
     columns: int | None  # of a picture with a row a class
     times: list[int]  # that the sampler visits, descending, and 0
     calls: int  # of the network, for a sample
@@ -246,9 +247,14 @@ class Report:
         return [text, f"{self._floor(fd['samples'])} {unlike}"]
 
     def _floor(self, samples: int) -> str:
-        """What the distance is of as many training images: samples could hardly be better."""
+        """What the distance is of as many training images, of the same classes: samples could hardly be better."""
         train, valid, size = self.data["train"], self.data["valid"], self.evaluation.batch_size
-        numbers = evenly(samples, len(train))
+        numbers, of = evenly(samples, len(train)), ""
+        if self.sampled.labels is not None and train.labels is not None:
+            asked = self.sampled.labels.bincount().tolist()
+            of_class = [(train.labels == label).nonzero().flatten() for label in range(len(asked))]
+            numbers = [int(each[i]) for each, count in zip(of_class, asked, strict=True) for i in evenly(count, len(each))]
+            of = ", as many of each class,"
 
         def batches(images: ImageDataset, numbers: Sequence[int]):
             return (_images(images, part.tolist()) for part in torch.tensor(numbers).split(size))
@@ -257,7 +263,7 @@ class Report:
             floor = frechet(batches(train, numbers), batches(valid, range(len(valid))), self.extractor)
         except ValueError as error:
             return f"Of training images it cannot be taken for comparison: {error}."
-        return f"For comparison: {len(numbers)} real training images are {floor['distance']:.4f} from the same images."
+        return f"For comparison: {len(numbers)} real training images{of} are {floor['distance']:.4f} from the same images."
 
     def _bits(self) -> str:
         title = "Where the bits are"

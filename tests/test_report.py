@@ -26,7 +26,7 @@ from checkpoint import load, save
 from config import build_dataset, load_config
 from discrete_diffusion import DiscreteDiffusion
 from evaluation.charts import Axis, Series, line_chart
-from evaluation.features import to_uint8
+from evaluation.features import cached_classifier, from_uint8, to_uint8
 from evaluation.metrics import bits_by_time
 from evaluation.nearest import Copies, nearer_than, nearest_training_images, training_image
 from gaussian_diffusion import GaussianDiffusion
@@ -209,6 +209,24 @@ def test_a_row_a_class(folder, tmp_path):
     assert (settings["label"], settings["n"]) == ("all", 40)
 
 
+def test_the_distance_beside_it_is_of_real_images_of_the_same_classes(folder, tmp_path):
+    checkpoint = train_run(tmp_path / "run", "train_cfg.max_steps=1", config="Digits_class")
+    page = report(checkpoint, "-n", "140")
+    data = {split: build_dataset(load(checkpoint)["config"], split) for split in ("train", "valid")}
+    levels = {name: torch.stack([one.pixels(i) for i in range(len(one))]) for name, one in data.items()}
+    extractor = cached_classifier("models/classifier_Digits.pth", levels["train"], data["train"].labels, "Digits")
+    of_class = [np.flatnonzero(data["train"].labels.numpy() == label) for label in range(10)]
+    numbers = [each[round(i)] for each in of_class for i in np.linspace(0, len(each) - 1, 14)]  # 14 of each class
+    made, real = (extractor.features(from_uint8(x)).double().numpy() for x in (levels["train"][numbers], levels["valid"]))
+    a, b = np.cov(made.T), np.cov(real.T)
+    values, vectors = np.linalg.eigh(a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ b @ root).clip(0)).sum()
+    distance = ((made.mean(0) - real.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * cross
+    shown = re.search(r"140 real training images, as many of each class, are ([\d.]+) from the same images", page.text)
+    assert float(shown[1]) == pytest.approx(distance, abs=2e-3)
+
+
 def test_guidance_has_no_likelihood_and_it_says_so(folder, tmp_path):
     checkpoint = train_run(tmp_path / "run", "train_cfg.max_steps=1", config="Digits_class")
     page = report(checkpoint, "-n", "3", "--guidance", "2", "--class", "1")
@@ -267,8 +285,9 @@ document.querySelector("iframe").addEventListener("load", async (event) => {
   const page = event.target.contentDocument, range = page.getElementById("scrub"), frame = page.getElementById("frame");
   const seen = [];
   for (range.value = 0; ; range.value++) {
+    const loaded = new Promise((resolve) => { frame.onload = frame.onerror = resolve; });
     range.dispatchEvent(new Event("input"));
-    await frame.decode();
+    await loaded;
     seen.push([frame.src, page.getElementById("time").textContent]);
     if (range.value === range.max) break;
   }
