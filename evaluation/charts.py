@@ -9,7 +9,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 360, 240  # units of the SVG, which is as wide as the page lets it be: on a phone about one pixel each
-LEFT, RIGHT, TOP, BOTTOM = 52, 8, 10, 40  # margins
+LEFT, RIGHT, TOP, BOTTOM = 62, 8, 10, 40  # margins
 MOST_POINTS = 500  # of a line
 KEY = '<svg viewBox="0 0 20 8" aria-hidden="true"><path class="{}" d="M0 4H20"/></svg>'
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
