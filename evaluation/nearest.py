@@ -15,7 +15,7 @@ from evaluation.features import from_uint8, to_uint8
 from evaluation.page import columns_of_two, figure, p, picture, shrunk
 from evaluation.sampling import evenly
 
-MOST_SIDE = 64  # pixels: a larger image is compared by the averages of its squares
+MOST_SIDE = 64  # pixels: a larger image is compared, and shown, by the averages of its squares
 SHOWN = 16  # samples with a picture
 SPACES = {"pixels": "root mean square difference, 8-bit levels", "features": "Euclidean distance of the features"}
 
@@ -147,4 +147,4 @@ class Copies:
             unit = " levels" if name == "pixels" else ""
             lines.append(f"{name.capitalize()}: {one.distance[i]:.3g}{unit}, nearer than {100 * self.share[name][i]:.0f} %")
         alt = f"Sample {i} and its nearest training images in {' and '.join(self.found)}"
-        return figure(picture(torch.stack(images), len(images)), alt, *lines)
+        return figure(picture(torch.stack(images), len(images), MOST_SIDE), alt, *lines)

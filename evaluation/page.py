@@ -62,9 +62,9 @@ def table(head: tuple[str, str, str], rows: Sequence[tuple[str, str, str]]) -> s
     return f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def picture(images: Tensor, columns: int | None = None) -> Image.Image:
-    """evaluation.pictures.grid of images [B, C, H, W], reduced to MOST_SIDE, grey ones with one channel."""
-    made = grid(shrunk(images, MOST_SIDE), columns)
+def picture(images: Tensor, columns: int | None = None, most: int = MOST_SIDE) -> Image.Image:
+    """evaluation.pictures.grid of images [B, C, H, W], reduced to `most` pixels, grey ones with one channel."""
+    made = grid(shrunk(images, most), columns)
     return made.convert("L") if images.shape[1] < 3 else made
 
 
