@@ -490,6 +490,23 @@ class DiscreteDiffusion(nn.Module):
         chunk_size  timesteps in one network call, None for as many as make 128 rows
         generator   of all draws, on x_0's device
         """
+        return self.bound_by_time(x0, timesteps, chunk_size, generator, condition)[0]
+
+    @torch.no_grad()
+    def bound_by_time(
+        self,
+        x0: Tensor,
+        timesteps: int | None = None,
+        chunk_size: int | None = None,
+        generator: torch.Generator | None = None,
+        condition: Condition = None,
+    ) -> tuple[Bound, Tensor, Tensor, Tensor]:
+        """variational_bound, whose arguments it has, and what its kl is the sum of.
+
+        Besides the bound: the times t of 2..T [k], ascending; how many times each stands for, [k], which add up to T - 1; and
+        the KL terms there [k, B], nats per dimension. With `timesteps`, a term is an unbiased estimate of the mean over its
+        part of 2..T.
+        """
         prior = self._prior(self._x0(x0))
         times, length = self._strata(timesteps, x0.device, generator)
         first = torch.ones(1, dtype=torch.long, device=x0.device)
@@ -500,8 +517,9 @@ class DiscreteDiffusion(nn.Module):
         with self._evaluating():
             for t in (first, *times.split(chunk_size)):
                 terms.append(self._terms(x0, t, generator, condition) if len(t) else prior.new_zeros(0, len(x0)))
-        reconstruction, kl = terms[0][0], (torch.cat(terms[1:]) * length[:, None]).sum(0)
-        return Bound(prior, kl, reconstruction, prior + kl + reconstruction)
+        reconstruction, terms = terms[0][0], torch.cat(terms[1:])
+        kl = (terms * length[:, None]).sum(0)
+        return Bound(prior, kl, reconstruction, prior + kl + reconstruction), times, length, terms
 
     def _terms(self, x0: Tensor, t: Tensor, generator: torch.Generator | None, condition: Condition) -> Tensor:
         """[k, B]: the bound's terms of x_0 [B, ...] at the times t [k], per dimension, each with its own draw of x_t.

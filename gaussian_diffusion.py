@@ -410,13 +410,31 @@ class GaussianDiffusion(nn.Module):
         chunk_size   timesteps in one network call, None for as many as make 128 rows
         generator    of all draws, on x_0's device; the same one draws the same noise in fit_reverse_variance
         """
+        return self.bound_by_time(x0, discretized, timesteps, chunk_size, generator, condition)[0]
+
+    @torch.no_grad()
+    def bound_by_time(
+        self,
+        x0: Tensor,
+        discretized: bool | int = False,
+        timesteps: int | None = None,
+        chunk_size: int | None = None,
+        generator: torch.Generator | None = None,
+        condition: Condition = None,
+    ) -> tuple[Bound, Tensor, Tensor, Tensor]:
+        """variational_bound, whose arguments it has, and what its kl is the sum of.
+
+        Besides the bound: the times t of 2..T [k], ascending; how many times each stands for, [k], which add up to T - 1; and
+        the KL terms there [k, B], nats per dimension. With `timesteps`, a term is an unbiased estimate of the mean over its
+        part of 2..T.
+        """
         if discretized and not x0.abs().max() <= 1:  # nor is nan
             raise ValueError(f"x0 from {x0.min():g} to {x0.max():g}: the discretized likelihood is of data in [-1, 1]")
         times, length = self._strata(timesteps, x0.device, generator)
         alpha_bar_T = self._alpha_bar[-1].item()
         prior = 0.5 * (alpha_bar_T * x0.square().flatten(1).mean(1) - alpha_bar_T - math.log1p(-alpha_bar_T))
         kl = torch.zeros_like(prior)
-        sigma_square = self.sigma_square
+        sigma_square, terms = self.sigma_square, [prior.new_zeros(0, len(x0))]
         with self._evaluating():
             residuals = self._residuals(x0, times, chunk_size, generator, condition)
             mu = x0 + self.mu_from_out[0] * next(residuals)[1][0]  # mu_bar_1 is x_0
@@ -426,7 +444,9 @@ class GaussianDiffusion(nn.Module):
                 ratio = (self.sigma_bar_square / sigma_square)[t - 1, None]
                 term = 0.5 * (ratio - 1 - ratio.log() + mu_error / sigma_square[t - 1, None])
                 kl += (length[t - 1, None] * term).sum(0)
-        return Bound(prior, kl, reconstruction, prior + kl + reconstruction)
+                terms.append(term)
+        bound = Bound(prior, kl, reconstruction, prior + kl + reconstruction)
+        return bound, times, length[times - 1], torch.cat(terms)
 
     def _strata(self, timesteps: int | None, device: torch.device, generator) -> tuple[Tensor, Tensor]:
         """Times of 2..T [k], and how many times each stands for, as a table [T]."""

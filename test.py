@@ -7,17 +7,20 @@
     python test.py models/FashionMNIST_class/last.pth -n 80 --class all --guidance 2            # a row a class
     python test.py models/FashionMNIST_fast/last.pth -n 1000 --ema-length 0.05 0.1 0.2 --metrics fd    # which average is best?
     python test.py models/FashionMNIST_class/last.pth --inpaint shoe.png --mask mask.png        # white: known
+    python test.py models/Digits_den/last.pth --report                         # everything on one page, to read in a browser
     torchrun --nproc_per_node=4 test.py models/CIFAR10_den/last.pth -n 50000 --batch-size 512 --pictures 64
 
 Writes to the folder NAME_gen beside NAME.pth: 0.png, 1.png, ..., a strip of states from x_T to x_0 for each sample; strips.png,
 the first eight of them; grid.png, the samples; trajectory.gif, the grid as it comes out of the noise; metrics.json, what was
-measured. The same seed and batch size give the same pictures.
+measured; report.html, if asked for. The same seed and batch size give the same pictures.
 """
 
 import argparse
 import json
 import math
+import shlex
 import sys
+import time
 from pathlib import Path
 from types import FunctionType
 from typing import get_args
@@ -31,6 +34,7 @@ from config import check_shape, find
 from evaluation.edits import EDITS, Edit
 from evaluation.metrics import METRICS, Evaluation
 from evaluation.pictures import grid, save_gif, save_png
+from evaluation.report import Report, Sampled
 from evaluation.sampling import Drawn, draw, labels_by_row
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
@@ -42,12 +46,34 @@ from training.averages import MAX_LENGTH, average_of
 from training.ranks import Ranks, leave_ranks
 from training.seeds import STEP, mixed_seed
 
+DEFAULTS = {"n": 16, "timesteps": None, "bpd_images": 1000, "bpd_timesteps": None}  # None: all of them
+# Of a report, whose n is enough for fd: with 200 * 160 calls of the network for samples and 200 * 100 for bpd
+REPORT_DEFAULTS = {"n": 160, "timesteps": 200, "bpd_images": 200, "bpd_timesteps": 100}
 
-def save_pictures(folder: Path, drawn: Drawn, pictures: int, columns: int | None) -> None:
+
+def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None) -> None:
+    """Fill in the flags whose default depends on --report."""
+    for name, value in (REPORT_DEFAULTS if args.report else DEFAULTS).items():
+        if getattr(args, name) is None and not ("timesteps" in name and value is not None and value >= T):
+            setattr(args, name, value)
+    if args.report and args.label is None and n_classes and args.n >= n_classes:
+        args.label = "all"
+
+
+def pictured(args: argparse.Namespace, n_classes: int | None, columns: int | None) -> tuple[list[int], int | None]:
+    """Numbers of the samples that get a picture, and the columns of the grid: in a report, as many of each class as fit."""
+    if not args.report or columns is None:
+        return list(range(min(args.n, args.pictures))), columns
+    kept = max(1, min(columns, args.pictures // n_classes))
+    rows = range(min(n_classes, args.pictures))
+    return [row * columns + i for row in rows for i in range(kept)], kept
+
+
+def save_pictures(folder: Path, drawn: Drawn, shown: list[int], columns: int | None) -> None:
     for i, strip in enumerate(drawn.strips):
         save_png(folder / f"{i}.png", grid(strip, columns=len(strip)))
     save_png(folder / "strips.png", grid(drawn.strips[:8].flatten(0, 1), columns=drawn.strips.shape[1]))
-    save_png(folder / "grid.png", grid(drawn.samples[:pictures], columns))
+    save_png(folder / "grid.png", grid(drawn.samples[shown], columns))
     save_gif(folder / "trajectory.gif", [grid(frame, columns) for frame in drawn.animation.unbind(1)])
 
 
@@ -134,11 +160,29 @@ def save_edited(folder: Path, given: Tensor, samples: Tensor) -> None:
     print(f"{folder}: 0.png .. {len(samples) - 1}.png, grid.png (first what was given)")
 
 
+def edit_images(
+    args: argparse.Namespace, edit: Edit, diffusion: nn.Module, path: Path, labels: Tensor | None, sampler, ranks: Ranks
+) -> None:
+    """Draw what an edit asks for, and save it beside the checkpoint's path."""
+    if ranks.world > 1:
+        raise Mistake(f"--{edit.kind}: is done by one process; start test.py without torchrun")
+    how = {"timesteps": args.timesteps, "clip_x0": not args.no_clip}
+    how |= {"sampler": sampler} if edit.kind == "from" else {}
+    samples = edit.samples(diffusion, args.n, args.batch_size, args.seed, labels, **how)
+    save_edited(path.with_name(f"{path.stem}_{edit.kind}"), edit.picture(), samples)
+
+
 def refuse_for_symbols(args: argparse.Namespace) -> None:
     """Mistake if a flag asks of a DiscreteDiffusion what needs numbers: a variance to fit, or states to lead to an edit."""
     for name in ("fit_variance", *EDITS):
         if getattr(args, name) is not None:
             raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of symbols, and this is only for numbers")
+
+
+def evaluation_of(args: argparse.Namespace, diffusion: nn.Module, config: dict, ranks: Ranks) -> Evaluation:
+    names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
+    how = {name: getattr(args, name) for name in names}
+    return Evaluation(diffusion, config, ranks, **how, guided=args.guidance is not None)
 
 
 def load_model(args: argparse.Namespace, ema_length: float | None, ranks: Ranks) -> tuple[nn.Module, dict, Path]:
@@ -166,6 +210,8 @@ def run(args: argparse.Namespace, ema_length: float | None) -> float | None:
     ranks = Ranks(args.device)
     diffusion, state, path = load_model(args, ema_length, ranks)
     diffusion.to(ranks.device)
+    n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
+    set_defaults(args, diffusion.T, n_classes)
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
     count = min(args.n, args.batch_size)
     if count * math.prod(shape) > MAX_VALUES:
@@ -177,48 +223,57 @@ def run(args: argparse.Namespace, ema_length: float | None) -> float | None:
     options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
-    n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
     labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"))
     if args.guidance is not None:
         guide(diffusion, state, args.guidance, args.interval, args.guide)
     if edit := edit_of(args, shape):
-        if ranks.world > 1:
-            raise Mistake(f"--{edit.kind}: is done by one process; start test.py without torchrun")
-        how = {"timesteps": args.timesteps, "clip_x0": not args.no_clip}
-        how |= {"sampler": sampler} if edit.kind == "from" else {}
-        samples = edit.samples(diffusion, args.n, args.batch_size, args.seed, labels, **how)
-        save_edited(path.with_name(f"{path.stem}_{edit.kind}"), edit.picture(), samples)
+        edit_images(args, edit, diffusion, path, labels, sampler, ranks)
         return None
-    names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
-    how = {name: getattr(args, name) for name in names}
-    evaluation = Evaluation(diffusion, state["config"], ranks, **how, guided=args.guidance is not None)
+    evaluation = evaluation_of(args, diffusion, state["config"], ranks)
     metrics = {name: find(name, METRICS, object, "--metrics")(evaluation) for name in args.metrics}
     folder = path.with_name(f"{path.stem}_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
     folder.parent.joinpath(f".{folder.name}.part").unlink()
     if ema_length is not None and ranks.rank == 0:
         save(path, state)
+    report = Report(evaluation, metrics, path, state, args.command) if args.report else None
     x0 = torch.zeros(min(args.n, args.batch_size, speed.PROBE_ROWS), *shape, device=ranks.device)
     precision = set_speed(diffusion, diffusion.x0_of(x0), args.precision, args.compile, ranks)
+    shown, columns = pictured(args, n_classes, columns)
     with speed.autocast(ranks.device, precision):
         if args.fit_variance:
             target = path.with_stem(f"{path.stem}_fitted")
             fit_variance(evaluation, state, args.fit_variance, target, "model" if args.raw else "ema")
-        how = {name: getattr(args, name) for name in ("batch_size", "seed", "pictures", "frames")}
-        drawn = draw(diffusion, args.n, shape, **options, **how, labels=labels, ranks=ranks)
+        how = {name: getattr(args, name) for name in ("batch_size", "seed", "frames")}
+        start = time.perf_counter()
+        drawn = draw(diffusion, args.n, shape, **options, **how, pictures=shown, labels=labels, ranks=ranks)
+        seconds = time.perf_counter() - start
     evaluation.samples = drawn.samples
     if ranks.rank == 0:
         folder.mkdir(exist_ok=True)
-        save_pictures(folder, drawn, args.pictures, columns)
+        save_pictures(folder, drawn, shown, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
-    return measure(metrics, folder / "metrics.json", vars(args), precision, ranks)
+    results = measure(metrics, folder / "metrics.json", vars(args), precision, ranks)
+    if report and ranks.rank == 0:
+        chain = [*diffusion.steps(args.timesteps, sampler), 0], diffusion.network_calls(args.timesteps, sampler)
+        words = in_words(args, precision)
+        report.write(folder / "report.html", Sampled(drawn, labels, columns, *chain, seconds, words), results)
+    first = args.metrics[0] if args.metrics and ranks.rank == 0 else None
+    return results[first][metrics[first].figure] if first in results and hasattr(metrics[first], "figure") else None
 
 
-def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ranks) -> float | None:
-    """Measure one after the other; the first one's figure on rank 0, if it has one.
+def in_words(args: argparse.Namespace, precision: str) -> str:
+    """How the samples are drawn."""
+    steps = "all steps" if args.timesteps is None else f"{args.timesteps} steps"
+    words = [f"{args.sampler} in {steps}", precision]
+    words += [f"eta {args.eta:g}"] if args.eta else []
+    words += ["raw weights"] if args.raw else []
+    words += [] if args.guidance is None else [f"guidance {args.guidance:g}"]
+    return ", ".join(words)
 
-    What is measured is written and printed before the next thing is tried.
-    """
+
+def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ranks) -> dict[str, dict]:
+    """Measure one after the other. What is measured is written and printed before the next thing is tried."""
     results = {}
     for name, metric in metrics.items():
         if ranks.rank and not metric.uses_model:
@@ -229,8 +284,7 @@ def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ra
             with whole_file(path) as file:
                 file.write(json.dumps(results | {"settings": settings}, indent=4).encode())
             print(metric.describe(results[name]))
-    first = next(iter(metrics), None)
-    return results[first][metrics[first].figure] if ranks.rank == 0 and hasattr(metrics.get(first), "figure") else None
+    return results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,12 +293,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "size", nargs="*", type=int, metavar="H W", help="height and width, by default those of the training images"
     )
-    parser.add_argument("-n", type=int, default=16, help="number of samples")
+    parser.add_argument("-n", type=int, help="number of samples, by default 16, of a report 160")
     parser.add_argument("-s", "--seed", type=int, default=0)
     parser.add_argument(
         "--sampler", default="ddpm", help=f"{', '.join(SAMPLERS)}, or a function of your own as my_file.my_sampler"
     )
-    parser.add_argument("--timesteps", type=int, help="steps a sample, by default T; heun has two network calls in each")
+    parser.add_argument(
+        "--timesteps", type=int, help="steps a sample, by default T, of a report 200; heun has two network calls in each"
+    )
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the sampler ddim: 0 none, 1 as much as ddpm")
     parser.add_argument("--no-clip", action="store_true", help="do not keep each predicted x_0 in [-1, 1]")
     parser.add_argument("--class", dest="label", help="of every sample: a number, a name, or all for a row of each")
@@ -266,8 +322,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--metrics", nargs="+", default=[], help=f"{', '.join(METRICS)}, or a class of your own as my_file.MyMetric"
     )
-    parser.add_argument("--bpd-images", type=int, default=1000, help="images of the valid split for bpd and accuracy")
-    parser.add_argument("--bpd-timesteps", type=int, help="timesteps of each that are evaluated, unbiased; by default all T")
+    parser.add_argument("--report", action="store_true", help="write report.html: pictures, curves, bpd, fd, copies, config")
+    parser.add_argument(
+        "--bpd-images", type=int, help="images of the valid split for bpd and accuracy, by default 1000, of a report 200"
+    )
+    parser.add_argument(
+        "--bpd-timesteps", type=int, help="timesteps of each that are evaluated, unbiased; by default all T, of a report 100"
+    )
     parser.add_argument("--weighting", default="bound", choices=get_args(Weighting), help="of accuracy: noisy suits images")
     parser.add_argument("--features", default="classifier", choices=["classifier", "inception"], help="what fd is taken in")
     parser.add_argument("--classifier", help="its file, by default models/classifier_DATASET.pth")
@@ -286,6 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
     args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "test.py", *(sys.argv[1:] if argv is None else argv)])
 
     def work() -> None:
         _check(args)
@@ -313,6 +375,8 @@ def _check(args: argparse.Namespace) -> None:
         raise Mistake(f"--ema-length {' '.join(map(str, args.ema_length))}: must be above 0 and at most {MAX_LENGTH:.4f}")
     if len(args.ema_length or []) > 1 and not args.metrics:
         raise Mistake("--ema-length with several lengths needs --metrics to tell them apart")
+    if args.report and any(getattr(args, kind) for kind in EDITS):
+        raise Mistake(f"--report is of samples: leave out --{', --'.join(kind for kind in EDITS if getattr(args, kind))}")
     if args.seed < 0:
         raise Mistake(f"--seed = {args.seed}: must be at least 0")
 

@@ -32,6 +32,7 @@ from gaussian_diffusion import GaussianDiffusion
 from train import Trainer
 from training import speed
 from training.ranks import Ranks
+from training.speed import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 ATTENTION = {"attention": [False, True, False, False]}  # at 16 x 16, of 32 x 32
@@ -172,14 +173,6 @@ def median_ratio(a: Iterable[float], b: Iterable[float]) -> float:
 
 
 # Results
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:

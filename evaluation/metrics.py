@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +168,14 @@ def frechet(samples: Iterable[Tensor], real: Iterable[Tensor], extractor: nn.Mod
 # The bound
 
 
+class Part(NamedTuple):
+    """Times first..last, and the bound's mean KL term of them, in bits per dimension for each time."""
+
+    first: int
+    last: int
+    bits: float
+
+
 def bits_per_dimension(
     diffusion: GaussianDiffusion,
     batches: Iterable[Tensor | tuple[Tensor, dict]],
@@ -181,17 +189,33 @@ def bits_per_dimension(
     timesteps  how many of the T terms are drawn for each batch, None for all
     ranks      those that share the images out between them; batches are then this one's
     """
-    bounds, rank = [], ranks.rank if ranks else 0
+    return bits_by_time(diffusion, batches, timesteps, seed, ranks)[0]
+
+
+def bits_by_time(
+    diffusion: GaussianDiffusion,
+    batches: Iterable[Tensor | tuple[Tensor, dict]],
+    timesteps: int | None = None,
+    seed: int = 0,
+    ranks: Ranks | None = None,
+) -> tuple[dict[str, float], list[Part]]:
+    """bits_per_dimension, whose arguments it has, and the parts of 2..T that its kl is the sum of, one for each term drawn."""
+    bounds, terms, rank = [], [], ranks.rank if ranks else 0
     for i, batch in enumerate(batches):
         x0, condition = (batch, None) if isinstance(batch, Tensor) else batch
         generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, seed, rank, i))
         kind = {} if diffusion.n_levels else {"discretized": True}  # symbols are discrete as they are
         how = {"timesteps": timesteps, "generator": generator, "condition": condition}
-        bound = diffusion.variational_bound(diffusion.x0_of(x0), **kind, **how)
+        bound, _, length, kl = diffusion.bound_by_time(diffusion.x0_of(x0), **kind, **how)
         bounds.append(torch.stack(bound).cpu() / math.log(2))
+        terms.append(torch.stack([length.double(), kl.double().sum(1) / math.log(2)]).cpu())
     bounds = torch.cat(ranks.gather(bounds) if ranks else bounds, dim=1)  # [4, images]
+    length, kl = torch.stack(ranks.gather(terms) if ranks else terms).unbind(1)  # [batches, k]
     means = dict(zip(Bound._fields, bounds.mean(1).tolist(), strict=True))
-    return means | {"standard_error": bounds[-1].std().item() / bounds.shape[1] ** 0.5, "images": bounds.shape[1]}
+    found = means | {"standard_error": bounds[-1].std().item() / bounds.shape[1] ** 0.5, "images": bounds.shape[1]}
+    last = 1 + length[0].cumsum(0)
+    table = torch.stack([last - length[0] + 1, last, kl.sum(0) / bounds.shape[1]], dim=1)
+    return found, [Part(int(first), int(last), bits) for first, last, bits in table.tolist()]
 
 
 # What test.py measures
@@ -231,6 +255,19 @@ class Evaluation:
             yield x0, {"label": images.labels[batch].to(ranks.device)} if has_classes else {}
 
 
+def build_extractor(e: Evaluation) -> nn.Module:
+    """The one asked for; the classifier is trained on the training images, once, and kept beside the data."""
+    if e.features == "inception":
+        return inception_features(e.ranks.device)
+    train, name = build_dataset(e.config, "train"), e.config["dataset"]["name"]
+    if train.labels is None:
+        raise Mistake(f"--features classifier: {name} has no labels to train one on; --features inception needs none")
+    path = Path(e.classifier or f"models/classifier_{name}.pth")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = torch.stack([train.pixels(i) for i in range(len(train))])
+    return cached_classifier(path, images, train.labels, name, device=e.ranks.device)
+
+
 class BitsPerDimension:
     """The bound on images of the valid split."""
 
@@ -248,7 +285,9 @@ class BitsPerDimension:
 
     def measure(self) -> dict[str, float]:
         e = self.evaluation
-        return bits_per_dimension(e.diffusion, e.images("valid", e.bpd_images), e.bpd_timesteps, e.seed, e.ranks)
+        batches = e.images("valid", e.bpd_images)
+        found, self.by_time = bits_by_time(e.diffusion, batches, e.bpd_timesteps, e.seed, e.ranks)
+        return found
 
     @staticmethod
     def describe(found: dict[str, float]) -> str:
@@ -274,20 +313,7 @@ class FrechetDistance:
             if count < needed:
                 raise Mistake(f"{name} = {count}: the Fréchet distance needs at least {needed}, one more than features")
         with as_mistake("--metrics fd: "):
-            self.extractor = self._extractor()
-
-    def _extractor(self) -> nn.Module:
-        """The one asked for; the classifier is trained on the training images, once, and kept beside the data."""
-        e = self.evaluation
-        if e.features == "inception":
-            return inception_features(e.ranks.device)
-        train, name = build_dataset(e.config, "train"), e.config["dataset"]["name"]
-        if train.labels is None:
-            raise Mistake(f"--features classifier: {name} has no labels to train one on; --features inception needs none")
-        path = Path(e.classifier or f"models/classifier_{name}.pth")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        images = torch.stack([train.pixels(i) for i in range(len(train))])
-        return cached_classifier(path, images, train.labels, name, device=e.ranks.device)
+            self.extractor = build_extractor(evaluation)
 
     def measure(self) -> dict[str, Any]:
         e = self.evaluation

@@ -37,7 +37,7 @@ def draw(
     clip_x0: bool = True,
     batch_size: int = 64,
     seed: int = 0,
-    pictures: int = 0,
+    pictures: int | Sequence[int] = 0,
     frames: int = 11,
     labels: Tensor | None = None,
     ranks: Ranks | None = None,
@@ -45,11 +45,13 @@ def draw(
 ) -> Drawn:
     """n samples, and `frames` states of the first `pictures` of them; all of them on rank 0 if ranks share the work out.
 
+    pictures may also be the numbers of those samples, ascending.
     sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory. labels is long [n], one a sample.
     check is called after every step. Under another progress bar the one here leaves no trace.
     """
     device, rank, world = next(diffusion.buffers()).device, ranks.rank if ranks else 0, ranks.world if ranks else 1
     steps = len(diffusion.steps(timesteps, sampler))
+    pictured = range(pictures) if isinstance(pictures, int) else pictures
     strip_at, gif_at = evenly(frames, steps + 1), evenly(GIF_FRAMES, steps + 1)
     batches = range(0, n, batch_size)[rank::world]
     drawn = []
@@ -62,11 +64,11 @@ def draw(
                 (count, *shape), sampler, timesteps, eta, clip_x0, generator=generator, condition=condition
             )
             strip, animation, x = [], [], None
+            rows = [i - first for i in pictured if first <= i < first + count]
             for i, (_, x) in enumerate(states):
                 x = diffusion.values_of(x)
-                kept = x[: max(0, pictures - first)]
-                strip += [kept.cpu()] if i in strip_at else []
-                animation += [kept.cpu()] if i in gif_at else []
+                strip += [x[rows].cpu()] if i in strip_at else []
+                animation += [x[rows].cpu()] if i in gif_at else []
                 bar.update(i > 0)
                 check()
             drawn.append((first, Drawn(x.cpu(), torch.stack(strip, 1), torch.stack(animation, 1))))

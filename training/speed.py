@@ -6,10 +6,13 @@ Only the network runs low: the mathematics and the weights are float32 always.
 import contextlib
 import logging
 import os
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,15 @@ PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.
 PROBE_ROWS = 16  # images in a step of the probe
 PROBE_SECONDS = 2.0  # after which it takes no further turn
 COMPILE_PAYS = 1800.0  # seconds of training from which on minutes of compiling are worth their tenth or more of each step
+
+
+def device_name(device: torch.device) -> str:
+    """The card, or the processor and the threads that torch has of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
