@@ -192,6 +192,7 @@ def test_data_that_are_gone_are_left_out_and_it_says_so(folder, tmp_path):
     assert len([1 for tag, _ in page.seen if tag == "img"]) == 2 + 3 + 1
 
 
+@pytest.mark.slow
 def test_large_images_of_noise_stay_under_five_megabytes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image_folder = tmp_path / "noise"
