@@ -37,7 +37,7 @@ def classified(diffusion: GaussianDiffusion, images: ImageDataset, count: int) -
     numbers = [(2 * i + 1) * len(images) // (2 * count) for i in range(count)]  # not those that the weighting was chosen on
     x0 = torch.stack([images[i] for i in numbers]).to(diffusion.signal_scale.device)
     rows = []
-    for weighting in get_args(Weighting):
+    for weighting in reversed(get_args(Weighting)):
         for rounds in (1, 4, 16):
             how = {"rounds": rounds, "generator": torch.Generator(x0.device).manual_seed(0), "return_calls": True}
             label, calls = diffusion.classify(x0, diffusion.time_aware_net.n_classes, weighting, **how)
