@@ -189,10 +189,10 @@ class Trainer:
         self.writer, self.begun = Writer(), (time.monotonic(), self.step)
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
         try:
-            if folder.resume_from is None or folder.resume_from.resolve() != (folder.path / "last.pth").resolve():
-                self.save_last(take_state(self))  # so that --resume always finds one
-                self.writer.wait()
             with self.stopper, bar, logging_redirect_tqdm([log]):
+                if folder.resume_from is None or folder.resume_from.resolve() != (folder.path / "last.pth").resolve():
+                    self.save_last(take_state(self))  # so that --resume always finds one
+                    self.writer.wait()
                 self._run(bar)
             self.writer.wait()
             log.info(f"finished: {self.epoch} epochs, {self.step} steps; the checkpoints are in {folder.path}")

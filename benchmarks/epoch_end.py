@@ -51,8 +51,8 @@ def trainer(args: argparse.Namespace, device: torch.device) -> Iterator[Trainer]
         run = [f"train_cfg.batch_size={args.batch_size}", f"train_cfg.sample_timesteps={args.picture_calls}"]
         run += [f"train_cfg.model_save_dirpath={folder}", "train_cfg.num_workers=0"]
         made = Trainer(load_config(CONFIG, [*network, *data, *run]), str(device))
-        made.folder.open(None)
-        made.writer = Writer()
+        made.folder.open(None, 0)
+        made.writer, made.begun = Writer(), (time.monotonic(), 0)
         try:
             yield made
         finally:
