@@ -158,7 +158,8 @@ def test_two_ranks_stopped_at_random_and_resumed_are_the_run_without_faults(numb
         for rank in ranks if number == signal.SIGKILL else ranks[1:]:  # one rank's word is enough to stop
             rank.send(number)
         codes = {rank.end().code for rank in ranks}
-        assert codes <= ({-signal.SIGKILL, 0} if number == signal.SIGKILL else {128 + number, 0})
+        before_its_loop = {-number, 1}  # the rank was still being set up: it ends at once, and takes the other one with it
+        assert codes <= {-signal.SIGKILL if number == signal.SIGKILL else 128 + number, 0} or codes == before_its_loop
         stopped += codes != {0}
         assert_whole(work / "run")
     assert stopped
