@@ -16,7 +16,6 @@ import math
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from common import ROOT, options, write
@@ -114,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--timesteps", type=int, default=1000, help="T")
     parser.add_argument("--bound-timesteps", type=int, default=200)
     parser.add_argument("--fit-images", type=int, default=64)
-    parser.add_argument("--pictures", default=str(ROOT / "samples"), help="folder of discrete.png, discrete_trajectories.png")
+    parser.add_argument("--pictures", help="folder of the PNGs, by default samples, of a quick run models")
     args = parser.parse_args(argv)
     if args.quick:
         args.minutes, args.timesteps, args.bound_timesteps, args.fit_images = 0.02, 20, 4, 2
@@ -136,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             sheets.append(drawn)
             strips += [strip] if name in TRAJECTORIES else []
     write("discrete", args, torch.device("cpu"), {"Digits, 17 levels": rows})
-    folder = Path(args.pictures)
+    folder = ROOT / (args.pictures or ("models" if args.quick else "samples"))
     save_png(folder / "discrete.png", grid(torch.cat([valid[:16], *sheets]), 16))  # real ones, then a row a setting
     if strips:
         save_png(folder / "discrete_trajectories.png", grid(torch.cat(strips), 16))  # a row a transition
