@@ -4,6 +4,7 @@ An extractor is a module with `name`, what it is in words, `n_features`, and `fe
 [B, C, H, W] to [B, n_features].
 """
 
+import hashlib
 import os
 import urllib.parse
 from pathlib import Path
@@ -141,6 +142,7 @@ def cached_classifier(
         "number of images": len(images),
         "epochs": epochs,
         "seed": seed,
+        "contents": hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()[:16],
     }
     path = Path(path)
     saved = _load(path, key) if path.exists() else None
@@ -211,7 +213,7 @@ def _load(path: Path, key: dict) -> dict:
         raise ValueError(f"path = {path}: cannot be read as a classifier ({type(error).__name__}); {cure}") from error
     if not isinstance(saved, dict) or saved.get("format") != CLASSIFIER_FORMAT:
         raise ValueError(f"path = {path}: is not a classifier of this version of metrics.py; {cure}")
-    wrong = [k for k in key if saved.get(k) != key[k]]
+    wrong = [k for k in key if saved.get(k, key[k] if k == "contents" else None) != key[k]]  # older files do not say theirs
     if wrong:
         found, asked = (", ".join(f"{k} {which.get(k)}" for k in wrong) for which in (saved, key))
         raise ValueError(f"path = {path}: is a classifier of {found}, where {asked} was asked for; {cure}")

@@ -29,9 +29,9 @@ from evaluation.metrics import METRICS, Evaluation, build_extractor, frechet
 from evaluation.nearest import Copies, nearest_training_images
 from evaluation.sampling import Drawn, evenly
 from mistakes import Mistake, as_mistake
+from training.meter import BINS
 from training.speed import device_name
 
-BINS = 8  # of t, in the lines of metrics.jsonl
 VALUES = {"samples": 400_000, "strips": 400_000, "trajectory": 1_400_000}  # in a picture at most, of about a byte each
 TRAJECTORY_IMAGES = 36
 COMPARED = 500  # samples, and held-out images, whose nearest training images are searched, at most
@@ -202,9 +202,8 @@ class Report:
     def _loss_by_time(self, steps: list[int], losses: list[list | None], mark: int | None) -> str:
         if not any(losses):
             return ""
-        edges = [
-            -(-b * self.evaluation.diffusion.T // BINS) for b in range(BINS + 1)
-        ]  # bin b holds t with b <= (t - 1) 8 / T < b + 1
+        T = self.evaluation.diffusion.T
+        edges = [-(-b * T // BINS) for b in range(BINS + 1)]  # bin b holds t with b <= (t - 1) BINS / T < b + 1
         losses = [row or [None] * BINS for row in losses]
         names = [f"t = {first + 1}..{last}" for first, last in pairwise(edges)]
         lines = [Series(name, steps, [row[b] for row in losses], f"n{b}") for b, name in enumerate(names)]
