@@ -138,6 +138,16 @@ def test_a_killed_and_resumed_run_has_its_curves_without_a_duplicate_or_a_gap(st
     assert (work / "run" / "wandb_id").read_text() == name
 
 
+def test_a_page_that_stays_open_while_a_run_goes_on_has_each_point_once(tmp_path):
+    only = 'train_cfg.loggers=["tensorboard"]'
+    assert train.main(tiny(tmp_path / "a", only, "train_cfg.max_steps=6")) == 0
+    accumulator = tensorboard(tmp_path / "a")
+    assert [point.step for point in accumulator.Scalars("lr")] == [3, 4, 6]
+    assert train.main(tiny(tmp_path / "a", only, flags=("--resume",))) == 0
+    accumulator.Reload()
+    assert [point.step for point in accumulator.Scalars("lr")] == list(expected(tmp_path / "a")["lr"])
+
+
 def metrics_so_far(folder: Path) -> list[str]:
     return (folder / "metrics.jsonl").read_text().splitlines()
 

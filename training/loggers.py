@@ -57,9 +57,8 @@ class TensorBoard:
         self.folder, self.summary, self.Event = folder, summary, event_pb2.Event
         place = folder / "tensorboard"
         place.mkdir(exist_ok=True)
-        for path in place.glob("events.out.tfevents.*"):
-            path.unlink()
-        # written from this thread, not by a SummaryWriter, whose own thread would print what goes wrong
+        # Earlier files stay, since a page that is open would never get past one that is gone. This one is written from this
+        # thread, not by a SummaryWriter, whose own thread would print what goes wrong.
         self.writer = RecordWriter(open(place / f"events.out.tfevents.{time.time_ns()}", "wb"))  # noqa: SIM115
         self._write(file_version="brain.Event:2")
         self._write(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))  # forget what was read before
