@@ -109,6 +109,8 @@ class GaussianDiffusion(nn.Module):
     reverse_variance  sigma_t^2 of p(x_{t-1} | x_t): "beta", "sigma_bar_square" (the posterior's) or "learnable"
     prediction        what the network's output is: "direct" (mu), "reconstruction" (x0), "denoising" (eps) or "velocity"
     loss_mode         "simple", "full" or "min_snr" (README, equations 13 to 15)
+    bounded           x_0 lies in [-1, 1], often at an end of it: the predicted x_0 is kept there, and in the losses any x_0_hat
+                      beyond an end is as good as the end, where x_0 is (README, equation 15b)
 
     A time t is a long tensor [B] in 1..T on x's device, or an int for the whole batch. Coefficients are derived in float64 and
     kept as float32 buffers. T is the number of steps.
@@ -123,6 +125,7 @@ class GaussianDiffusion(nn.Module):
         reverse_variance: ReverseVariance = "beta",
         prediction: PredictionName = "denoising",
         loss_mode: LossMode = "simple",
+        bounded: bool = False,
     ):
         super().__init__()
         _choice("reverse_variance", reverse_variance, get_args(ReverseVariance))
@@ -132,6 +135,7 @@ class GaussianDiffusion(nn.Module):
         self.reverse_variance = reverse_variance
         self.prediction = prediction
         self.loss_mode = loss_mode
+        self.bounded = bounded
         self.last_terms: tuple[Tensor, Tensor] | None = None  # of forward
         self._alpha_bar = schedule.alpha_bar.double().cpu()
         self.T = len(self._alpha_bar)
@@ -252,10 +256,18 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"time_aware_net: gives {list(out.shape)} for xt of shape {list(xt.shape)}: must be xt's shape")
         return out.to(xt.dtype)
 
+    def _out(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output, moved where x_0 is bounded to what says the nearest x_0 in [-1, 1]."""
+        out = self._net(xt, t, condition)
+        if not self.bounded:
+            return out
+        x0 = self._mix(self.x0_from_xt, xt, self.x0_from_out, out, t)
+        return out + (x0.clamp(-1, 1) - x0) / self._at(self.x0_from_out, t, xt)
+
     def predict(self, xt: Tensor, t: int | Tensor, condition: Condition = None) -> Prediction:
         """mu, x_0 and eps as one call of the network at (x_t, t) implies them (equation 11)."""
         t = self._times(t, xt)
-        out = self._net(xt, t, condition)
+        out = self._out(xt, t, condition)
         return Prediction(
             mu=self._mix(self.mu_from_xt, xt, self.mu_from_out, out, t),
             x0=self._mix(self.x0_from_xt, xt, self.x0_from_out, out, t),
@@ -288,10 +300,17 @@ class GaussianDiffusion(nn.Module):
 
     # Losses
 
+    def _target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network's output at q_sample(x_0, t, noise) should be (equation 10)."""
+        return self._mix(self.target_from_x0, x0, self.target_from_eps, noise, t)
+
     def _residual(self, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> Tensor:
-        """The network's output at q_sample(x_0, t, noise) less its target (equation 10)."""
-        out = self._net(self.q_sample(x0, t, noise), t, condition)
-        return out - self._mix(self.target_from_x0, x0, self.target_from_eps, noise, t)
+        """The network's output less its target; of a bounded x_0 the loss's: 0 beyond the end where x_0 is (equation 15b)."""
+        residual = self._net(self.q_sample(x0, t, noise), t, condition) - self._target(x0, t, noise)
+        if not self.bounded:
+            return residual
+        error = self._at(self.x0_from_out, t, x0) * residual.detach()  # x_0_hat - x_0
+        return residual.masked_fill((x0.abs() >= 1) & (x0 * error > 0), 0)
 
     def _bound_term(self, t: Tensor, error: Tensor) -> Tensor:
         """[B]: the term of L_2 / n or L_1 / n (equations 13 and 8) at t, of the network's mean squared error [B]."""
@@ -388,7 +407,8 @@ class GaussianDiffusion(nn.Module):
             if len(t):
                 rows, row_times, conditions = _every_pair(x0, t, condition)
                 noise = torch.randn(rows.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-                yield t, self._residual(rows, row_times, noise, conditions).unflatten(0, (len(t), len(x0)))
+                out = self._out(self.q_sample(rows, row_times, noise), row_times, conditions)
+                yield t, (out - self._target(rows, row_times, noise)).unflatten(0, (len(t), len(x0)))
 
     @torch.no_grad()
     def variational_bound(
@@ -552,7 +572,7 @@ class GaussianDiffusion(nn.Module):
         def predict_x0(x: Tensor, t: int) -> Tensor:
             out = self._net(x, times.fill_(t), condition)
             x0 = (self.x0_from_xt[t - 1] * x).addcmul_(self.x0_from_out[t - 1], out)  # equation 11
-            return x0.clamp_(-1, 1) if clip_x0 else x0
+            return x0.clamp_(-1, 1) if clip_x0 or self.bounded else x0
 
         yield levels[0].t, x
         with self._evaluating():
@@ -603,7 +623,7 @@ class GaussianDiffusion(nn.Module):
     def _levels(self, steps: list[int], clip_x0: bool) -> list[Level]:
         """What a sampler may know of the times it visits, and of t = 0 after them, as Python floats."""
         x0_error = self._assumed_x0_error()
-        if clip_x0:  # of data in [-1, 1] no good guess errs by more (Bao et al. 2022, theorem 2)
+        if clip_x0 or self.bounded:  # of data in [-1, 1] no good guess errs by more (Bao et al. 2022, theorem 2)
             x0_error = x0_error.clamp(max=1)
         table = list(zip(self._alpha_bar.tolist(), x0_error.tolist(), strict=True))
         return [*(Level(t, *table[t - 1]) for t in steps), Level(0, 1.0, 0.0)]

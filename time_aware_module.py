@@ -161,15 +161,15 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling, then a 3x3 convolution: [B, C, H, W] -> [B, C, 2H, 2W].
+    """Nearest-neighbour upsampling, then a 3x3 convolution: [B, C, H, W] -> [B, c_out, 2H, 2W], None for C of them.
 
     Both at once, as a transposed convolution of stride 2 in 4/9 of the operations: an output pixel's three taps a direction
     fall on two input pixels only, so that the weights w_0, w_1, w_2 act as w_2, w_1 + w_2, w_0 + w_1, w_0 at four distances.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, c_out: int | None = None):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, c_out or channels, 3, padding=1)
         sums = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
         self.register_buffer("sums", torch.kron(sums, sums), persistent=False)  # [4 * 4, 3 * 3], of both directions
 
@@ -233,6 +233,9 @@ class TimeAwareUNet(nn.Module):
                     group has at least 4 channels; None: each layer by itself 32, or fewer by that rule (as before "auto")
     patch_size      side of the squares of pixels that the first level sees as channels: 2 saves the level of full resolution
                     (Hoogeboom et al. 2023, section 3.2)
+    skips           how the way up gets the states of the way down: "concatenate", beside its own, in one block a level more; or
+                    "add", one for each block, of which there are as many as on the way down: (own + other) / sqrt(2), for
+                    half of the operations on the way up (as in LinkNet, Chaurasia & Culurciello 2017)
     n_classes       classes of the labels, None for a network that takes no labels
     n_levels        None, or for images of symbols the number of levels: symbols 0..n_levels - 1 in, or n_levels where one is
                     masked, logits [B, n_channels, H, W, n_levels] out. The first convolution sees each channel twice: the
@@ -261,6 +264,7 @@ class TimeAwareUNet(nn.Module):
         n_classes: int | None = None,
         n_levels: int | None = None,
         logits: Literal["free", "logistic"] = "free",
+        skips: Literal["concatenate", "add"] = "concatenate",
     ):
         super().__init__()
         t_channels = 4 * base_channels if t_channels is None else t_channels
@@ -270,12 +274,14 @@ class TimeAwareUNet(nn.Module):
         _check_range(MAX_CHANNELS, num_heads=num_heads, num_groups=1 if num_groups is None else num_groups)
         _check_range(MAX_LAYERS, num_res_blocks=num_res_blocks, patch_size=patch_size)
         _check_range(MAX_CHANNELS, n_levels=1 if n_levels is None else n_levels)
-        if logits not in ("free", "logistic"):
-            raise ValueError(f"logits = {logits!r}: must be one of free, logistic")
+        for name, value, allowed in (("logits", logits, ("free", "logistic")), ("skips", skips, ("concatenate", "add"))):
+            if value not in allowed:
+                raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
         _check_unet(base_channels, ch_mult, attention, dropout)
         self.n_channels = n_channels
         self.n_levels = n_levels
         self.logits = logits
+        self.adds_skips = skips == "add"
         self.patch_size = patch_size
         self.n_classes = n_classes
         c_in = n_channels if n_levels is None else 2 * n_channels
@@ -310,7 +316,7 @@ class TimeAwareUNet(nn.Module):
             return stage
 
         self.down = nn.ModuleList()
-        channels = [base_channels]  # of every state that the way up takes over from the way down
+        channels = [base_channels]  # of every state of the way down
         for level in range(len(widths)):
             for _ in range(num_res_blocks):
                 self.down.append(block(channels[-1], level))
@@ -324,11 +330,12 @@ class TimeAwareUNet(nn.Module):
 
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):
-            for _ in range(num_res_blocks + 1):
-                self.up.append(block(c + channels.pop(), level))
+            for _ in range(num_res_blocks if self.adds_skips else num_res_blocks + 1):
+                self.up.append(block(c if self.adds_skips else c + channels.pop(), level))
                 c = widths[level]
             if level > 0:
-                self.up[-1].append(Upsample(c))
+                c = widths[level - 1] if self.adds_skips else c
+                self.up[-1].append(Upsample(widths[level], c))
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         if xt.ndim != 4 or xt.shape[1] != self.n_channels:
@@ -341,13 +348,16 @@ class TimeAwareUNet(nn.Module):
         time = F.silu(self.time_embedding(t, label))
         x = xt if self.n_levels is None else _as_values(xt, self.n_levels)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
-        skips = [h]
+        skips = [] if self.adds_skips else [h]
         for stage in self.down:
             h = self._run(stage, h, time)
-            skips.append(h)
+            if not (self.adds_skips and isinstance(stage[0], Downsample)):
+                skips.append(h)
         h = self._run(self.middle, h, time)
         for stage in self.up:
-            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), time)
+            skip = skips.pop()
+            h = (h + skip) * 0.5**0.5 if self.adds_skips else torch.cat([h, skip], dim=1)
+            h = self._run(stage, h, time)
         out = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
         if self.n_levels is None:
             return out

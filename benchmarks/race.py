@@ -105,9 +105,9 @@ class Clock:
         self.total += self.now() - self.since
         return self.total
 
-    def is_over(self, budget: float) -> bool:
-        """Is the budget used up? Between start and stop that is seen on a CPU alone, where a look costs nothing."""
-        return self.device.type == "cpu" and self.total + self.now() - self.since >= budget
+    def used(self) -> float:
+        """Seconds so far, between start and stop; on CUDA those of before, for a look would wait for the device."""
+        return self.total + (self.now() - self.since if self.device.type == "cpu" else 0)
 
 
 # The racers: each yields a Finish for every budget
@@ -172,7 +172,7 @@ def _steps_within(budget: float, probe: Trainer) -> int:
         for _ in range(WAIT_STEPS):
             probe.train_step(*next(batches))
             steps += 1
-            if clock.is_over(0.02 * budget):
+            if clock.used() >= 0.02 * budget:
                 break
         clock.stop()
     step = clock.total / steps
@@ -190,14 +190,17 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
 
     first = _first_images(args.arena, device)
     unet = peer.Unet(dim=16, dim_mults=(1, 2, 4), channels=first.shape[1])
-    settings = {"image_size": first.shape[-1], "timesteps": 1000, "sampling_timesteps": args.calls, "objective": "pred_v"}
+    settings = {"image_size": first.shape[-1], "timesteps": 1000, "sampling_timesteps": args.calls}
+    settings |= {"objective": {"eps": "pred_noise", "x0": "pred_x0", "v": "pred_v"}[args.predicts or "v"]}
+    settings |= {"beta_schedule": args.noise or "sigmoid", "min_snr_loss_weight": bool(args.min_snr)}
     diffusion = peer.GaussianDiffusion(unet, **settings).to(device)
     precision = choose_precision(lambda: diffusion(first / 2 + 0.5), diffusion, device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=args.lr or 1e-4, betas=(0.9, 0.99))
     ema = {"update_every": 1, "update_after_step": 0, "power": args.ema_power} if args.ema_power else {"update_every": 10}
     ema = EMA(diffusion, beta=0.9999 if args.ema_power else 0.995, **ema).to(device)
 
-    def step(x0: Tensor) -> None:
+    def step(x0: Tensor, rate: float) -> None:
+        optimizer.param_groups[0]["lr"] = (args.lr or 1e-4) * rate
         if not args.no_flips:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
         with autocast(device, precision):
@@ -230,7 +233,13 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         norm_num_groups=args.groups or 32,
     ).to(device)
-    noising = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    predicts = args.predicts or "eps"
+    noising = diffusers.DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2" if args.noise == "cosine" else "linear",
+        prediction_type={"eps": "epsilon", "x0": "sample", "v": "v_prediction"}[predicts],
+    )
+    alpha_bar = noising.alphas_cumprod.to(device)
     settings = {"lr": args.lr or 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
     optimizer = torch.optim.AdamW(unet.parameters(), **settings)
     steps = 100 * len(args.arena.images("train")[0]) // PEER_BATCH
@@ -239,11 +248,20 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
 
     def loss_of(x0: Tensor) -> Tensor:
         noise, t = torch.randn_like(x0), torch.randint(0, 1000, (len(x0),), device=device).long()
-        return F.mse_loss(unet(noising.add_noise(x0, noise, t), t).sample.float(), noise)
+        out = unet(noising.add_noise(x0, noise, t), t).sample.float()
+        target = {"eps": lambda: noise, "x0": lambda: x0, "v": lambda: noising.get_velocity(x0, noise, t)}[
+            args.predicts or "eps"
+        ]()
+        if not args.min_snr:
+            return F.mse_loss(out, target)
+        snr = alpha_bar[t] / (1 - alpha_bar[t])
+        weight = snr.clamp(max=5) / {"eps": snr, "x0": 1, "v": snr + 1}[predicts]  # as its examples have it
+        return (weight * F.mse_loss(out, target, reduction="none").flatten(1).mean(1)).mean()
 
     precision = choose_precision(lambda: loss_of(first), unet, device)
 
-    def step(x0: Tensor) -> None:
+    def step(x0: Tensor, rate: float) -> None:
+        optimizer.param_groups[0]["lr"] = warmup.get_last_lr()[0] * rate
         with autocast(device, precision):
             loss = loss_of(x0)
         loss.backward()
@@ -285,9 +303,9 @@ def _race(args, device, net, precision, loss_of, step, sample) -> Iterator[Finis
                 ready = list(itertools.islice(batches, WAIT_STEPS))  # outside the clock
                 clock.start()
                 for x0 in ready:
-                    step(x0)
+                    step(x0, max(0.0, 1 - clock.used() / budget) if args.falls else 1.0)
                     steps += 1
-                    if clock.is_over(budget):
+                    if clock.used() >= budget:
                         break
                 bar.update(min(clock.stop(), bar.total) - bar.n)
             yield Finish(budget, clock.total, steps, PEER_BATCH, parameters, flops / 1e9, args.calls, precision, sample)
@@ -312,7 +330,17 @@ RACERS: dict[str, tuple[Callable, dict]] = {
     "diffusers": (of_diffusers, {}),
     "diffusers-tuned": (of_diffusers, {"lr": 1e-3, "ema_power": 0.75, "groups": 8, "diffusers_sampler": "ddpm"}),
 }
-SEARCHED = ("lr", "ema_power", "no_flips", "groups", "diffusers_sampler")  # options of the peers' recipes
+SEARCHED = (
+    "lr",
+    "ema_power",
+    "falls",
+    "predicts",
+    "min_snr",
+    "noise",
+    "no_flips",
+    "groups",
+    "diffusers_sampler",
+)  # by the peers
 
 
 # The race
@@ -331,21 +359,28 @@ def worker(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     torch.manual_seed(args.seed)
-    for finish in racer(args, device):
-        state = torch.get_rng_state()
-        torch.manual_seed(args.seed)
-        clock, batches = Clock(device), []
-        clock.start()
-        for first in tqdm(range(0, args.n, 100), desc="sampling", unit="batch"):
-            with torch.no_grad():
-                batches.append(to_uint8(finish.sample(min(100, args.n - first))).cpu())
-        seconds = clock.stop()
-        torch.set_rng_state(state)
-        path = samples_path(args.arena, args.name, finish.budget)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(torch.cat(batches), path)
-        row = {name: value for name, value in vars(finish).items() if name != "sample"}
-        print(json.dumps(row | {"sampling s": seconds, "samples": str(path)}), flush=True)
+    for budgets in [[budget] for budget in args.budget] if args.falls else [args.budget]:
+        args.budget = budgets
+        for finish in racer(args, device):
+            _show_samples(args, finish, device)
+
+
+def _show_samples(args: argparse.Namespace, finish: Finish, device: torch.device) -> None:
+    """Draw samples into a file, and print a line of JSON; the race's own random state stays as it is."""
+    state = torch.get_rng_state()
+    torch.manual_seed(args.seed)
+    clock, batches = Clock(device), []
+    clock.start()
+    for first in tqdm(range(0, args.n, 100), desc="sampling", unit="batch"):
+        with torch.no_grad():
+            batches.append(to_uint8(finish.sample(min(100, args.n - first))).cpu())
+    seconds = clock.stop()
+    torch.set_rng_state(state)
+    path = samples_path(args.arena, args.name, finish.budget)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(torch.cat(batches), path)
+    row = {name: value for name, value in vars(finish).items() if name != "sample"}
+    print(json.dumps(row | {"sampling s": seconds, "samples": str(path)}), flush=True)
 
 
 def rows_of(args: argparse.Namespace, name: str, racer: str, measure: Measure) -> Iterator[dict]:
@@ -454,6 +489,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--diffusers-sampler", choices=["ddpm", "ddim", "dpm"], help="by default ddim")
     parser.add_argument("--lr", type=float, help="of a peer, for the search")
     parser.add_argument("--ema-power", type=float, help="of a peer: average the weights by 1 - (1 + step)^-POWER")
+    parser.add_argument("--falls", type=int, choices=[0, 1], help="of a peer: its learning rate falls to 0 over the budget")
+    parser.add_argument("--predicts", choices=["eps", "x0", "v"], help="of a peer: what its network predicts")
+    parser.add_argument("--min-snr", type=int, choices=[0, 1], help="of a peer: min-SNR weights of the loss")
+    parser.add_argument("--noise", choices=["linear", "cosine"], help="of a peer: its schedule of noise")
     parser.add_argument("--no-flips", type=int, choices=[0, 1], help="of ddp")
     parser.add_argument("--groups", type=int, help="of diffusers' normalisations")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of our config")

@@ -352,7 +352,8 @@ def test_dataset_and_training_come_from_the_config_given(tmp_path, capsys):
     assert code == 0
     new = checkpoint.load(tmp_path / "a.pth")["config"]
     assert (new["dataset"], new["train_cfg"]) == (config["dataset"], config["train_cfg"])
-    assert new["diffusion"] == {"loss_mode": "min_snr", "prediction": "denoising", "reverse_variance": "beta"}
+    expected = {"loss_mode": "min_snr", "prediction": "denoising", "reverse_variance": "beta", "bounded": False}
+    assert new["diffusion"] == expected
 
 
 def test_the_first_pipelines_files_are_read(tmp_path):

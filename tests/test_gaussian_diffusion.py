@@ -271,6 +271,79 @@ def test_every_loss_is_its_weight_times_the_mean_squared_error(loss_mode, revers
     close(arbitrary(reverse_variance, prediction, loss_mode, Says(out)).loss(x0, ALL_TIMES, eps), expected, rtol=1e-4)
 
 
+# x_0 within bounds
+
+
+class Clamped(nn.Module):
+    """A network that predicts an x_0 kept in [-1, 1] by itself."""
+
+    def forward(self, xt, t):
+        return (1.5 * xt).clamp(-1, 1)
+
+
+def bounded(prediction, net, bounded=True):
+    return GaussianDiffusion(SCHEDULE, net, prediction=prediction, loss_mode="min_snr", bounded=bounded)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("t", [1, 4, 12])
+def test_the_loss_of_a_bounded_x0_is_least_at_the_posterior_mean(t, prediction):
+    values, prior = torch.tensor([-1.0, -0.2, 1.0]).double(), torch.tensor([0.5, 0.2, 0.3]).double()
+    alpha_bar = BOOK.alpha_bar[t]
+    grid = torch.linspace(-2, 2, 801).double()  # of what the network says of x_0
+    for xt in (-1.5, -0.4, 0.3, 0.8):
+        weight = prior * torch.exp(-((xt - alpha_bar.sqrt() * values) ** 2) / (2 * (1 - alpha_bar)))
+        weight /= weight.sum()  # Bayes' rule
+        x0, said = values.repeat_interleave(801)[:, None], grid.repeat(3)[:, None]
+        times = torch.full((2403,), t)
+        noise, noise_said = ((xt - alpha_bar.sqrt() * x) / (1 - alpha_bar).sqrt() for x in (x0, said))
+        net = Says(BOOK.target(prediction, said, noise_said, times))
+        loss = bounded(prediction, net).loss(x0, times, noise).view(3, 801)
+        assert grid[(weight[:, None] * loss).sum(0).argmin()].item() == pytest.approx((weight @ values).item(), abs=0.006)
+        for row, beyond in ((loss[0], grid < -1.003), (loss[2], grid > 1.003)):
+            assert row[beyond].max() == 0 < row[~beyond & (grid.abs() < 0.997)].min()
+        plain = bounded(prediction, net, False).loss(x0, times, noise).view(3, 801)
+        close(loss[1], plain[1])  # where x_0 is inside
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_bounded_x0_is_read_and_sampled_as_if_clipped(prediction):
+    xt = 3 * torch.randn(12, 3)
+    ours, plain = (bounded(prediction, TimeAwareMLP(3, 32), b) for b in (True, False))
+    plain.load_state_dict(ours.state_dict())
+    said, x0 = ours.predict(xt, ALL_TIMES), plain.predict(xt, ALL_TIMES).x0
+    assert (x0.abs() > 1).any()
+    assert (x0.abs() < 1).any()
+    alpha_bar = BOOK.alpha_bar[1:, None]
+    close(said.x0, x0.clamp(-1, 1), atol=1e-5)
+    close(said.eps, (xt - alpha_bar.sqrt() * x0.clamp(-1, 1)) / (1 - alpha_bar).sqrt(), rtol=1e-4, atol=1e-4)
+    close(ours.p_mean_variance(xt, ALL_TIMES)[0], plain.p_mean_variance(xt, ALL_TIMES, clip_x0=True)[0], atol=1e-5)
+    for sampler in ("ddpm", "ddim", "dpm", "heun"):
+        drawn = [
+            model.sample(xt.shape, sampler, 6, clip_x0=clip, x_T=xt, generator=torch.Generator().manual_seed(0))
+            for model, clip in ((ours, False), (plain, True))
+        ]
+        assert torch.equal(*drawn)
+
+
+def test_the_bound_of_a_bounded_x0_is_that_of_a_network_that_clips():
+    x0 = torch.randint(0, 256, (6, 3)) / 127.5 - 1
+    x0[:, 0] = torch.tensor([-1.0, 1.0]).repeat(3)
+
+    class Unclamped(nn.Module):
+        def forward(self, xt, t):
+            return 1.5 * xt
+
+    found = [
+        diffusion.variational_bound(x0, discretized=True, generator=torch.Generator().manual_seed(0))
+        for diffusion in (bounded("reconstruction", Unclamped()), bounded("reconstruction", Clamped(), False))
+    ]
+    for ours, expected in zip(*found, strict=True):
+        close(ours, expected)
+    wide = bounded("reconstruction", Unclamped(), False).variational_bound(x0, True, generator=torch.Generator().manual_seed(0))
+    assert (wide.total > found[0].total).all()
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_simple_loss_of_the_optimum_is_the_exact_remaining_error(prediction):
     diffusion = arbitrary("beta", prediction, net=OptimalNet(GAUSSIAN, SCHEDULE.beta, prediction))

@@ -4,8 +4,10 @@ from closed_form import MIXTURE
 from torch import nn
 
 from beta_schedule import LinearSchedule
+from convert import unet_options
 from gaussian_diffusion import GaussianDiffusion
-from time_aware_module import SelfAttention, TimeAwareMLP, TimeAwareUNet, Upsample
+from mistakes import Mistake
+from time_aware_module import ResidualBlock, SelfAttention, TimeAwareMLP, TimeAwareUNet, Upsample
 
 
 def small_unet(**kwargs):
@@ -80,6 +82,37 @@ def test_patches_are_pixels_as_channels():
         net(torch.randn(1, 3, 6, 8), torch.tensor([1]))
 
 
+def test_added_skips_pair_each_block_of_the_way_up_with_one_of_the_way_down():
+    net = small_unet(base_channels=8, ch_mult=(1, 3, 2), num_res_blocks=2, attention=(False, True, False), skips="add")
+    seen, order = {}, []
+
+    def keep(name):
+        def hook(_, inputs, output):
+            seen[name] = inputs[0], output
+            order.append(name)
+
+        return hook
+
+    for side in ("down", "up"):
+        for i, stage in enumerate(getattr(net, side)):
+            stage.register_forward_hook(keep(f"{side}{i}"))
+    net.middle.register_forward_hook(keep("middle"))
+    net(torch.randn(2, 3, 8, 4), torch.tensor([1, 9]))
+    down = [f"down{i}" for i, stage in enumerate(net.down) if isinstance(stage[0], ResidualBlock)]
+    assert len(down) == len(net.up) == 3 * 2
+    for i, partner in enumerate(reversed(down)):
+        before = seen[order[order.index(f"up{i}") - 1]][1]
+        torch.testing.assert_close(seen[f"up{i}"][0], (before + seen[partner][1]) / 2**0.5)
+
+
+def test_added_skips_are_fewer_operations_and_no_network_of_diffusers():
+    with torch.device("meta"):
+        added, beside = (TimeAwareUNet(1, 64, ch_mult=(1, 1), num_res_blocks=1, skips=how) for how in ("add", "concatenate"))
+    assert size(added) < size(beside)
+    with pytest.raises(Mistake, match='skips = "add": UNet2DModel concatenates'):
+        unet_options({"n_channels": 1, "skips": "add"}, 8)
+
+
 def test_the_parameters_are_as_many_as_those_of_diffusers_network():
     """Of every shape, too; its attention has three matrices where ours has one of three times the height."""
     diffusers = pytest.importorskip("diffusers")
@@ -124,6 +157,7 @@ def test_wrong_channels_are_refused(shape):
     [
         ({"n_channels": 0}, "n_channels = 0"),
         ({"num_res_blocks": 0}, "num_res_blocks = 0"),
+        ({"skips": "none"}, "skips = 'none': must be one of concatenate, add"),
         ({"ch_mult": (1, 0)}, "ch_mult = .1, 0.*each in 1.."),
         ({"ch_mult": (), "attention": ()}, "ch_mult = .*must be 1 to 256 numbers"),
         ({"attention": (True,)}, "attention = .*one entry a level"),
