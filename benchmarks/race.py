@@ -39,7 +39,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -56,19 +55,17 @@ from common import (
     synchronize,
     versions,
 )
-from PIL import Image, ImageDraw
+from race_pictures import SAME, over_seeds, picture, plot, samples_path
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import load_diffusion
 from config import load_config
 from evaluation.features import N_FEATURES, from_uint8, to_uint8
-from evaluation.pictures import grid, save_png
 from samplers import SAMPLERS
 from train import Trainer
-from training.speed import autocast
+from training.speed import autocast, has_bfloat16
 
-FOLDER = ROOT / "models" / "race"  # samples and our checkpoints, not in git
 PEER_BATCH = 16
 WAIT_STEPS = 50  # on CUDA, steps between two looks at the clock
 
@@ -124,7 +121,7 @@ class _Waiting(Trainer):
 
 def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     for budget in args.budget:
-        folder = samples_path(args.arena, args.name, budget).with_suffix("")
+        folder = samples_path(args.arena, args.name, budget, args.seed).with_suffix("")
         settings = [
             *args.arena.settings,
             "train_cfg.precision=auto",
@@ -326,9 +323,20 @@ def _first_images(arena: Arena, device: torch.device) -> Tensor:
 RACERS: dict[str, tuple[Callable, dict]] = {
     "ours": (ours, {}),
     "ddp": (ddp, {}),
-    "ddp-tuned": (ddp, {"lr": 1e-3, "ema_power": 0.75, "no_flips": 1}),
+    "ddp-tuned": (ddp, {"lr": 1e-3, "ema_power": 0.75, "no_flips": 1, "falls": 1, "min_snr": 1}),
     "diffusers": (of_diffusers, {}),
-    "diffusers-tuned": (of_diffusers, {"lr": 1e-3, "ema_power": 0.75, "groups": 8, "diffusers_sampler": "ddpm"}),
+    "diffusers-tuned": (
+        of_diffusers,
+        {
+            "lr": 1e-3,
+            "ema_power": 0.75,
+            "groups": 8,
+            "diffusers_sampler": "ddpm",
+            "falls": 1,
+            "predicts": "v",
+            "noise": "cosine",
+        },
+    ),
 }
 SEARCHED = (
     "lr",
@@ -344,10 +352,6 @@ SEARCHED = (
 
 
 # The race
-
-
-def samples_path(arena: Arena, name: str, budget: float) -> Path:
-    return FOLDER / arena.name / f"{name.replace('/', '_')}_{budget:g}.pt"
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -376,18 +380,18 @@ def _show_samples(args: argparse.Namespace, finish: Finish, device: torch.device
             batches.append(to_uint8(finish.sample(min(100, args.n - first))).cpu())
     seconds = clock.stop()
     torch.set_rng_state(state)
-    path = samples_path(args.arena, args.name, finish.budget)
+    path = samples_path(args.arena, args.name, finish.budget, args.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(torch.cat(batches), path)
     row = {name: value for name, value in vars(finish).items() if name != "sample"}
     print(json.dumps(row | {"sampling s": seconds, "samples": str(path)}), flush=True)
 
 
-def rows_of(args: argparse.Namespace, name: str, racer: str, measure: Measure) -> Iterator[dict]:
+def rows_of(args: argparse.Namespace, name: str, racer: str, seed: int, measure: Measure) -> Iterator[dict]:
     """Run a racer in a process of its own, and measure what it brings."""
     # fmt: off
     command = [sys.executable, __file__, "--worker", "--racers", racer, "--name", name, "--device", args.device,
-               "--seed", str(args.seed), "-n", str(args.n), "--sampler", args.sampler, "--calls", str(args.calls),
+               "--seed", str(seed), "-n", str(args.n), "--sampler", args.sampler, "--calls", str(args.calls),
                "--budget", *map(str, args.budget), "--data", measure.arena.name, "--root", args.root]
     # fmt: on
     for option in ("threads", *SEARCHED):
@@ -401,77 +405,40 @@ def rows_of(args: argparse.Namespace, name: str, racer: str, measure: Measure) -
                 continue
             row = json.loads(line)
             samples = torch.load(row.pop("samples"), weights_only=True)
-            yield {"racer": name, **measure(samples), "n": args.n} | row
+            yield {"racer": name, "seed": seed, **measure(samples), "n": args.n} | row
     if process.returncode:
         sys.exit(f"{name}: its process failed")
 
 
-def picture(arena: Arena, rows: list[dict], path: Path) -> None:
-    """The first samples of each racer at the largest budget of which there are some here."""
-    rows = [row for row in rows if samples_path(arena, row["racer"], row["budget"]).exists()]
-    last = {row["racer"]: row for row in sorted(rows, key=lambda row: (row["budget"], row["n"]))}
-    last = {name: last[name] for name in RACERS if name in last}
-    samples = [torch.load(samples_path(arena, name, row["budget"]), weights_only=True)[:14] for name, row in last.items()]
-    drawn = grid(from_uint8(torch.cat(samples)), 14)
-    labelled = Image.new("RGB", (drawn.width + 130, drawn.height), "white")
-    labelled.paste(drawn.convert("RGB"), (130, 0))
-    write = ImageDraw.Draw(labelled)
-    for i, (name, row) in enumerate(last.items()):
-        text = f"{name}\n{row['budget']:g} s\ndistance {row['distance']:.1f}"
-        write.text((4, 12 + i * drawn.height // len(last)), text, fill="black")
-    save_png(path, labelled)
-
-
-def plot(rows: list[dict], ends: dict[str, dict[str, float]], path: Path) -> None:
-    """Distance against budget, of the rows with the most samples and calls: distances of other numbers do not compare."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    n, calls = max((row["n"], row["calls"]) for row in rows)
-    rows = [row for row in rows if (row["n"], row["calls"]) == (n, calls)]
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name in RACERS:
-        points = sorted((row["budget"], row["distance"]) for row in rows if row["racer"] == name)
-        if points:
-            axes.loglog(*zip(*points, strict=True), "o-", label=name)
-    axes.axhline(ends[str(n)]["training images"], color="grey", linestyle=":", label="training images")
-    budgets = sorted({row["budget"] for row in rows})
-    axes.set(
-        xlabel="seconds of training", ylabel="Fréchet distance to the validation images", xticks=budgets, xticklabels=budgets
-    )
-    axes.minorticks_off()
-    axes.legend()
-    figure.savefig(path, dpi=100)
-
-
 def compete(args: argparse.Namespace, arena: Arena, device: torch.device) -> None:
     """The race on one arena: its rows, printed and added to those there, and the pictures."""
-    measure, path = Measure(arena, device), result_path(arena.stem, device, args.quick)
+    machine, stem = device_name(device), arena.stem
+    if device.type == "cpu":  # of which some are several times faster, and their rows do not compare
+        machine += f" {'with' if has_bfloat16(device) else 'without'} bfloat16"
+        stem += "_bf16" if has_bfloat16(device) else ""
+    measure, path = Measure(arena, device), result_path(stem, device, args.quick)
     old = json.loads(path.read_text()) if path.exists() else {"rows": []}
     ends = measure.of_data(args.n)
     changed = [*args.set, *(f"{name}={getattr(args, name)}" for name in SEARCHED if getattr(args, name) is not None)]
-    changed += [f"seed={args.seed}"] if args.seed else []
-    for racer in args.racers:
+    for racer, seed in itertools.product(args.racers, args.seeds):
         name = args.name or " ".join([racer, *changed])
-        for row in rows_of(args, name, racer, measure):
-            print(f"{arena.name}, {name}, {row['budget']:g} s: {row['distance']:.2f}", file=sys.stderr, flush=True)
+        for row in rows_of(args, name, racer, seed, measure):
+            print(f"{arena.name}, {name}, seed {seed}, {row['budget']:g} s: {row['distance']:.2f}", file=sys.stderr, flush=True)
             old = json.loads(path.read_text()) if path.exists() else old  # another race may have written meanwhile
-            kept = [each for each in old["rows"] if any(each[key] != row[key] for key in ("racer", "budget", "n", "calls"))]
-            made = {"date": time.strftime("%Y-%m-%d"), "device": device_name(device), "versions": versions()}
+            kept = [each for each in old["rows"] if any(each[key] != row[key] for key in (*SAME, "seed"))]
+            made = {"date": time.strftime("%Y-%m-%d"), "device": machine, "versions": versions()}
             scale = old.get("ends", {}) | {str(args.n): ends}
             about = {"features": measure.extractor.name, "real images": measure.real.count}
             result = {**about, "ends": scale, **made, "rows": [*kept, row]}
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     rows = json.loads(path.read_text())["rows"]
-    rows.sort(key=lambda row: (row["racer"] not in RACERS, row["racer"], row["budget"]))
+    rows.sort(key=lambda row: (row["racer"] not in RACERS, row["racer"], row["budget"], row["seed"]))
     show(f"Fréchet distance of n samples to {measure.real.count} images, in the features of the {measure.extractor.name}", rows)
+    show("The same over the seeds", over_seeds(rows))
     print(f"\nof {args.n} " + ", ".join(f"{name}: {value:.3g}" for name, value in ends.items()))
-    rows = [row for row in rows if row["racer"] in RACERS]
     if not args.quick and name in RACERS:  # and not a variant of one
-        picture(arena, rows, ROOT / "samples" / f"{arena.stem}.png")
-        plot(rows, json.loads(path.read_text())["ends"], ROOT / "samples" / f"{arena.stem}_curve.png")
+        picture(arena, rows, list(RACERS), ROOT / "samples" / f"{arena.stem}.png")
+        plot(over_seeds(rows), list(RACERS), ends["training images"], ROOT / "samples" / f"{arena.stem}_curve.png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -483,7 +450,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU, by default torch's own choice")
     parser.add_argument("-n", type=int, default=1000, help="samples")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each")
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)  # of a worker
     parser.add_argument("--sampler", default="dpm", choices=SAMPLERS, help="ours")
     parser.add_argument("--calls", type=int, default=25, help="network calls a sample, of every racer")
     parser.add_argument("--diffusers-sampler", choices=["ddpm", "ddim", "dpm"], help="by default ddim")

@@ -23,6 +23,7 @@ import emoji
 import epoch_end
 import gpu
 import race
+from race_pictures import over_seeds
 
 from beta_schedule import LinearSchedule
 from config import network_without_memory
@@ -63,17 +64,38 @@ def test_a_race_ends_at_each_budget(monkeypatch):
     monkeypatch.setattr(race, "_first_images", lambda arena, device: torch.zeros(16))
     net = nn.Linear(16, 1)
 
-    def step(x0):
+    rates = []
+
+    def step(x0, rate):
+        rates.append(rate)
         begin = time.process_time()
         while time.process_time() - begin < 0.01:
             pass
 
-    args = SimpleNamespace(budget=[0.2, 0.1], name="test", calls=1, arena=None)
+    args = SimpleNamespace(budget=[0.2, 0.1], name="test", calls=1, arena=None, falls=0)
     first, second = race._race(args, CPU, net, "fp32", lambda x0: net(x0).sum(), step, None)
     assert (first.budget, second.budget) == (0.1, 0.2)
     assert 0.1 <= first.seconds < 0.15
     assert 0.2 <= second.seconds < 0.25
     assert 5 <= first.steps < second.steps <= 20
+    assert set(rates) == {1.0}
+
+    args.falls, args.budget = 1, [0.1]
+    rates.clear()
+    list(race._race(args, CPU, net, "fp32", lambda x0: net(x0).sum(), step, None))
+    assert rates == sorted(rates, reverse=True)
+    assert 0.9 < rates[0] <= 1
+    assert 0 <= rates[-1] < 0.2
+
+
+def test_the_table_over_seeds_has_mean_and_spread():
+    row = {"racer": "a", "budget": 1, "n": 2, "calls": 3, "steps": 4, "seconds": 1.0}
+    rows = [row | {"seed": i, "distance": d} for i, d in enumerate((3.0, 1.0, 5.0))] + [
+        row | {"n": 9, "seed": 0, "distance": 7.0}
+    ]
+    first, second = over_seeds(rows)
+    assert (first["distance"], first["least"], first["largest"], first["seeds"]) == (3, 1, 5, 3)
+    assert (second["n"], second["distance"], second["seeds"]) == (9, 7, 1)
 
 
 def test_the_shares_of_an_epochs_end_are_counted_as_the_config_says():
