@@ -12,13 +12,9 @@ from config import build_dataset, load_config
 from evaluation.features import cached_classifier, from_uint8
 from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
 
-ARENAS = {  # our config, what it takes to have no classes, and what results and pictures are called
-    "FashionMNIST": ("FashionMNIST_fast.json", [], "race"),
-    "emoji": (
-        "Emoji_class.json",
-        ["time_aware_net.kwargs.n_classes=null"],
-        "race_emoji",
-    ),  # benchmarks/emoji.py makes its folder
+ARENAS = {  # our config, and what results and pictures are called
+    "FashionMNIST": ("FashionMNIST_fast.json", "race"),
+    "emoji": ("Emoji_class.json", "race_emoji"),  # benchmarks/emoji.py makes its folder
 }
 MODELS = ROOT / "models"  # of the classifiers, not in git
 CLASSIFIER_IMAGES, MAX_EPOCHS = 240_000, 40  # that a classifier sees in its training: four epochs of FashionMNIST
@@ -26,10 +22,14 @@ CLASSIFIER_IMAGES, MAX_EPOCHS = 240_000, 40  # that a classifier sees in its tra
 
 @dataclass(frozen=True)
 class Arena:
-    """A data set of the race; folder is where it lies, below which is its own folder where it is not torchvision's."""
+    """A data set of the race; folder is where it lies, below which is its own folder where it is not torchvision's.
+
+    With classes, the networks learn its labels.
+    """
 
     name: str
     folder: str
+    classes: bool = False
 
     @property
     def config(self) -> Path:
@@ -38,14 +38,21 @@ class Arena:
 
     @property
     def stem(self) -> str:
-        return ARENAS[self.name][2]
+        return ARENAS[self.name][1] + ("_classes" if self.classes else "")
 
     @property
     def settings(self) -> list[str]:
-        """That lead from its config to a network without classes and the data in the folder."""
-        splits = ("train", "valid")
-        roots = {split: f"{self.folder}/emoji/{split}" if self.name == "emoji" else self.folder for split in splits}
-        return [*ARENAS[self.name][1], *(f"dataset.{split}.root={root}" for split, root in roots.items())]
+        """That lead from its config to a network with or without classes, and the data in the folder."""
+        return [*self.roots, f"time_aware_net.kwargs.n_classes={self.n_classes if self.classes else 'null'}"]
+
+    @property
+    def roots(self) -> list[str]:
+        own = "emoji/" if self.name == "emoji" else None
+        return [f"dataset.{split}.root={self.folder}" + (f"/{own}{split}" if own else "") for split in ("train", "valid")]
+
+    @property
+    def n_classes(self) -> int:
+        return int(self.images("train")[1].max()) + 1
 
     def images(self, split: str) -> tuple[Tensor, Tensor]:
         """All images of "train" or "valid", uint8 [N, C, H, W], and their labels [N]."""
@@ -62,7 +69,7 @@ class Arena:
 
 @functools.cache
 def _images(arena: Arena, split: str) -> tuple[Tensor, Tensor]:
-    data = build_dataset(load_config(arena.config, arena.settings), split)
+    data = build_dataset(load_config(arena.config, arena.roots), split)
     return torch.stack([data.pixels(i) for i in range(len(data))]), data.labels
 
 

@@ -62,11 +62,13 @@ from tqdm import tqdm
 from checkpoint import load_diffusion
 from config import load_config
 from evaluation.features import N_FEATURES, from_uint8, to_uint8
+from guidance import ClassifierFreeGuidance
 from samplers import SAMPLERS
 from train import Trainer
 from training.speed import autocast, has_bfloat16
 
 PEER_BATCH = 16
+GUIDANCE = 1.5
 WAIT_STEPS = 50  # on CUDA, steps between two looks at the clock
 
 
@@ -145,12 +147,15 @@ def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
 
 
 def _finish_of(args: argparse.Namespace, budget: float, seconds: float, run: Trainer, diffusion) -> Finish:
-    steps, precision = steps_within(diffusion, args.sampler, args.calls), run.cfg.precision
+    steps, precision = steps_within(diffusion, args.sampler, args.calls // _calls_a_step(args)), run.cfg.precision
     x0 = torch.zeros(run.cfg.batch_size, *run.shape, device=run.device)
+    if args.classes:
+        diffusion.time_aware_net = ClassifierFreeGuidance(diffusion.time_aware_net, args.guidance)
 
     def sample(n: int) -> Tensor:
+        condition = {"label": _labels(args.arena, n, run.device)} if args.classes else None
         with autocast(run.device, precision):
-            return diffusion.sample((n, *run.shape), args.sampler, steps, clip_x0=True)
+            return diffusion.sample((n, *run.shape), args.sampler, steps, clip_x0=True, condition=condition)
 
     flops = counted(lambda: run.model(x0).backward())
     size = sum(p.numel() for p in run.parameters)
@@ -183,25 +188,35 @@ def _steps_within(budget: float, probe: Trainer) -> int:
 
 def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     import denoising_diffusion_pytorch as peer
+    from denoising_diffusion_pytorch import classifier_free_guidance as peer_with_classes
     from ema_pytorch import EMA
 
     first = _first_images(args.arena, device)
-    unet = peer.Unet(dim=16, dim_mults=(1, 2, 4), channels=first.shape[1])
-    settings = {"image_size": first.shape[-1], "timesteps": 1000, "sampling_timesteps": args.calls}
+    settings = {"image_size": first.shape[-1], "timesteps": 1000, "sampling_timesteps": args.calls // _calls_a_step(args)}
+    more = {}
+    if args.classes:
+        peer, more = peer_with_classes, {"num_classes": args.arena.n_classes, "cond_drop_prob": 0.1}
+        settings["ddim_sampling_eta"] = 0.0  # as without classes
+    unet = peer.Unet(dim=16, dim_mults=(1, 2, 4), channels=first.shape[1], **more)
     settings |= {"objective": {"eps": "pred_noise", "x0": "pred_x0", "v": "pred_v"}[args.predicts or "v"]}
     settings |= {"beta_schedule": args.noise or "sigmoid", "min_snr_loss_weight": bool(args.min_snr)}
     diffusion = peer.GaussianDiffusion(unet, **settings).to(device)
-    precision = choose_precision(lambda: diffusion(first / 2 + 0.5), diffusion, device)
+
+    def loss_of(x0: Tensor, labels: Tensor) -> Tensor:
+        return diffusion(x0 / 2 + 0.5, **({"classes": labels} if args.classes else {}))
+
+    labels = _labels(args.arena, PEER_BATCH, device)
+    precision = choose_precision(lambda: loss_of(first, labels), diffusion, device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=args.lr or 1e-4, betas=(0.9, 0.99))
     ema = {"update_every": 1, "update_after_step": 0, "power": args.ema_power} if args.ema_power else {"update_every": 10}
     ema = EMA(diffusion, beta=0.9999 if args.ema_power else 0.995, **ema).to(device)
 
-    def step(x0: Tensor, rate: float) -> None:
+    def step(x0: Tensor, labels: Tensor, rate: float) -> None:
         optimizer.param_groups[0]["lr"] = (args.lr or 1e-4) * rate
         if not args.no_flips:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
         with autocast(device, precision):
-            loss = diffusion(x0 / 2 + 0.5)
+            loss = loss_of(x0, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
         optimizer.step()
@@ -209,10 +224,13 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
         ema.update()
 
     def sample(n: int) -> Tensor:
+        how = {"batch_size": n}
+        if args.classes:
+            how = {"classes": _labels(args.arena, n, device), "cond_scale": args.guidance, "rescaled_phi": 0.0}
         with autocast(device, precision):
-            return ema.ema_model.eval().sample(batch_size=n).float() * 2 - 1
+            return ema.ema_model.eval().sample(**how).float() * 2 - 1
 
-    yield from _race(args, device, unet, precision, diffusion, step, sample)
+    yield from _race(args, device, unet, precision, loss_of, step, sample)
 
 
 def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
@@ -243,7 +261,7 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
     warmup = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=steps)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, power=args.ema_power) if args.ema_power else None
 
-    def loss_of(x0: Tensor) -> Tensor:
+    def loss_of(x0: Tensor, labels: Tensor) -> Tensor:
         noise, t = torch.randn_like(x0), torch.randint(0, 1000, (len(x0),), device=device).long()
         out = unet(noising.add_noise(x0, noise, t), t).sample.float()
         target = {"eps": lambda: noise, "x0": lambda: x0, "v": lambda: noising.get_velocity(x0, noise, t)}[
@@ -255,12 +273,12 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
         weight = snr.clamp(max=5) / {"eps": snr, "x0": 1, "v": snr + 1}[predicts]  # as its examples have it
         return (weight * F.mse_loss(out, target, reduction="none").flatten(1).mean(1)).mean()
 
-    precision = choose_precision(lambda: loss_of(first), unet, device)
+    precision = choose_precision(lambda: loss_of(first, _labels(args.arena, PEER_BATCH, device)), unet, device)
 
-    def step(x0: Tensor, rate: float) -> None:
+    def step(x0: Tensor, labels: Tensor, rate: float) -> None:
         optimizer.param_groups[0]["lr"] = warmup.get_last_lr()[0] * rate
         with autocast(device, precision):
-            loss = loss_of(x0)
+            loss = loss_of(x0, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
@@ -289,7 +307,8 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
 
 def _race(args, device, net, precision, loss_of, step, sample) -> Iterator[Finish]:
     """A peer's run: shuffled batches of 16 until each budget is used up."""
-    flops = counted(lambda: loss_of(_first_images(args.arena, device)).backward())
+    first, labels = _first_images(args.arena, device), _labels(args.arena, PEER_BATCH, device)
+    flops = counted(lambda: loss_of(first, labels).backward())
     net.zero_grad()
     parameters, steps, clock = sum(p.numel() for p in net.parameters()), 0, Clock(device)
     batches = _batches(args.arena, device)
@@ -299,8 +318,8 @@ def _race(args, device, net, precision, loss_of, step, sample) -> Iterator[Finis
             while clock.total < budget:
                 ready = list(itertools.islice(batches, WAIT_STEPS))  # outside the clock
                 clock.start()
-                for x0 in ready:
-                    step(x0, max(0.0, 1 - clock.used() / budget) if args.falls else 1.0)
+                for x0, labels in ready:
+                    step(x0, labels, max(0.0, 1 - clock.used() / budget) if args.falls else 1.0)
                     steps += 1
                     if clock.used() >= budget:
                         break
@@ -308,12 +327,22 @@ def _race(args, device, net, precision, loss_of, step, sample) -> Iterator[Finis
             yield Finish(budget, clock.total, steps, PEER_BATCH, parameters, flops / 1e9, args.calls, precision, sample)
 
 
-def _batches(arena: Arena, device: torch.device) -> Iterator[Tensor]:
-    """Shuffled training images without end."""
-    images = arena.images("train")[0]
+def _batches(arena: Arena, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled training images with their labels, without end."""
+    images, labels = arena.images("train")
     while True:
         for indices in torch.randperm(len(images)).split(PEER_BATCH):
-            yield from_uint8(images[indices]).to(device)
+            yield from_uint8(images[indices]).to(device), labels[indices].to(device)
+
+
+def _labels(arena: Arena, n: int, device: torch.device) -> Tensor:
+    """n classes [n], each as often as among the training images."""
+    labels = arena.images("train")[1]
+    return labels[torch.randint(len(labels), (n,))].to(device)
+
+
+def _calls_a_step(args: argparse.Namespace) -> int:
+    return 2 if args.classes and args.guidance != 1 else 1
 
 
 def _first_images(arena: Arena, device: torch.device) -> Tensor:
@@ -356,7 +385,7 @@ SEARCHED = (
 
 def worker(args: argparse.Namespace) -> None:
     """Train and sample as one racer, in this process; a line of JSON and a file of samples for each budget."""
-    device, args.arena = torch.device(args.device), Arena(args.data[0], args.root)
+    device, args.arena = torch.device(args.device), Arena(args.data[0], args.root, args.classes)
     set_up(args)
     racer, recipe = RACERS[args.racers[0]]
     for name, value in recipe.items():
@@ -394,6 +423,7 @@ def rows_of(args: argparse.Namespace, name: str, racer: str, seed: int, measure:
                "--seed", str(seed), "-n", str(args.n), "--sampler", args.sampler, "--calls", str(args.calls),
                "--budget", *map(str, args.budget), "--data", measure.arena.name, "--root", args.root]
     # fmt: on
+    command += ["--classes", "--guidance", str(args.guidance)] if args.classes else []
     for option in ("threads", *SEARCHED):
         if getattr(args, option) is not None:
             command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
@@ -419,7 +449,8 @@ def compete(args: argparse.Namespace, arena: Arena, device: torch.device) -> Non
     measure, path = Measure(arena, device), result_path(stem, device, args.quick)
     old = json.loads(path.read_text()) if path.exists() else {"rows": []}
     ends = measure.of_data(args.n)
-    changed = [*args.set, *(f"{name}={getattr(args, name)}" for name in SEARCHED if getattr(args, name) is not None)]
+    changed = [f"guidance={args.guidance:g}"] if args.classes and args.guidance != GUIDANCE else []
+    changed += [*args.set, *(f"{name}={getattr(args, name)}" for name in SEARCHED if getattr(args, name) is not None)]
     for racer, seed in itertools.product(args.racers, args.seeds):
         name = args.name or " ".join([racer, *changed])
         for row in rows_of(args, name, racer, seed, measure):
@@ -463,6 +494,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--noise", choices=["linear", "cosine"], help="of a peer: its schedule of noise")
     parser.add_argument("--no-flips", type=int, choices=[0, 1], help="of ddp")
     parser.add_argument("--groups", type=int, help="of diffusers' normalisations")
+    parser.add_argument("--classes", action="store_true", help="networks learn the labels; samples are of the data's classes")
+    parser.add_argument(
+        "--guidance", type=float, default=GUIDANCE, help="with --classes: its weight; two calls a step, unless 1"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of our config")
     parser.add_argument("--name", help="of the row, by default the racer and what is overridden")
     parser.add_argument("--quick", action="store_true", help="10 seconds and 200 samples each")
@@ -472,12 +507,14 @@ def main(argv: list[str] | None = None) -> None:
         return worker(args)
     if args.quick:
         args.budget, args.n = [10.0], 200
+    if args.classes and any(RACERS[racer][0] is of_diffusers for racer in args.racers):
+        parser.error("--classes: the training script and the pipeline of diffusers know no labels; see --racers")
     if args.n <= N_FEATURES:
         parser.error(f"-n {args.n}: the distance needs more samples than features, at least {N_FEATURES + 1}")
     device = torch.device(args.device)
     set_up(args)
     for data in args.data:
-        compete(args, Arena(data, args.root), device)
+        compete(args, Arena(data, args.root, args.classes), device)
 
 
 if __name__ == "__main__":

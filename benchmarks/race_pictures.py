@@ -20,7 +20,7 @@ SAME = ("racer", "budget", "n", "calls")  # of rows that differ in the seed alon
 
 
 def samples_path(arena: Arena, name: str, budget: float, seed: int = 0) -> Path:
-    return FOLDER / arena.name / f"{name.replace('/', '_')}_{budget:g}{f'_seed{seed}' if seed else ''}.pt"
+    return FOLDER / arena.stem / f"{name.replace('/', '_')}_{budget:g}{f'_seed{seed}' if seed else ''}.pt"
 
 
 def over_seeds(rows: Sequence[dict]) -> list[dict]:
