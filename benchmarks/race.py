@@ -199,7 +199,10 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
         settings["ddim_sampling_eta"] = 0.0  # as without classes
     unet = peer.Unet(dim=16, dim_mults=(1, 2, 4), channels=first.shape[1], **more)
     settings |= {"objective": {"eps": "pred_noise", "x0": "pred_x0", "v": "pred_v"}[args.predicts or "v"]}
-    settings |= {"beta_schedule": args.noise or "sigmoid", "min_snr_loss_weight": bool(args.min_snr)}
+    settings |= {
+        "beta_schedule": args.noise or ("cosine" if args.classes else "sigmoid"),
+        "min_snr_loss_weight": bool(args.min_snr),
+    }
     diffusion = peer.GaussianDiffusion(unet, **settings).to(device)
 
     def loss_of(x0: Tensor, labels: Tensor) -> Tensor:
