@@ -1,7 +1,8 @@
 """What each trainer has to show for the same compute: samples of a data set after so many seconds of training.
 
     python benchmarks/race.py --threads 1                                  # all racers, 1500 s each: hours
-    python benchmarks/race.py --racers ours --budget 375 750 1500 3000     # some of them; rows are added to those there
+    python benchmarks/race.py --budget 375 750 1500 --seeds 0 1 2          # rows are added to those there; a table over the seeds
+    python benchmarks/race.py --racers ours ddp-tuned --classes            # the networks learn the labels, samples are guided
     python benchmarks/race.py --racers ours --set train_cfg.lr=1e-3        # an ablation: a row of its own
     python benchmarks/race.py --data emoji                                 # which benchmarks/emoji.py makes; or both
     python benchmarks/race.py --quick                                      # a minute, to see that it runs
@@ -22,12 +23,17 @@ train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, o
     diffusers   UNet2DModel 32, 32, 64 (attention at the lowest resolution) and the recipe of train_unconditional.py: batch
                 16, AdamW, 500 warm-up steps, cosine decay over 100 epochs, no EMA; its DDPMPipeline with
                 the scheduler --diffusers-sampler
-    ddp-tuned   the same with ten times the learning rate, an EMA of decay 1 - (1 + step)^-0.75 at every step and no flips
-                (every shoe looks to the left)
+    ddp-tuned   the same with ten times the learning rate, which falls to 0 at the end of the budget, min-SNR weights, an EMA of
+                decay 1 - (1 + step)^-0.75 at every step and no flips (every shoe looks to the left)
     diffusers-tuned
-                the same with ten times the learning rate, that EMA, normalisations in 8 groups, and its DDPMScheduler
+                the same with ten times the learning rate, which falls to 0, that EMA, the cosine schedule and velocity,
+                normalisations in 8 groups, and its DDPMScheduler
 
-A peer's run is one run of the largest budget: its learning rate does not know the end, so samples are drawn on the way.
+With --classes, ours has n_classes and ddp is the module classifier_free_guidance of its package, with the same settings but for
+the schedule, which is cosine; both hide a tenth of the labels. Samples are of classes drawn as often as in the training images,
+with --guidance, for which a step takes two of the calls. diffusers' script and pipeline know no labels.
+
+A peer's run is one run of the largest budget where its learning rate does not know the end: samples are drawn on the way.
 """
 
 import argparse
