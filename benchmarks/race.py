@@ -1,7 +1,7 @@
 """What each trainer has to show for the same compute: samples of a data set after so many seconds of training.
 
     python benchmarks/race.py --threads 1                                  # all racers, 1500 s each: hours
-    python benchmarks/race.py --budget 375 750 1500 --seeds 0 1 2          # rows are added to those there; a table over the seeds
+    python benchmarks/race.py --budget 375 750 1500 --seeds 0 1 2          # rows are added to the file; a table over the seeds
     python benchmarks/race.py --racers ours ddp-tuned --classes            # the networks learn the labels, samples are guided
     python benchmarks/race.py --racers ours --set train_cfg.lr=1e-3        # an ablation: a row of its own
     python benchmarks/race.py --data emoji                                 # which benchmarks/emoji.py makes; or both
