@@ -8,7 +8,7 @@ DEMO = models/Digits_den
 
 demo: .venv/installed
 	$(BIN)/python train.py configs/Digits_den.json $(if $(wildcard $(DEMO)/*),--resume)
-	$(BIN)/python test.py $(DEMO)/last.pth -n 36
+	$(BIN)/python test.py $(DEMO)/last.pth -n 36 --timesteps 250
 	@echo "Look at $(DEMO)/last_gen/grid.png, trajectory.gif and 0.png beside it"
 
 test: .venv/installed-dev

@@ -251,17 +251,18 @@ def test_copies_have_no_distance_to_the_training_images_and_others_have_it_in_ro
 
 
 @pytest.mark.slow
-def test_the_quick_race_runs_on_a_folder_of_emoji(tmp_path, monkeypatch):
+@pytest.mark.parametrize("classes", [[], ["--classes"]], ids=["", "classes"])
+def test_the_quick_race_runs_on_a_folder_of_emoji(classes, tmp_path, monkeypatch):
     for split, count in (("train", 200), ("valid", 140)):  # more than the classifier has features
         for i in range(count):
             path = tmp_path / "emoji" / split / "ab"[i % 2] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(path)
     monkeypatch.setattr(arenas, "MODELS", tmp_path)
-    monkeypatch.setattr(race, "result_path", lambda name, device, quick: tmp_path / f"{name}.json")
-    small = ["--name", "test", "--calls", "2", "--threads", "1", "--set", "time_aware_net.kwargs.base_channels=8"]
+    monkeypatch.setattr(race, "result_path", lambda name, device, quick: tmp_path / "rows.json")
+    small = [*classes, "--name", "test", "--calls", "2", "--threads", "1", "--set", "time_aware_net.kwargs.base_channels=8"]
     race.main(["--quick", "--data", "emoji", "--root", str(tmp_path), "--racers", "ours", *small])
-    (row,) = json.loads((tmp_path / "race_emoji.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert (row["racer"], row["n"], row["budget"]) == ("test", 200, 10.0)
     assert row["distance"] > 0
     assert 0.1 < row["nearest"] < 2  # of noise to noise
