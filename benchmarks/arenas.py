@@ -47,8 +47,10 @@ class Arena:
 
     @property
     def roots(self) -> list[str]:
-        own = "emoji/" if self.name == "emoji" else None
-        return [f"dataset.{split}.root={self.folder}" + (f"/{own}{split}" if own else "") for split in ("train", "valid")]
+        folders = {
+            split: f"{self.folder}/emoji/{split}" if self.name == "emoji" else self.folder for split in ("train", "valid")
+        }
+        return [f"dataset.{split}.root={folder}" for split, folder in folders.items()]
 
     @property
     def n_classes(self) -> int:
