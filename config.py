@@ -86,6 +86,7 @@ class TrainConfig:
     metric_share: Annotated[float, Range(gt=0, le=1)] = 0.05  # of the run's time that they may take; rarer where it is more
     seed: Annotated[int, Range(ge=0, le=2**63 - 1)] = 0  # of the weights, the data's order and every draw
     optimizer: Literal["adam", "muon"] = "adam"  # muon: for the weights of hidden layers, Adam for the rest
+    muon_momentum: Annotated[float, Range(ge=0, lt=1)] = 0.95  # of muon's average gradient; less suits a run of few steps
     warmup_steps: Annotated[int, Range(ge=0)] = 0  # steps over which the learning rate rises from 0
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after that; the latter two end at 0
     variance_lr: Annotated[float, Range(gt=0, le=1)] = 1e-3  # of a learnable reverse variance, in log sigma^2 a step

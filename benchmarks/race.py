@@ -30,7 +30,7 @@ train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, o
                 normalisations in 8 groups, and its DDPMScheduler
 
 With --classes, ours has n_classes and ddp is the module classifier_free_guidance of its package, with the same settings but for
-the schedule, which is cosine; both hide a tenth of the labels. Samples are of classes drawn as often as in the training images,
+the schedule, which is cosine; both hide a tenth of the labels. Samples are of the classes in the training images' shares,
 with --guidance, for which a step takes two of the calls. diffusers' script and pipeline know no labels.
 
 A peer's run is one run of the largest budget where its learning rate does not know the end: samples are drawn on the way.
@@ -345,9 +345,9 @@ def _batches(arena: Arena, device: torch.device) -> Iterator[tuple[Tensor, Tenso
 
 
 def _labels(arena: Arena, n: int, device: torch.device) -> Tensor:
-    """n classes [n], each as often as among the training images."""
-    labels = arena.images("train")[1]
-    return labels[torch.randint(len(labels), (n,))].to(device)
+    """n classes [n] in the training images' shares: drawn by chance, they would add to the distance what the samples lack."""
+    labels = arena.images("train")[1].sort().values
+    return labels[((torch.arange(n) + 0.5) * (len(labels) / n)).long()].to(device)
 
 
 def _calls_a_step(args: argparse.Namespace) -> int:

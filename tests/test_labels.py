@@ -141,7 +141,7 @@ def test_a_number_of_classes_out_of_range_is_refused(kind, n_classes):
 def test_muon_leaves_the_vectors_of_the_labels_to_adam(kind):
     net = build(kind, 3)
     model = SimpleNamespace(time_aware_net=net, reverse_variance="beta")
-    cfg = SimpleNamespace(optimizer="muon", lr=1e-3)
+    cfg = SimpleNamespace(optimizer="muon", lr=1e-3, muon_momentum=0.95)
     groups = {group["name"]: group["params"] for group in build_optimizer(cfg, model, torch.device("cpu")).param_groups}
     assert [any(p is table(net) for p in groups[name]) for name in ("network", "hidden")] == [True, False]
 

@@ -24,17 +24,19 @@ def test_a_zero_gradient_moves_nothing():
     assert not orthogonalized([torch.zeros(2, 4, 8)])[0].any()
 
 
-def test_three_steps_are_those_of_the_singular_value_decomposition():
+@pytest.mark.parametrize(("named", "momentum"), [({}, 0.95), ({"momentum": 0.8}, 0.8)])
+def test_three_steps_are_those_of_the_singular_value_decomposition(named, momentum):
     """Jordan et al. 2024 in float64: the average, Nesterov's step ahead, the quintic on the singular values; Liu's scale."""
     p = torch.nn.Parameter(torch.zeros(64, 9, 2, 2))
     expected, average = torch.zeros(64, 36, dtype=torch.float64), torch.zeros(64, 36, dtype=torch.float64)
-    optimizer = Muon([{"params": [p], "orthogonal": True}], lr=0.1, fused=True)
+    optimizer = Muon([{"params": [p], "orthogonal": True, **named}], lr=0.1, fused=True)
     for _ in range(3):
         gradient = torch.randn(64, 36)
         p.grad = gradient.view(p.shape).clone()
         optimizer.step()
-        average = 0.95 * average + 0.05 * gradient.double()
-        u, s, vh = torch.linalg.svd(0.05 * gradient.double() + 0.95 * average, full_matrices=False)
+        average = momentum * average + (1 - momentum) * gradient.double()
+        ahead = momentum * average + (1 - momentum) * gradient.double()
+        u, s, vh = torch.linalg.svd(ahead, full_matrices=False)
         s = s / s.norm()
         for _ in range(5):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5

@@ -17,8 +17,8 @@ from training.optimizers import build_optimizer, restore_moments
 CPU = torch.device("cpu")
 
 
-def settings(optimizer):
-    return SimpleNamespace(optimizer=optimizer, lr=0.01, variance_lr=0.003)
+def settings(optimizer, momentum=0.95):
+    return SimpleNamespace(optimizer=optimizer, lr=0.01, muon_momentum=momentum, variance_lr=0.003)
 
 
 def diffusion_of(variance="learnable", net=None):
@@ -47,13 +47,14 @@ def hidden_of(net):
 @pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("muon", Muon)])
 def test_the_groups_have_names_and_hold_every_parameter_once(name, kind, variance):
     diffusion = diffusion_of(variance)
-    optimizer = build_optimizer(settings(name), diffusion, CPU)
+    optimizer = build_optimizer(settings(name, momentum=0.8), diffusion, CPU)
     assert type(optimizer) is kind
     groups = {group["name"]: group["params"] for group in optimizer.param_groups}
     assert list(groups) == ["network"] + ["hidden"] * (name == "muon") + ["variance"] * (variance == "learnable")
     assert sorted(id(p) for params in groups.values() for p in params) == sorted(id(p) for p in diffusion.parameters())
     if name == "muon":
         assert {id(p) for p in groups["hidden"]} == {id(p) for p in hidden_of(diffusion.time_aware_net)}
+        assert optimizer.param_groups[1]["momentum"] == 0.8
     assert {group["name"]: group["lr"] for group in optimizer.param_groups}.get("variance", 0.003) == 0.003
 
 

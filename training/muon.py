@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-MOMENTUM = 0.95
+MOMENTUM = 0.95  # of a group that names no other
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al.: five times s -> a s + b s^3 + c s^5 takes 0.01 to 1 into 0.68 to 1.14
 STEPS = 5
 
@@ -50,9 +50,9 @@ def _by_key(items: Iterable, key: Callable) -> dict:
 class Muon(torch.optim.Adam):
     """Adam; in groups with "orthogonal": True, p <- p - lr 0.2 sqrt(max(m, n)) U V^T instead.
 
-    U S V^T is the average gradient (Nesterov's, with momentum 0.95) of a weight [m, ...] as a matrix [m, n]. The factor makes
-    the step as large as one of Adam's is on average, so that both do with one lr (Liu et al. 2025, arXiv:2502.16982, equation
-    4). As in torch's fused Adam, where `found_inf` is set the step changes nothing.
+    U S V^T is the average gradient (Nesterov's, with the group's "momentum", 0.95 by default) of a weight [m, ...] as a matrix
+    [m, n]. The factor makes the step as large as one of Adam's is on average, so that both do with one lr (Liu et al. 2025,
+    arXiv:2502.16982, equation 4). As in torch's fused Adam, where `found_inf` is set the step changes nothing.
     """
 
     @torch.no_grad()
@@ -78,21 +78,22 @@ class Muon(torch.optim.Adam):
         torch._foreach_add_([self.state[p]["step"] for p in weights], [good] * len(weights))
         batches = list(_by_key(weights, lambda p: (p.shape, p.stride())).values())
         is_good = good > 0
-        directions = orthogonalized([self._averages(batch, is_good).flatten(2) for batch in batches])
+        momentum = group.get("momentum", MOMENTUM)
+        directions = orthogonalized([self._averages(batch, momentum, is_good).flatten(2) for batch in batches])
         for batch, direction in zip(batches, directions, strict=True):
             rate = -0.2 * group["lr"] * max(direction.shape[1:]) ** 0.5
             torch._foreach_add_(batch, _unstacked(direction * (good * rate), batch[0]))
             for p in batch:
                 p.grad = None
 
-    def _averages(self, weights: list[Tensor], is_good: Tensor) -> Tensor:
+    def _averages(self, weights: list[Tensor], momentum: float, is_good: Tensor) -> Tensor:
         """The running averages of the gradients of k weights, one step ahead: [k, ...]."""
         kept = [self.state[p]["momentum"] for p in weights]
         average = torch.stack(kept)
         gradient = torch.where(is_good, torch.stack([p.grad for p in weights]), average)  # which leaves the average as it is
-        average.lerp_(gradient, 1 - MOMENTUM)
+        average.lerp_(gradient, 1 - momentum)
         torch._foreach_copy_(kept, _unstacked(average, weights[0]))
-        return gradient.lerp_(average, MOMENTUM)
+        return gradient.lerp_(average, momentum)
 
 
 def _unstacked(stacked: Tensor, like: Tensor) -> Sequence[Tensor]:

@@ -16,16 +16,17 @@ from training.muon import Muon
 
 
 def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> torch.optim.Optimizer:
-    """Adam, or Muon for the hidden layers' matrices and Adam for the rest; cfg has optimizer, lr and variance_lr.
+    """Adam, or Muon for the hidden layers' matrices and Adam for the rest.
 
-    A Mistake where cfg.optimizer is "muon" and the network does not say which of its layers are hidden.
+    cfg has optimizer, lr, muon_momentum and variance_lr. A Mistake where optimizer is "muon" and the network does not say which
+    of its layers are hidden.
     """
     network = list(diffusion.time_aware_net.parameters())
     hidden = _hidden_matrices(diffusion.time_aware_net) if cfg.optimizer == "muon" else []
     inside = set(hidden)
     groups: list[dict[str, Any]] = [{"name": "network", "params": [p for p in network if p not in inside]}]
     if cfg.optimizer == "muon":
-        groups.append({"name": "hidden", "params": hidden, "orthogonal": True})
+        groups.append({"name": "hidden", "params": hidden, "orthogonal": True, "momentum": cfg.muon_momentum})
     if hasattr(diffusion, "log_sigma_square"):  # a learnable reverse variance
         groups.append({"name": "variance", "params": [diffusion.log_sigma_square], "lr": cfg.variance_lr})
     kind = {"adam": torch.optim.Adam, "muon": Muon}[cfg.optimizer]
