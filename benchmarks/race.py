@@ -31,7 +31,7 @@ train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, o
 
 With --classes, ours has n_classes and ddp is the module classifier_free_guidance of its package, with the same settings but for
 the schedule, which is cosine; both hide a tenth of the labels. Samples are of the classes in the training images' shares,
-with --guidance, for which a step takes two of the calls. diffusers' script and pipeline know no labels.
+guided by --guidance, by default what suits the racer, with two calls a step. diffusers' script and pipeline know no labels.
 
 A peer's run is one run of the largest budget where its learning rate does not know the end: samples are drawn on the way.
 """
@@ -74,7 +74,6 @@ from train import Trainer
 from training.speed import autocast, has_bfloat16
 
 PEER_BATCH = 16
-GUIDANCE = 1.5
 WAIT_STEPS = 50  # on CUDA, steps between two looks at the clock
 
 
@@ -359,9 +358,9 @@ def _first_images(arena: Arena, device: torch.device) -> Tensor:
 
 
 RACERS: dict[str, tuple[Callable, dict]] = {
-    "ours": (ours, {}),
-    "ddp": (ddp, {}),
-    "ddp-tuned": (ddp, {"lr": 1e-3, "ema_power": 0.75, "no_flips": 1, "falls": 1, "min_snr": 1}),
+    "ours": (ours, {"guidance": 2.0}),
+    "ddp": (ddp, {"guidance": 1.5}),
+    "ddp-tuned": (ddp, {"guidance": 1.5, "lr": 1e-3, "ema_power": 0.75, "no_flips": 1, "falls": 1, "min_snr": 1}),
     "diffusers": (of_diffusers, {}),
     "diffusers-tuned": (
         of_diffusers,
@@ -386,7 +385,8 @@ SEARCHED = (
     "no_flips",
     "groups",
     "diffusers_sampler",
-)  # by the peers
+    "guidance",
+)  # of the racers
 
 
 # The race
@@ -432,7 +432,7 @@ def rows_of(args: argparse.Namespace, name: str, racer: str, seed: int, measure:
                "--seed", str(seed), "-n", str(args.n), "--sampler", args.sampler, "--calls", str(args.calls),
                "--budget", *map(str, args.budget), "--data", measure.arena.name, "--root", args.root]
     # fmt: on
-    command += ["--classes", "--guidance", str(args.guidance)] if args.classes else []
+    command += ["--classes"] if args.classes else []
     for option in ("threads", *SEARCHED):
         if getattr(args, option) is not None:
             command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
@@ -458,8 +458,7 @@ def compete(args: argparse.Namespace, arena: Arena, device: torch.device) -> Non
     measure, path = Measure(arena, device), result_path(stem, device, args.quick)
     old = json.loads(path.read_text()) if path.exists() else {"rows": []}
     ends = measure.of_data(args.n)
-    changed = [f"guidance={args.guidance:g}"] if args.classes and args.guidance != GUIDANCE else []
-    changed += [*args.set, *(f"{name}={getattr(args, name)}" for name in SEARCHED if getattr(args, name) is not None)]
+    changed = [*args.set, *(f"{name}={getattr(args, name)}" for name in SEARCHED if getattr(args, name) is not None)]
     for racer, seed in itertools.product(args.racers, args.seeds):
         name = args.name or " ".join([racer, *changed])
         for row in rows_of(args, name, racer, seed, measure):
@@ -504,9 +503,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-flips", type=int, choices=[0, 1], help="of ddp")
     parser.add_argument("--groups", type=int, help="of diffusers' normalisations")
     parser.add_argument("--classes", action="store_true", help="networks learn the labels; samples are of the data's classes")
-    parser.add_argument(
-        "--guidance", type=float, default=GUIDANCE, help="with --classes: its weight; two calls a step, unless 1"
-    )
+    parser.add_argument("--guidance", type=float, help="with --classes: its weight; two calls a step, unless 1")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of our config")
     parser.add_argument("--name", help="of the row, by default the racer and what is overridden")
     parser.add_argument("--quick", action="store_true", help="10 seconds and 200 samples each")

@@ -32,9 +32,8 @@ def over_seeds(rows: Sequence[dict]) -> list[dict]:
     for key, group in groups.items():
         distances = [row["distance"] for row in group]
         mean = {"distance": statistics.mean(distances), "least": min(distances), "largest": max(distances)}
-        rest = {
-            name: statistics.mean(row[name] for row in group) for name in ("steps", "seconds", "nearest") if name in group[0]
-        }
+        measured = [name for name in ("steps", "seconds", "nearest") if all(name in row for row in group)]
+        rest = {name: statistics.mean(row[name] for row in group) for name in measured}
         means.append(dict(zip(SAME, key, strict=True)) | {"seeds": len(group)} | mean | rest)
     return means
 

@@ -113,6 +113,29 @@ def test_added_skips_are_fewer_operations_and_no_network_of_diffusers():
         unet_options({"n_channels": 1, "skips": "add"}, 8)
 
 
+def test_layer_norm_takes_the_mean_and_the_spread_of_each_pixels_channels():
+    """Against the formula in float64, wherever a normalisation stands; GroupNorm stands nowhere."""
+    net, x, t, seen = small_unet(norm="layer"), torch.randn(2, 3, 8, 4), torch.tensor([1, 9]), []
+    layers = [layer for layer in net.modules() if isinstance(layer, nn.LayerNorm)]
+    for layer in layers:
+        nn.init.normal_(layer.weight)
+        layer.register_forward_hook(lambda layer, inputs, out: seen.append((layer, inputs[0], out)))
+    net(x, t)
+    assert len(seen) == len(layers) == sum(name.rsplit(".")[-1].startswith("norm") for name, _ in net.named_modules())
+    for layer, h, out in seen:
+        h, weight, bias = h.double(), layer.weight.double()[:, None, None], layer.bias.double()[:, None, None]
+        mean, variance = h.mean(1, keepdim=True), h.var(1, correction=0, keepdim=True)
+        expected = (h - mean) / (variance + 1e-6).sqrt() * weight + bias
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_norm_has_no_groups_and_no_network_of_diffusers():
+    with pytest.raises(ValueError, match='num_groups = 8: norm = "layer" has no groups'):
+        small_unet(norm="layer", num_groups=8)
+    with pytest.raises(Mistake, match='norm = "layer": UNet2DModel has GroupNorm'):
+        unet_options({"n_channels": 1, "norm": "layer"}, 8)
+
+
 def test_the_parameters_are_as_many_as_those_of_diffusers_network():
     """Of every shape, too; its attention has three matrices where ours has one of three times the height."""
     diffusers = pytest.importorskip("diffusers")
@@ -158,6 +181,7 @@ def test_wrong_channels_are_refused(shape):
         ({"n_channels": 0}, "n_channels = 0"),
         ({"num_res_blocks": 0}, "num_res_blocks = 0"),
         ({"skips": "none"}, "skips = 'none': must be one of concatenate, add"),
+        ({"norm": "batch"}, "norm = 'batch': must be one of group, layer"),
         ({"ch_mult": (1, 0)}, "ch_mult = .1, 0.*each in 1.."),
         ({"ch_mult": (), "attention": ()}, "ch_mult = .*must be 1 to 256 numbers"),
         ({"attention": (True,)}, "attention = .*one entry a level"),
