@@ -8,6 +8,7 @@ What its code raises is not a Mistake, and keeps its traceback.
 """
 
 import difflib
+import functools
 import importlib.util
 import inspect
 import json
@@ -40,6 +41,7 @@ def _public(module: types.ModuleType, base: type, prefix: str = "") -> dict[str,
 SCHEDULES = _public(beta_schedule, beta_schedule.BetaSchedule)
 NETWORKS = _public(time_aware_module, nn.Module, "TimeAware")
 DIFFUSIONS = {"GaussianDiffusion": GaussianDiffusion, "DiscreteDiffusion": DiscreteDiffusion}  # without a name: the first
+MAX_CLUSTERS = 2**12
 MAX_PARAMETERS = 4 * 10**9  # of a network: 16 GB in float32
 MAX_PIXELS = 2**14  # of a transform's size, and the bound of every other number that it takes
 
@@ -301,13 +303,20 @@ def _diffusion_class(name: Any) -> type[GaussianDiffusion | DiscreteDiffusion]:
 
 
 def _dataset(path: str, value: Any, stored: bool) -> dict:
-    """The section dataset, resolved."""
-    value = _object(path, value, ["name", "train", "valid"], ["test"])
+    """The section dataset, resolved.
+
+    clusters    None, or a number: the classes are so many clusters of alike training images, whatever labels they have
+    """
+    value = _object(path, value, ["name", "train", "valid"], ["test", "clusters"])
+    clusters = value.get("clusters")
+    if clusters is not None and (type(clusters) is not int or not 2 <= clusters <= MAX_CLUSTERS):
+        raise Mistake(f"{path}.clusters = {as_json_line(clusters)}: must be null or lie in 2..{MAX_CLUSTERS}")
     if stored and _is_own(value["name"]):
         return value
     cls = find(value["name"], dataset.DATASETS, dataset.ImageDataset, f"{path}.name")
     splits = [split for split in ("train", "valid", "test") if split in value]
-    return {"name": value["name"]} | {split: _split(f"{path}.{split}", cls, value[split], stored) for split in splits}
+    resolved = {split: _split(f"{path}.{split}", cls, value[split], stored) for split in splits}
+    return {"name": value["name"], **resolved, "clusters": clusters}
 
 
 def _split(path: str, cls: type, value: Any, stored: bool = False) -> dict:
@@ -377,6 +386,9 @@ def resolve(config: Any, stored: bool = False) -> dict:
         "train_cfg": _arguments("train_cfg", TrainConfig, config["train_cfg"]),
     }
     build_train_config(resolved)
+    clusters, net = resolved["dataset"].get("clusters"), resolved["time_aware_net"]
+    if clusters is not None and not _is_own(net["name"]) and net["kwargs"].get("n_classes") != clusters:
+        raise Mistake(f"dataset.clusters = {clusters}: time_aware_net.kwargs.n_classes must be {clusters}, too")
     return resolved
 
 
@@ -448,7 +460,23 @@ def build_train_config(config: Mapping) -> TrainConfig:
 
 
 def build_dataset(config: Mapping, split: str) -> dataset.ImageDataset:
-    """The data set of a split: "train", "valid" or "test"."""
+    """The data set of a split: "train", "valid" or "test"; with dataset.clusters, its classes are the clusters."""
+    images, clusters = _build_split(config, split), config["dataset"].get("clusters")
+    if clusters is not None:
+        found = _clusters_of(json.dumps(config["dataset"]))
+        numbers = found.labels_ if split == "train" else found.predict(dataset.small_images(images))
+        images.labels, images.class_names = torch.as_tensor(numbers).long(), [str(i) for i in range(clusters)]
+    return images
+
+
+@functools.lru_cache(maxsize=1)
+def _clusters_of(section: str):
+    """The clusters of the training images of a section dataset, found once for all splits."""
+    section = json.loads(section)
+    return dataset.find_clusters(_build_split({"dataset": section}, "train"), section["clusters"])
+
+
+def _build_split(config: Mapping, split: str) -> dataset.ImageDataset:
     path = f"dataset.{split}"
     cls = find(config["dataset"]["name"], dataset.DATASETS, dataset.ImageDataset, "dataset.name")
     section = _split(path, cls, config["dataset"][split])

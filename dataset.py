@@ -31,6 +31,7 @@ from tqdm import tqdm
 from mistakes import Mistake
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+CLUSTER_SIDE = 16  # pixels
 FLIPS = {v2.RandomHorizontalFlip: -1, v2.RandomVerticalFlip: -2}  # the dimension that is turned round
 FIXED_TRANSFORMS = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Grayscale)  # give the same image every time
 RANDOM_TRANSFORMS = (*FLIPS, v2.RandomCrop, v2.RandomResizedCrop, v2.RandomRotation, v2.RandomAffine, v2.ColorJitter)
@@ -229,6 +230,30 @@ class CelebA_HQ_256(ImageFolder):
 
     def __init__(self, root: str = "data/celeba_hq_256", train: bool | None = None, pipeline: Sequence[Callable] = ()):
         super().__init__(root, "RGB", train, pipeline=[v2.Resize((256, 256)), *pipeline])
+
+
+def small_images(images: ImageDataset) -> np.ndarray:
+    """Every image averaged over squares to at most 16 x 16 pixels, in [0, 1], as k-means sees it: float32 [N, C * h * w]."""
+    size = [min(CLUSTER_SIDE, side) for side in images.shape[1:]]
+    parts = []
+    with torch.random.fork_rng(devices=[]):  # of random transforms, always the same
+        torch.manual_seed(0)
+        for first in tqdm(range(0, len(images), 256), desc="reading for clusters", unit="batch", leave=None):
+            pixels = torch.stack([images.pixels(i) for i in range(first, min(first + 256, len(images)))])
+            parts.append(torch.nn.functional.adaptive_avg_pool2d(pixels / 255, size).flatten(1))
+    return torch.cat(parts).numpy()
+
+
+def find_clusters(images: ImageDataset, count: int):
+    """scikit-learn's MiniBatchKMeans of `count` clusters of alike images, fitted: its labels_ are theirs.
+
+    To learn from the cluster of each image makes up for labels that are not there (Bao et al. 2022, arXiv:2212.00362).
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    if count > len(images):
+        raise Mistake(f"dataset.clusters = {count}: there are only {len(images)} images to train on")
+    return MiniBatchKMeans(count, random_state=0, n_init=3).fit(small_images(images))
 
 
 DATASETS = {cls.__name__: cls for cls in (Digits, FashionMNIST, CIFAR10, CelebA_HQ_256, ImageFolder)}

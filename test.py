@@ -35,7 +35,7 @@ from evaluation.edits import EDITS, Edit
 from evaluation.metrics import METRICS, Evaluation
 from evaluation.pictures import grid, save_gif, save_png
 from evaluation.report import Report, Sampled
-from evaluation.sampling import Drawn, draw, labels_by_row
+from evaluation.sampling import Drawn, draw, labels_by_row, labels_in_shares
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
 from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance
@@ -51,11 +51,13 @@ DEFAULTS = {"n": 16, "timesteps": None, "bpd_images": 1000, "bpd_timesteps": Non
 REPORT_DEFAULTS = {"n": 160, "timesteps": 200, "bpd_images": 200, "bpd_timesteps": 100}
 
 
-def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None) -> None:
-    """Fill in the flags whose default depends on --report."""
+def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, has_clusters: bool) -> None:
+    """Fill in the flags whose default depends on --report, and --class, where no one knows what the classes are."""
     for name, value in (REPORT_DEFAULTS if args.report else DEFAULTS).items():
         if getattr(args, name) is None and not ("timesteps" in name and value is not None and value >= T):
             setattr(args, name, value)
+    if has_clusters and args.label is None and not any(getattr(args, kind) for kind in EDITS):
+        args.label = "data"
     if args.report and args.label is None and n_classes and args.n >= n_classes:
         args.label = "all"
 
@@ -101,9 +103,12 @@ def set_speed(diffusion: GaussianDiffusion, x0: Tensor, asked: str, compiled: bo
 
 
 def labels_of(
-    name: str | None, n: int, n_classes: int | None, class_names: list[str] | None
+    name: str | None, n: int, n_classes: int | None, class_names: list[str] | None, counts: list[int] | None
 ) -> tuple[Tensor | None, int | None]:
-    """The labels [n] that --class asks for, by number or by name or all in turn, and the columns of the grid; None without."""
+    """The labels [n] that --class asks for, by number or by name or all in turn, and the columns of the grid; None without.
+
+    counts are those of the training images of each class.
+    """
     if name is None:
         return None, None
     if n_classes is None:
@@ -112,10 +117,14 @@ def labels_of(
         if n < n_classes:
             raise Mistake(f"-n {n}: --class all needs at least one sample for each of the {n_classes} classes")
         return labels_by_row(n_classes, n, max_rows=n_classes)
+    if name == "data":
+        if counts is None:
+            raise Mistake("--class data: the checkpoint is older, and does not say how many images of each class there were")
+        return labels_in_shares(counts, n)[torch.randperm(n, generator=torch.Generator().manual_seed(0))], None
     number = class_names.index(name) if class_names and name in class_names else int(name) if name.isdecimal() else -1
     if not 0 <= number < n_classes:
         known = f" ({', '.join(class_names)})" if class_names else ""
-        raise Mistake(f"--class {name}: must lie in 0..{n_classes - 1}{known}, or be all")
+        raise Mistake(f"--class {name}: must lie in 0..{n_classes - 1}{known}, or be all or data")
     return torch.full((n,), number), None
 
 
@@ -211,7 +220,7 @@ def run(args: argparse.Namespace, ema_length: float | None) -> float | None:
     diffusion, state, path = load_model(args, ema_length, ranks)
     diffusion.to(ranks.device)
     n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
-    set_defaults(args, diffusion.T, n_classes)
+    set_defaults(args, diffusion.T, n_classes, bool(n_classes and state["config"]["dataset"].get("clusters")))
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
     count = min(args.n, args.batch_size)
     if count * math.prod(shape) > MAX_VALUES:
@@ -223,7 +232,7 @@ def run(args: argparse.Namespace, ema_length: float | None) -> float | None:
     options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
-    labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"))
+    labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"), state.get("class_counts"))
     if args.guidance is not None:
         guide(diffusion, state, args.guidance, args.interval, args.guide)
     if edit := edit_of(args, shape):
@@ -303,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the sampler ddim: 0 none, 1 as much as ddpm")
     parser.add_argument("--no-clip", action="store_true", help="do not keep each predicted x_0 in [-1, 1]")
-    parser.add_argument("--class", dest="label", help="of every sample: a number, a name, or all for a row of each")
+    parser.add_argument("--class", dest="label", help="a number, a name, all for a row of each, or data for their shares there")
     parser.add_argument("--guidance", type=float, metavar="WEIGHT", help="1 is the network alone, more exaggerates the class")
     parser.add_argument("--guide", metavar="WEAKER.pth", help="guide away from this checkpoint instead of from no label")
     parser.add_argument("--interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="times in which the guidance acts")

@@ -105,6 +105,7 @@ class Trainer:
         check_fit(self.model, images)
         self.shape, self.class_names = images["train"].shape, images["train"].class_names
         self.n_classes = getattr(self.model.time_aware_net, "n_classes", None)
+        self.class_counts = self.n_classes and images["train"].labels.bincount(minlength=self.n_classes).tolist()
         check = self.stopper.check
         self.train_data = Batches(images["train"], cfg, self.ranks, shuffle=True, check_signals=check)
         self.valid_data = Batches(images["valid"], cfg, self.ranks, False, cfg.valid_images, check)

@@ -1,7 +1,8 @@
 """The data sets of the race, and what samples of each are held against: features of its classifier, and its training images."""
 
 import functools
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,12 +25,13 @@ CLASSIFIER_IMAGES, MAX_EPOCHS = 240_000, 40  # that a classifier sees in its tra
 class Arena:
     """A data set of the race; folder is where it lies, below which is its own folder where it is not torchvision's.
 
-    With classes, the networks learn its labels.
+    With classes, the networks learn its labels; with a number of clusters, those of clusters of its training images.
     """
 
     name: str
     folder: str
     classes: bool = False
+    clusters: int | None = None
 
     @property
     def config(self) -> Path:
@@ -43,7 +45,11 @@ class Arena:
     @property
     def settings(self) -> list[str]:
         """That lead from its config to a network with or without classes, and the data in the folder."""
-        return [*self.roots, f"time_aware_net.kwargs.n_classes={self.n_classes if self.classes else 'null'}"]
+        return [*self.roots, *self._labelled(self.clusters, self.n_classes if self.classes or self.clusters else None)]
+
+    @staticmethod
+    def _labelled(clusters: int | None, n_classes: int | None) -> list[str]:
+        return [f"dataset.clusters={clusters or 'null'}", f"time_aware_net.kwargs.n_classes={n_classes or 'null'}"]
 
     @property
     def roots(self) -> list[str]:
@@ -54,15 +60,20 @@ class Arena:
 
     @property
     def n_classes(self) -> int:
-        return int(self.images("train")[1].max()) + 1
+        return self.clusters or int(self.images("train")[1].max()) + 1
 
     def images(self, split: str) -> tuple[Tensor, Tensor]:
         """All images of "train" or "valid", uint8 [N, C, H, W], and their labels [N]."""
-        return _images(self, split)
+        return _images(self, split)[:2]
+
+    @property
+    def seconds(self) -> float:
+        """Of computing that the clusters took."""
+        return _images(self, "train")[2]
 
     def classifier(self, device: torch.device) -> nn.Module:
         """Trained on its training images, once, and kept in models/."""
-        images, labels = self.images("train")
+        images, labels = replace(self, clusters=None).images("train")
         path = MODELS / f"classifier_{self.name}.pth"
         path.parent.mkdir(exist_ok=True)
         epochs = min(MAX_EPOCHS, CLASSIFIER_IMAGES // len(images))
@@ -70,9 +81,15 @@ class Arena:
 
 
 @functools.cache
-def _images(arena: Arena, split: str) -> tuple[Tensor, Tensor]:
-    data = build_dataset(load_config(arena.config, arena.roots), split)
-    return torch.stack([data.pixels(i) for i in range(len(data))]), data.labels
+def _images(arena: Arena, split: str) -> tuple[Tensor, Tensor, float]:
+    """Images, labels, and the seconds that clusters took beyond reading, of time.process_time."""
+    data = build_dataset(load_config(arena.config, [*arena.roots, *Arena._labelled(None, None)]), split)
+    images, labels, seconds = torch.stack([data.pixels(i) for i in range(len(data))]), data.labels, 0.0
+    if arena.clusters:
+        begin = time.process_time()
+        data = build_dataset(load_config(arena.config, [*arena.roots, *Arena._labelled(arena.clusters, arena.clusters)]), split)
+        labels, seconds = data.labels, time.process_time() - begin
+    return images, labels, seconds
 
 
 class Measure:

@@ -32,6 +32,8 @@ train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, o
 With --classes, ours has n_classes and ddp is the module classifier_free_guidance of its package, with the same settings but for
 the schedule, which is cosine; both hide a tenth of the labels. Samples are of the classes in the training images' shares,
 guided by --guidance, by default what suits the racer, with two calls a step. diffusers' script and pipeline know no labels.
+Without --classes, no racer sees the labels; the classes of ours are --clusters of alike images (dataset.clusters), and the
+budget pays for finding them. ddp has them where they are given.
 
 A peer's run is one run of the largest budget where its learning rate does not know the end: samples are drawn on the way.
 """
@@ -68,6 +70,7 @@ from tqdm import tqdm
 from checkpoint import load_diffusion
 from config import load_config
 from evaluation.features import N_FEATURES, from_uint8, to_uint8
+from evaluation.sampling import labels_in_shares
 from guidance import ClassifierFreeGuidance
 from samplers import SAMPLERS
 from train import Trainer
@@ -138,12 +141,13 @@ def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
             f"train_cfg.model_save_dirpath={folder}",
         ]
         settings += ["train_cfg.epochs=1000000", f"train_cfg.seed={args.seed}"]
+        clock = Clock(device)
+        clock.total = args.arena.seconds
         probe = _Waiting(load_config(args.arena.config, settings), args.device, overwrite=True)
         probe.folder.close()
         config = probe.config  # in which the precision is chosen
-        config["train_cfg"]["max_steps"] = _steps_within(budget, probe)
+        config["train_cfg"]["max_steps"] = _steps_within(budget - clock.total, probe)
         run = _Waiting(config, args.device, overwrite=True)
-        clock = Clock(device)
         clock.start()
         run.run()
         seconds = clock.stop()
@@ -154,11 +158,11 @@ def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
 def _finish_of(args: argparse.Namespace, budget: float, seconds: float, run: Trainer, diffusion) -> Finish:
     steps, precision = steps_within(diffusion, args.sampler, args.calls // _calls_a_step(args)), run.cfg.precision
     x0 = torch.zeros(run.cfg.batch_size, *run.shape, device=run.device)
-    if args.classes:
+    if args.labelled:
         diffusion.time_aware_net = ClassifierFreeGuidance(diffusion.time_aware_net, args.guidance)
 
     def sample(n: int) -> Tensor:
-        condition = {"label": _labels(args.arena, n, run.device)} if args.classes else None
+        condition = {"label": _labels(args.arena, n, run.device)} if args.labelled else None
         with autocast(run.device, precision):
             return diffusion.sample((n, *run.shape), args.sampler, steps, clip_x0=True, condition=condition)
 
@@ -199,19 +203,19 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     first = _first_images(args.arena, device)
     settings = {"image_size": first.shape[-1], "timesteps": 1000, "sampling_timesteps": args.calls // _calls_a_step(args)}
     more = {}
-    if args.classes:
+    if args.labelled:
         peer, more = peer_with_classes, {"num_classes": args.arena.n_classes, "cond_drop_prob": 0.1}
         settings["ddim_sampling_eta"] = 0.0  # as without classes
     unet = peer.Unet(dim=16, dim_mults=(1, 2, 4), channels=first.shape[1], **more)
     settings |= {"objective": {"eps": "pred_noise", "x0": "pred_x0", "v": "pred_v"}[args.predicts or "v"]}
     settings |= {
-        "beta_schedule": args.noise or ("cosine" if args.classes else "sigmoid"),
+        "beta_schedule": args.noise or ("cosine" if args.labelled else "sigmoid"),
         "min_snr_loss_weight": bool(args.min_snr),
     }
     diffusion = peer.GaussianDiffusion(unet, **settings).to(device)
 
     def loss_of(x0: Tensor, labels: Tensor) -> Tensor:
-        return diffusion(x0 / 2 + 0.5, **({"classes": labels} if args.classes else {}))
+        return diffusion(x0 / 2 + 0.5, **({"classes": labels} if args.labelled else {}))
 
     labels = _labels(args.arena, PEER_BATCH, device)
     precision = choose_precision(lambda: loss_of(first, labels), diffusion, device)
@@ -233,7 +237,7 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
 
     def sample(n: int) -> Tensor:
         how = {"batch_size": n}
-        if args.classes:
+        if args.labelled:
             how = {"classes": _labels(args.arena, n, device), "cond_scale": args.guidance, "rescaled_phi": 0.0}
         with autocast(device, precision):
             return ema.ema_model.eval().sample(**how).float() * 2 - 1
@@ -319,6 +323,7 @@ def _race(args, device, net, precision, loss_of, step, sample) -> Iterator[Finis
     flops = counted(lambda: loss_of(first, labels).backward())
     net.zero_grad()
     parameters, steps, clock = sum(p.numel() for p in net.parameters()), 0, Clock(device)
+    clock.total = args.arena.seconds
     batches = _batches(args.arena, device)
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
     with tqdm(total=max(args.budget), desc=args.name, bar_format=form) as bar:
@@ -345,12 +350,11 @@ def _batches(arena: Arena, device: torch.device) -> Iterator[tuple[Tensor, Tenso
 
 def _labels(arena: Arena, n: int, device: torch.device) -> Tensor:
     """n classes [n] in the training images' shares: drawn by chance, they would add to the distance what the samples lack."""
-    labels = arena.images("train")[1].sort().values
-    return labels[((torch.arange(n) + 0.5) * (len(labels) / n)).long()].to(device)
+    return labels_in_shares(arena.images("train")[1].bincount().tolist(), n, torch.rand(()).item()).to(device)
 
 
 def _calls_a_step(args: argparse.Namespace) -> int:
-    return 2 if args.classes and args.guidance != 1 else 1
+    return 2 if args.labelled and args.guidance != 1 else 1
 
 
 def _first_images(arena: Arena, device: torch.device) -> Tensor:
@@ -358,7 +362,7 @@ def _first_images(arena: Arena, device: torch.device) -> Tensor:
 
 
 RACERS: dict[str, tuple[Callable, dict]] = {
-    "ours": (ours, {"guidance": 2.0}),
+    "ours": (ours, {"guidance": 2.0, "clusters": 50}),
     "ddp": (ddp, {"guidance": 1.5}),
     "ddp-tuned": (ddp, {"guidance": 1.5, "lr": 1e-3, "ema_power": 0.75, "no_flips": 1, "falls": 1, "min_snr": 1}),
     "diffusers": (of_diffusers, {}),
@@ -386,6 +390,7 @@ SEARCHED = (
     "groups",
     "diffusers_sampler",
     "guidance",
+    "clusters",
 )  # of the racers
 
 
@@ -394,12 +399,14 @@ SEARCHED = (
 
 def worker(args: argparse.Namespace) -> None:
     """Train and sample as one racer, in this process; a line of JSON and a file of samples for each budget."""
-    device, args.arena = torch.device(args.device), Arena(args.data[0], args.root, args.classes)
+    device = torch.device(args.device)
     set_up(args)
     racer, recipe = RACERS[args.racers[0]]
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.arena = Arena(args.data[0], args.root, args.classes, None if args.classes else args.clusters or None)
+    args.labelled = args.classes or args.arena.clusters is not None
     torch.manual_seed(args.seed)
     for budgets in [[budget] for budget in args.budget] if args.falls else [args.budget]:
         args.budget = budgets
@@ -503,7 +510,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-flips", type=int, choices=[0, 1], help="of ddp")
     parser.add_argument("--groups", type=int, help="of diffusers' normalisations")
     parser.add_argument("--classes", action="store_true", help="networks learn the labels; samples are of the data's classes")
-    parser.add_argument("--guidance", type=float, help="with --classes: its weight; two calls a step, unless 1")
+    parser.add_argument(
+        "--clusters", type=int, help="without --classes: so many clusters of images are the classes; 0 for none"
+    )
+    parser.add_argument("--guidance", type=float, help="with classes or clusters: its weight; two calls a step, unless 1")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of our config")
     parser.add_argument("--name", help="of the row, by default the racer and what is overridden")
     parser.add_argument("--quick", action="store_true", help="10 seconds and 200 samples each")
@@ -513,8 +523,8 @@ def main(argv: list[str] | None = None) -> None:
         return worker(args)
     if args.quick:
         args.budget, args.n = [10.0], 200
-    if args.classes and any(RACERS[racer][0] is of_diffusers for racer in args.racers):
-        parser.error("--classes: the training script and the pipeline of diffusers know no labels; see --racers")
+    if (args.classes or args.clusters) and any(RACERS[racer][0] is of_diffusers for racer in args.racers):
+        parser.error("--classes, --clusters: the training script and the pipeline of diffusers know no labels; see --racers")
     if args.n <= N_FEATURES:
         parser.error(f"-n {args.n}: the distance needs more samples than features, at least {N_FEATURES + 1}")
     device = torch.device(args.device)

@@ -259,7 +259,8 @@ def build_extractor(e: Evaluation) -> nn.Module:
     """The one asked for; the classifier is trained on the training images, once, and kept beside the data."""
     if e.features == "inception":
         return inception_features(e.ranks.device)
-    train, name = build_dataset(e.config, "train"), e.config["dataset"]["name"]
+    dataset = e.config["dataset"] | {"clusters": None}  # the features are of the data's own classes
+    train, name = build_dataset({"dataset": dataset}, "train"), dataset["name"]
     if train.labels is None:
         raise Mistake(f"--features classifier: {name} has no labels to train one on; --features inception needs none")
     path = Path(e.classifier or f"models/classifier_{name}.pth")

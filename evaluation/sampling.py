@@ -86,6 +86,15 @@ def labels_by_row(n_classes: int | None, n: int, max_rows: int = 16) -> tuple[Te
     return (torch.arange(n) // columns).clamp(max=n_classes - 1), columns
 
 
+def labels_in_shares(counts: Sequence[int], n: int, offset: float = 0.5) -> Tensor:
+    """Labels [n], ascending, of classes as frequent as in counts: each n counts[c] / sum(counts) times, rounded up or down.
+
+    With an offset drawn evenly from [0, 1), it is that many times on average (systematic sampling).
+    """
+    ends = torch.tensor(counts, dtype=torch.float64).cumsum(0)
+    return torch.searchsorted(ends, (torch.arange(n) + offset) * (ends[-1] / n), right=True).clamp(max=len(counts) - 1)
+
+
 def evenly(count: int, among: int) -> list[int]:
     """At most `count` indices spread evenly over 0..among - 1, both ends included."""
     return torch.linspace(0, among - 1, min(count, among), dtype=torch.float64).round().int().tolist()

@@ -73,7 +73,7 @@ def test_a_race_ends_at_each_budget(monkeypatch):
         while time.process_time() - begin < 0.01:
             pass
 
-    args = SimpleNamespace(budget=[0.2, 0.1], name="test", calls=1, arena=None, falls=0)
+    args = SimpleNamespace(budget=[0.2, 0.1], name="test", calls=1, arena=SimpleNamespace(seconds=0.0), falls=0)
     first, second = race._race(args, CPU, net, "fp32", lambda x0, labels: net(x0).sum(), step, None)
     assert (first.budget, second.budget) == (0.1, 0.2)
     assert 0.1 <= first.seconds < 0.15
@@ -87,6 +87,11 @@ def test_a_race_ends_at_each_budget(monkeypatch):
     assert rates == sorted(rates, reverse=True)
     assert 0.9 < rates[0] <= 1
     assert 0 <= rates[-1] < 0.2
+
+    args.falls, args.budget, args.arena.seconds = 0, [0.1], 0.06  # of clusters, which the budget pays for
+    (late,) = race._race(args, CPU, net, "fp32", lambda x0, labels: net(x0).sum(), step, None)
+    assert 0.1 <= late.seconds < 0.15
+    assert 1 <= late.steps <= 5
 
 
 def test_the_table_over_seeds_has_mean_and_spread():

@@ -323,7 +323,8 @@ def test_fewer_labels_than_images_are_refused():
 def test_a_config_with_classes_is_one_without_but_for_them(names):
     config, plain = (load_config(f"configs/{name}.json") for name in names)
     assert config["time_aware_net"]["kwargs"].pop("n_classes") == 10
-    assert plain["time_aware_net"]["kwargs"].pop("n_classes") is None
+    assert plain["time_aware_net"]["kwargs"].pop("n_classes") == plain["dataset"].pop("clusters")  # None, or those it finds
+    assert config["dataset"].pop("clusters") is None
     assert config["train_cfg"].pop("label_dropout") == 0.1
     for settings in (config, plain):
         settings["train_cfg"] = {**settings["train_cfg"], "model_save_dirpath": "", "label_dropout": 0.1}

@@ -63,7 +63,8 @@ def take_snapshot(run) -> dict | None:
 
 def _head(run) -> dict:
     """What every file with weights says of them."""
-    return {"config": run.config, "shape": list(run.shape), "class_names": run.class_names, "step": run.step}
+    names = {"class_names": run.class_names, "class_counts": run.class_counts}
+    return {"config": run.config, "shape": list(run.shape), **names, "step": run.step}
 
 
 def _check_finite(run, tensors: list[Tensor]) -> None:
