@@ -364,7 +364,7 @@ def _first_images(arena: Arena, device: torch.device) -> Tensor:
 RACERS: dict[str, tuple[Callable, dict]] = {
     "ours": (ours, {"guidance": 2.0, "clusters": 50}),
     "ddp": (ddp, {"guidance": 1.5}),
-    "ddp-tuned": (ddp, {"guidance": 1.5, "lr": 1e-3, "ema_power": 0.75, "no_flips": 1, "falls": 1, "min_snr": 1}),
+    "ddp-tuned": (ddp, {"guidance": 3.0, "lr": 1e-3, "ema_power": 0.75, "no_flips": 1, "falls": 1, "min_snr": 1}),
     "diffusers": (of_diffusers, {}),
     "diffusers-tuned": (
         of_diffusers,
