@@ -25,6 +25,7 @@ TINY = [
     "train_cfg.record_period=3",
     "train_cfg.sample_period=1",
     "train_cfg.sample_timesteps=3",
+    "train_cfg.precision=fp32",  # and not the faster one, which may be another in the next run
 ]
 
 LOSSES = ("step", "epoch", "train_loss", "valid_loss", "lr", "loss_by_t")  # what is the same whenever a run is stopped

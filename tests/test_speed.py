@@ -66,7 +66,7 @@ def test_this_processor_has_bfloat16_if_the_kernel_says_so():
 
 def test_the_choice_is_told_stored_and_kept_on_resume(tmp_path, monkeypatch, caplog):
     speed.log.propagate = True
-    argv = ("train_cfg.epochs=1", "train_cfg.sample_period=0")
+    argv = ("train_cfg.precision=auto", "train_cfg.epochs=1", "train_cfg.sample_period=0")
     with monkeypatch.context() as patch:
         patch.setattr(speed, "has_bfloat16", lambda device: True)
         patch.setattr(speed, "_slowdown", lambda step: 0.5)
@@ -74,7 +74,7 @@ def test_the_choice_is_told_stored_and_kept_on_resume(tmp_path, monkeypatch, cap
     assert "train_cfg.precision = auto: bf16, since a step takes 0.50 times as long in bf16" in caplog.text
     assert checkpoint.load(tmp_path / "a" / "last.pth")["config"]["train_cfg"]["precision"] == "bf16"
     monkeypatch.setattr(speed, "_slowdown", lambda step: 3.0)  # another machine
-    more = ("train_cfg.epochs=2", "train_cfg.lr_schedule=linear", "train_cfg.sample_period=0")
+    more = ("train_cfg.precision=auto", "train_cfg.epochs=2", "train_cfg.lr_schedule=linear", "train_cfg.sample_period=0")
     assert train.main(tiny(tmp_path / "a", *more, flags=("--resume",))) == 0
     assert checkpoint.load(tmp_path / "a" / "last.pth")["config"]["train_cfg"]["precision"] == "bf16"
     assert "train_cfg.precision = bf16: a step takes 3.00 times as long" in caplog.text
