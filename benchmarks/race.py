@@ -24,7 +24,7 @@ train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, o
                 16, AdamW, 500 warm-up steps, cosine decay over 100 epochs, no EMA; its DDPMPipeline with
                 the scheduler --diffusers-sampler
     ddp-tuned   the same with ten times the learning rate, which falls to 0 at the end of the budget, min-SNR weights, an EMA of
-                decay 1 - (1 + step)^-0.75 at every step and no flips (every shoe looks to the left)
+                decay 1 - (1 + step)^-0.75 at every step, no flips (every shoe looks to the left), and 50 clusters
     diffusers-tuned
                 the same with ten times the learning rate, which falls to 0, that EMA, the cosine schedule and velocity,
                 normalisations in 8 groups, and its DDPMScheduler
@@ -32,8 +32,8 @@ train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, o
 With --classes, ours has n_classes and ddp is the module classifier_free_guidance of its package, with the same settings but for
 the schedule, which is cosine; both hide a tenth of the labels. Samples are of the classes in the training images' shares,
 guided by --guidance, by default what suits the racer, with two calls a step. diffusers' script and pipeline know no labels.
-Without --classes, no racer sees the labels; the classes of ours are --clusters of alike images (dataset.clusters), and the
-budget pays for finding them. ddp has them where they are given.
+Without --classes, no racer sees the labels; the classes of ours and of ddp-tuned are --clusters of alike images
+(dataset.clusters), and the budget pays for finding them.
 
 A peer's run is one run of the largest budget where its learning rate does not know the end: samples are drawn on the way.
 """
@@ -364,7 +364,10 @@ def _first_images(arena: Arena, device: torch.device) -> Tensor:
 RACERS: dict[str, tuple[Callable, dict]] = {
     "ours": (ours, {"guidance": 2.0, "clusters": 50}),
     "ddp": (ddp, {"guidance": 1.5}),
-    "ddp-tuned": (ddp, {"guidance": 3.0, "lr": 1e-3, "ema_power": 0.75, "no_flips": 1, "falls": 1, "min_snr": 1}),
+    "ddp-tuned": (
+        ddp,
+        {"guidance": 3.0, "clusters": 50, "lr": 1e-3, "ema_power": 0.75, "no_flips": 1, "falls": 1, "min_snr": 1},
+    ),
     "diffusers": (of_diffusers, {}),
     "diffusers-tuned": (
         of_diffusers,
