@@ -69,7 +69,7 @@ def plot(means: Sequence[dict], names: Sequence[str], data: float, path: Path) -
     from matplotlib import pyplot
 
     most = max((row["n"], row["calls"]) for row in means)
-    means = [row for row in means if (row["n"], row["calls"]) == most]
+    means = [row for row in means if (row["n"], row["calls"]) == most and row["racer"] in names]
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for name in names:
         points = sorted((row for row in means if row["racer"] == name), key=lambda row: row["budget"])
