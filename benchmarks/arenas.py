@@ -82,7 +82,7 @@ class Arena:
 
 @functools.cache
 def _images(arena: Arena, split: str) -> tuple[Tensor, Tensor, float]:
-    """Images, labels, and the seconds that clusters took beyond reading, of time.process_time."""
+    """Images, labels, and the seconds that the clusters took, reading for them included, of time.process_time."""
     data = build_dataset(load_config(arena.config, [*arena.roots, *Arena._labelled(None, None)]), split)
     images, labels, seconds = torch.stack([data.pixels(i) for i in range(len(data))]), data.labels, 0.0
     if arena.clusters:
