@@ -8,7 +8,7 @@ DEMO = models/Digits_class
 
 demo: .venv/installed
 	$(BIN)/python train.py configs/Digits_class.json $(if $(wildcard $(DEMO)/*),--resume) --set train_cfg.epochs=22
-	$(BIN)/python test.py $(DEMO)/last.pth -n 80 --class all --guidance 1.5 --sampler dpm --timesteps 25
+	$(BIN)/python test.py $(DEMO)/last.pth -n 80 --pictures 80 --class all --guidance 1.5 --sampler dpm --timesteps 25
 	@echo "Look at $(DEMO)/last_gen/grid.png, trajectory.gif and 0.png beside it"
 
 test: .venv/installed-dev
