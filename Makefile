@@ -2,12 +2,13 @@
 # make gpu: all that a card has to show, on one page; make gpu-quick: the same in two minutes anywhere, to see that it runs.
 PYTHON ?= python3
 BIN = .venv/bin
-DEMO = models/Digits_class
+DEMO = models/demo
 
 .PHONY: demo test lint soak bench gpu gpu-quick
 
 demo: .venv/installed
-	$(BIN)/python train.py configs/Digits_class.json $(if $(wildcard $(DEMO)/*),--resume) --set train_cfg.epochs=22
+	$(BIN)/python train.py configs/Digits_class.json $(if $(wildcard $(DEMO)/*),--resume) \
+		--set train_cfg.epochs=22 train_cfg.model_save_dirpath=$(DEMO)
 	$(BIN)/python test.py $(DEMO)/last.pth -n 80 --pictures 80 --class all --guidance 1.5 --sampler dpm --timesteps 25
 	@echo "Look at $(DEMO)/last_gen/grid.png, trajectory.gif and 0.png beside it"
 

@@ -7,6 +7,7 @@ A network, schedule, data set or transform of your own is named by its file and 
 What its code raises is not a Mistake, and keeps its traceback.
 """
 
+import copy
 import difflib
 import functools
 import importlib.util
@@ -461,19 +462,22 @@ def build_train_config(config: Mapping) -> TrainConfig:
 
 def build_dataset(config: Mapping, split: str) -> dataset.ImageDataset:
     """The data set of a split: "train", "valid" or "test"; with dataset.clusters, its classes are the clusters."""
-    images, clusters = _build_split(config, split), config["dataset"].get("clusters")
-    if clusters is not None:
-        found = _clusters_of(json.dumps(config["dataset"]))
-        numbers = found.labels_ if split == "train" else found.predict(dataset.small_images(images))
-        images.labels, images.class_names = torch.as_tensor(numbers).long(), [str(i) for i in range(clusters)]
+    clusters = config["dataset"].get("clusters")
+    if clusters is None:
+        return _build_split(config, split)
+    train, found = _clusters_of(json.dumps(config["dataset"]))
+    images = copy.copy(train) if split == "train" else _build_split(config, split)
+    numbers = found.labels_ if split == "train" else found.predict(dataset.small_images(images))
+    images.labels, images.class_names = torch.as_tensor(numbers).long(), [str(i) for i in range(clusters)]
     return images
 
 
 @functools.lru_cache(maxsize=1)
 def _clusters_of(section: str):
-    """The clusters of the training images of a section dataset, found once for all splits."""
+    """The training images of a section dataset, and their clusters, found once for all splits."""
     section = json.loads(section)
-    return dataset.find_clusters(_build_split({"dataset": section}, "train"), section["clusters"])
+    train = _build_split({"dataset": section}, "train")
+    return train, dataset.find_clusters(train, section["clusters"])
 
 
 def _build_split(config: Mapping, split: str) -> dataset.ImageDataset:
