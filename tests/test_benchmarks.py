@@ -102,6 +102,9 @@ def test_the_table_over_seeds_has_mean_and_spread():
     first, second = over_seeds(rows)
     assert (first["distance"], first["least"], first["largest"], first["seeds"]) == (3, 1, 5, 3)
     assert (second["n"], second["distance"], second["seeds"]) == (9, 7, 1)
+    (mixed,) = over_seeds([rows[0] | {"nearest": 0.3}, rows[1]])  # an older row was measured less
+    assert mixed["steps"] == 4
+    assert "nearest" not in mixed
 
 
 def test_the_shares_of_an_epochs_end_are_counted_as_the_config_says():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import assert_same_state, losses, stop_at, tiny
+from torchvision.transforms import v2
 
 import checkpoint
 import test as sampling
@@ -77,6 +78,13 @@ def test_large_images_are_averaged_over_squares():
     np.testing.assert_allclose(small, expected, rtol=1e-6)
 
 
+def test_images_with_a_random_transform_are_always_seen_alike_and_draw_none_of_the_runs_numbers():
+    images, before = Digits(pipeline=[v2.RandomCrop(4)]), torch.get_rng_state()
+    first, second = small_images(images), small_images(images)
+    np.testing.assert_array_equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_run_with_clusters_stopped_and_resumed_is_the_run_never_stopped(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, "train_step", 6)
@@ -107,6 +115,12 @@ def test_samples_are_of_the_clusters_in_their_shares_unless_a_class_is_named(run
     assert seen[1].tolist() == [3] * 40
 
 
+def test_an_average_made_afterwards_knows_the_shares_too(tmp_path):
+    assert train.main(tiny(tmp_path / "run", *CLUSTERS, "train_cfg.power_ema=[0.1,0.2]")) == 0
+    flags = ["--device", "cpu", "-n", "4", "--timesteps", "2", "--ema-length", "0.15"]
+    assert sampling.main([str(tmp_path / "run" / "last.pth"), *flags]) == 0
+
+
 def test_a_checkpoint_without_counts_is_told_apart(run, tmp_path, capsys):
     state = checkpoint.load(run / "last.pth")
     del state["class_counts"]
@@ -127,6 +141,7 @@ def test_labels_in_shares_are_right_up_to_rounding_and_on_average():
     counts = [7, 1, 0, 12]
     labels = labels_in_shares(counts, 40)
     assert Counter(labels.tolist()) == {0: 14, 1: 2, 3: 24}
+    assert labels_in_shares([0, 3], 3, offset=0.0).tolist() == [1, 1, 1]  # a class without images has no samples
     few = torch.cat([labels_in_shares(counts, 2, offset) for offset in (torch.arange(2000) + 0.5) / 2000])
     np.testing.assert_allclose(torch.bincount(few, minlength=4) / 4000, np.array(counts) / 20, atol=2e-3)
 

@@ -273,10 +273,11 @@ def test_the_mlp_learns_the_weights_and_means_of_a_mixture():
         assert x[nearest == k].var(0).mean().item() == pytest.approx(MIXTURE.variances[k].item(), abs=0.025)
 
 
-def test_under_autocast_normalisation_and_attention_stay_in_float32():
-    net, seen = small_unet(num_heads=2), []
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_under_autocast_normalisation_and_attention_stay_in_float32(norm):
+    net, seen = small_unet(num_heads=2, norm=norm), []
     for module in net.modules():
-        if isinstance(module, nn.GroupNorm):
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     attend = nn.functional.scaled_dot_product_attention
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 700])
