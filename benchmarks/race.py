@@ -76,7 +76,7 @@ from samplers import SAMPLERS
 from train import Trainer
 from training.speed import autocast, has_bfloat16
 
-PEER_BATCH = 16
+PEER_BATCH, DDP_DIM = 16, 16
 WAIT_STEPS = 50  # on CUDA, steps between two looks at the clock
 
 
@@ -200,13 +200,13 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     from denoising_diffusion_pytorch import classifier_free_guidance as peer_with_classes
     from ema_pytorch import EMA
 
-    first = _first_images(args.arena, device)
+    first = _first_images(args, device)
     settings = {"image_size": first.shape[-1], "timesteps": 1000, "sampling_timesteps": args.calls // _calls_a_step(args)}
     more = {}
     if args.labelled:
         peer, more = peer_with_classes, {"num_classes": args.arena.n_classes, "cond_drop_prob": 0.1}
         settings["ddim_sampling_eta"] = 0.0  # as without classes
-    unet = peer.Unet(dim=16, dim_mults=(1, 2, 4), channels=first.shape[1], **more)
+    unet = peer.Unet(dim=args.dim or DDP_DIM, dim_mults=(1, 2, 4), channels=first.shape[1], **more)
     settings |= {"objective": {"eps": "pred_noise", "x0": "pred_x0", "v": "pred_v"}[args.predicts or "v"]}
     settings |= {
         "beta_schedule": args.noise or ("cosine" if args.labelled else "sigmoid"),
@@ -217,7 +217,7 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     def loss_of(x0: Tensor, labels: Tensor) -> Tensor:
         return diffusion(x0 / 2 + 0.5, **({"classes": labels} if args.labelled else {}))
 
-    labels = _labels(args.arena, PEER_BATCH, device)
+    labels = _labels(args.arena, args.batch, device)
     precision = choose_precision(lambda: loss_of(first, labels), diffusion, device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=args.lr or 1e-4, betas=(0.9, 0.99))
     ema = {"update_every": 1, "update_after_step": 0, "power": args.ema_power} if args.ema_power else {"update_every": 10}
@@ -250,7 +250,7 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
-    first = _first_images(args.arena, device)
+    first = _first_images(args, device)
     unet = diffusers.UNet2DModel(
         sample_size=first.shape[-1],
         in_channels=first.shape[1],
@@ -269,7 +269,7 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
     alpha_bar = noising.alphas_cumprod.to(device)
     settings = {"lr": args.lr or 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
     optimizer = torch.optim.AdamW(unet.parameters(), **settings)
-    steps = 100 * len(args.arena.images("train")[0]) // PEER_BATCH
+    steps = 100 * len(args.arena.images("train")[0]) // args.batch
     warmup = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=steps)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, power=args.ema_power) if args.ema_power else None
 
@@ -285,7 +285,7 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
         weight = snr.clamp(max=5) / {"eps": snr, "x0": 1, "v": snr + 1}[predicts]  # as its examples have it
         return (weight * F.mse_loss(out, target, reduction="none").flatten(1).mean(1)).mean()
 
-    precision = choose_precision(lambda: loss_of(first, _labels(args.arena, PEER_BATCH, device)), unet, device)
+    precision = choose_precision(lambda: loss_of(first, _labels(args.arena, args.batch, device)), unet, device)
 
     def step(x0: Tensor, labels: Tensor, rate: float) -> None:
         optimizer.param_groups[0]["lr"] = warmup.get_last_lr()[0] * rate
@@ -319,12 +319,12 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
 
 def _race(args, device, net, precision, loss_of, step, sample) -> Iterator[Finish]:
     """A peer's run: shuffled batches of 16 until each budget is used up."""
-    first, labels = _first_images(args.arena, device), _labels(args.arena, PEER_BATCH, device)
+    first, labels = _first_images(args, device), _labels(args.arena, args.batch, device)
     flops = counted(lambda: loss_of(first, labels).backward())
     net.zero_grad()
     parameters, steps, clock = sum(p.numel() for p in net.parameters()), 0, Clock(device)
     clock.total = args.arena.seconds
-    batches = _batches(args.arena, device)
+    batches = _batches(args, device)
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
     with tqdm(total=max(args.budget), desc=args.name, bar_format=form) as bar:
         for budget in sorted(args.budget):
@@ -337,14 +337,14 @@ def _race(args, device, net, precision, loss_of, step, sample) -> Iterator[Finis
                     if clock.used() >= budget:
                         break
                 bar.update(min(clock.stop(), bar.total) - bar.n)
-            yield Finish(budget, clock.total, steps, PEER_BATCH, parameters, flops / 1e9, args.calls, precision, sample)
+            yield Finish(budget, clock.total, steps, args.batch, parameters, flops / 1e9, args.calls, precision, sample)
 
 
-def _batches(arena: Arena, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled training images with their labels, without end."""
-    images, labels = arena.images("train")
+    images, labels = args.arena.images("train")
     while True:
-        for indices in torch.randperm(len(images)).split(PEER_BATCH):
+        for indices in torch.randperm(len(images)).split(args.batch):
             yield from_uint8(images[indices]).to(device), labels[indices].to(device)
 
 
@@ -357,8 +357,8 @@ def _calls_a_step(args: argparse.Namespace) -> int:
     return 2 if args.labelled and args.guidance != 1 else 1
 
 
-def _first_images(arena: Arena, device: torch.device) -> Tensor:
-    return from_uint8(arena.images("train")[0][:PEER_BATCH]).to(device)
+def _first_images(args: argparse.Namespace, device: torch.device) -> Tensor:
+    return from_uint8(args.arena.images("train")[0][: args.batch]).to(device)
 
 
 RACERS: dict[str, tuple[Callable, dict]] = {
@@ -384,6 +384,8 @@ RACERS: dict[str, tuple[Callable, dict]] = {
 }
 SEARCHED = (
     "lr",
+    "batch",
+    "dim",
     "ema_power",
     "falls",
     "predicts",
@@ -408,6 +410,7 @@ def worker(args: argparse.Namespace) -> None:
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.batch = args.batch or PEER_BATCH
     args.arena = Arena(args.data[0], args.root, args.classes, None if args.classes else args.clusters or None)
     args.labelled = args.classes or args.arena.clusters is not None
     torch.manual_seed(args.seed)
@@ -505,6 +508,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=25, help="network calls a sample, of every racer")
     parser.add_argument("--diffusers-sampler", choices=["ddpm", "ddim", "dpm"], help="by default ddim")
     parser.add_argument("--lr", type=float, help="of a peer, for the search")
+    parser.add_argument("--batch", type=int, help="of a peer")
+    parser.add_argument("--dim", type=int, help="of ddp's network")
     parser.add_argument("--ema-power", type=float, help="of a peer: average the weights by 1 - (1 + step)^-POWER")
     parser.add_argument("--falls", type=int, choices=[0, 1], help="of a peer: its learning rate falls to 0 over the budget")
     parser.add_argument("--predicts", choices=["eps", "x0", "v"], help="of a peer: what its network predicts")
