@@ -60,9 +60,9 @@ def test_a_side_runs_in_the_precision_in_which_its_own_step_is_faster(faster, mo
 
 def test_a_race_ends_at_each_budget(monkeypatch):
     """On a CPU, where a look at the clock costs nothing, at most one step late, and not at the next fiftieth."""
-    monkeypatch.setattr(race, "_batches", lambda arena, device: iter(lambda: (torch.zeros(16), None), None))
+    monkeypatch.setattr(race, "_batches", lambda args, device: iter(lambda: (torch.zeros(16), None), None))
     monkeypatch.setattr(race, "_labels", lambda arena, n, device: None)
-    monkeypatch.setattr(race, "_first_images", lambda arena, device: torch.zeros(16))
+    monkeypatch.setattr(race, "_first_images", lambda args, device: torch.zeros(16))
     net = nn.Linear(16, 1)
 
     rates = []
@@ -73,7 +73,7 @@ def test_a_race_ends_at_each_budget(monkeypatch):
         while time.process_time() - begin < 0.01:
             pass
 
-    args = SimpleNamespace(budget=[0.2, 0.1], name="test", calls=1, arena=SimpleNamespace(seconds=0.0), falls=0)
+    args = SimpleNamespace(budget=[0.2, 0.1], name="test", calls=1, batch=16, arena=SimpleNamespace(seconds=0.0), falls=0)
     first, second = race._race(args, CPU, net, "fp32", lambda x0, labels: net(x0).sum(), step, None)
     assert (first.budget, second.budget) == (0.1, 0.2)
     assert 0.1 <= first.seconds < 0.15
