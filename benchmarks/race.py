@@ -319,7 +319,7 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
 
 
 def _race(args, device, net, precision, loss_of, step, sample) -> Iterator[Finish]:
-    """A peer's run: shuffled batches of 16 until each budget is used up."""
+    """A peer's run: shuffled batches until each budget is used up."""
     first, labels = _first_images(args, device), _labels(args.arena, args.batch, device)
     flops = counted(lambda: loss_of(first, labels).backward())
     net.zero_grad()
@@ -543,6 +543,11 @@ def main(argv: list[str] | None = None) -> None:
         args.budget, args.n = [10.0], 200
     if (args.classes or args.clusters) and any(RACERS[racer][0] is of_diffusers for racer in args.racers):
         parser.error("--classes, --clusters: the training script and the pipeline of diffusers know no labels; see --racers")
+    of_peers = [
+        f"--{name.replace('_', '-')}" for name in SEARCHED if name not in RACERS["ours"][1] and getattr(args, name) is not None
+    ]
+    if of_peers and "ours" in args.racers:
+        parser.error(f"{', '.join(of_peers)}: of the peers, and ours has --set; see --racers")
     if args.n <= N_FEATURES:
         parser.error(f"-n {args.n}: the distance needs more samples than features, at least {N_FEATURES + 1}")
     device = torch.device(args.device)

@@ -58,6 +58,22 @@ def test_a_side_runs_in_the_precision_in_which_its_own_step_is_faster(faster, mo
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_an_option_of_the_peers_is_refused_for_ours(capsys):
+    """Its row would be called lr=0.01, and have the learning rate of the config."""
+    with pytest.raises(SystemExit):
+        race.main(["--racers", "ddp", "ours", "--lr", "1e-2", "--no-flips", "1"])
+    assert "--lr, --no-flips: of the peers" in capsys.readouterr().err
+
+
+def test_a_peers_batches_are_as_large_as_asked():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    arena = SimpleNamespace(images=lambda split: (images, torch.arange(10)))
+    batches = race._batches(SimpleNamespace(arena=arena, batch=4), CPU)
+    epoch = [next(batches) for _ in range(3)]
+    assert [len(x0) for x0, _ in epoch] == [4, 4, 2]
+    assert torch.cat([labels for _, labels in epoch]).sort().values.tolist() == list(range(10))
+
+
 def test_a_race_ends_at_each_budget(monkeypatch):
     """On a CPU, where a look at the clock costs nothing, at most one step late, and not at the next fiftieth."""
     monkeypatch.setattr(race, "_batches", lambda args, device: iter(lambda: (torch.zeros(16), None), None))
