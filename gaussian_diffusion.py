@@ -29,6 +29,7 @@ from classify import classify
 from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
+IMPORTANCE_SHARE = 0.5  # of equation 15c; the rest is even, so that no weight is more than 2
 CHUNK_ROWS = 128  # rows of one network call in the sums over t, unless the caller gives a chunk size
 
 
@@ -77,6 +78,7 @@ Condition = Mapping[str, object] | None
 ReverseVariance = Literal["beta", "sigma_bar_square", "learnable"]
 PredictionName = Literal[tuple(PREDICTIONS)]
 LossMode = Literal["simple", "full", "min_snr"]
+TimeSampling = Literal["uniform", "importance"]
 
 
 class Prediction(NamedTuple):
@@ -111,6 +113,8 @@ class GaussianDiffusion(nn.Module):
     loss_mode         "simple", "full" or "min_snr" (README, equations 13 to 15)
     bounded           x_0 lies in [-1, 1], often at an end of it: the predicted x_0 is kept there, and in the losses any x_0_hat
                       beyond an end is as good as the end, where x_0 is (README, equation 15b)
+    time_sampling     how the simple and the min-SNR loss draw t: "uniform", or "importance", more often where the loss is large
+                      and weighted for the same expectation (README, equation 15c)
 
     A time t is a long tensor [B] in 1..T on x's device, or an int for the whole batch. Coefficients are derived in float64 and
     kept as float32 buffers. T is the number of steps.
@@ -126,16 +130,21 @@ class GaussianDiffusion(nn.Module):
         prediction: PredictionName = "denoising",
         loss_mode: LossMode = "simple",
         bounded: bool = False,
+        time_sampling: TimeSampling = "uniform",
     ):
         super().__init__()
         _choice("reverse_variance", reverse_variance, get_args(ReverseVariance))
         _choice("prediction", prediction, PREDICTIONS)
         _choice("loss_mode", loss_mode, get_args(LossMode))
+        _choice("time_sampling", time_sampling, get_args(TimeSampling))
+        if loss_mode == "full" and time_sampling != "uniform":
+            raise ValueError(f"time_sampling = {time_sampling!r}: the full loss draws no t, it sums over all")
         self.time_aware_net = time_aware_net
         self.reverse_variance = reverse_variance
         self.prediction = prediction
         self.loss_mode = loss_mode
         self.bounded = bounded
+        self.time_sampling = time_sampling
         self.last_terms: tuple[Tensor, Tensor] | None = None  # of forward
         self._alpha_bar = schedule.alpha_bar.double().cpu()
         self.T = len(self._alpha_bar)
@@ -146,6 +155,9 @@ class GaussianDiffusion(nn.Module):
                     "use a schedule that ends with more signal"
                 )
             self.register_buffer(name, table.float(), persistent=False)
+        density = self._time_density()
+        self.register_buffer("time_cdf", density.cumsum(0).float(), persistent=False)
+        self.register_buffer("time_weight", (1 / (self.T * density)).float(), persistent=False)
         self._register_variance()
 
     def _tables(self) -> dict[str, Tensor]:
@@ -166,6 +178,17 @@ class GaussianDiffusion(nn.Module):
             "eps_from_out": -q.signal_scale / d,
             "min_snr_weight": (self._alpha_bar / (1 - self._alpha_bar)).clamp(max=MIN_SNR_GAMMA) * x0_from_out**2,
         }
+
+    def _time_density(self) -> Tensor:
+        """[T] in float64: the chance of each t in a loss's draw (equation 15c)."""
+        uniform = torch.full_like(self._alpha_bar, 1 / self.T)
+        if self.time_sampling == "uniform":
+            return uniform
+        tables = self._tables()
+        expected = (1 - self._alpha_bar) / tables["x0_from_out"] ** 2  # the output's error, of data of unit variance
+        if self.loss_mode == "min_snr":
+            expected *= tables["min_snr_weight"]
+        return torch.lerp(uniform, expected / expected.sum(), IMPORTANCE_SHARE)
 
     def _register_variance(self) -> None:
         """Keep sigma_t^2 as what it assumes of the network, E||x0_hat - x_0||^2 / n, or as a parameter.
@@ -343,13 +366,16 @@ class GaussianDiffusion(nn.Module):
         return self._loss(self.loss_mode, x0, self._times(t, x0), noise, condition)
 
     def _random_times(self, x0: Tensor) -> Tensor:
-        """[B] times, each uniform on 1..T, spread evenly over the batch (Kingma et al. 2021, appendix I.1)."""
-        u = torch.rand((), device=x0.device) + torch.arange(len(x0), device=x0.device) / len(x0)
-        return (u % 1 * self.T).long().clamp(max=self.T - 1) + 1
+        """[B] times of time_sampling's density on 1..T, spread evenly over the batch (Kingma et al. 2021, appendix I.1)."""
+        u = (torch.rand((), device=x0.device) + torch.arange(len(x0), device=x0.device) / len(x0)) % 1
+        before = (u * self.T).long() if self.time_sampling == "uniform" else torch.searchsorted(self.time_cdf, u, right=True)
+        return before.clamp(max=self.T - 1) + 1
 
     def loss_simple(self, x0: Tensor, condition: Condition = None) -> Tensor:
-        """[B]: the simple loss (equation 14) at random times."""
-        return self._loss("simple", x0, self._random_times(x0), torch.randn_like(x0), condition)
+        """[B]: the simple loss (equation 14) at random times, weighted to be that of uniform ones in expectation."""
+        t = self._random_times(x0)
+        loss = self._loss("simple", x0, t, torch.randn_like(x0), condition)
+        return self._at(self.time_weight, t, loss) * loss
 
     def loss_full(self, x0: Tensor, chunk_size: int | None = None, condition: Condition = None) -> Tensor:
         """[B]: the full loss (equation 13), summed over every t = 1..T, each with its own noise.
@@ -368,14 +394,15 @@ class GaussianDiffusion(nn.Module):
     def forward(self, x0: Tensor, chunk_size: int | None = None, condition: Condition = None) -> Tensor:
         """Scalar: the configured loss, batch mean. chunk_size is loss_full's.
 
-        The times that it drew and their losses, (t, loss) [B] each, are left in `last_terms`; not by the full loss, of all t.
+        The times that it drew and their losses, (t, loss) [B] each, are left in `last_terms`, unweighted; not by the full loss,
+        of all t.
         """
         if self.loss_mode == "full":
             return self.loss_full(x0, chunk_size, condition).mean()
         t = self._random_times(x0)
         loss = self._loss(self.loss_mode, x0, t, torch.randn_like(x0), condition)
         self.last_terms = t, loss.detach()
-        return loss.mean()
+        return (self._at(self.time_weight, t, loss) * loss).mean()
 
     def _chunks(self, x0: Tensor, times: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
         """times in pieces of chunk_size."""

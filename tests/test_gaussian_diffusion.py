@@ -476,6 +476,51 @@ def test_random_times_are_uniform_on_1_to_T(batch):
         torch.testing.assert_close(share[1:], torch.full((4,), 0.25).double(), rtol=0, atol=5 * math.sqrt(0.1875 / draws))
 
 
+def best_error_of_unit_variance(prediction, loss_mode):
+    """[T]: what the best network for x_0 ~ N(0, 1) loses at each t: the target's variance given x_t, times a weight."""
+    alpha_bar = BOOK.alpha_bar[1:]
+    if loss_mode == "min_snr":  # whatever is predicted
+        return (alpha_bar / (1 - alpha_bar)).clamp(max=5) * (1 - alpha_bar)
+    one, zero = torch.ones(12, 1).double(), torch.zeros(12, 1).double()
+    from_x0, from_eps = (BOOK.target(prediction, x0, eps, ALL_TIMES)[:, 0] for x0, eps in ((one, zero), (zero, one)))
+    covariance = from_x0 * alpha_bar.sqrt() + from_eps * (1 - alpha_bar).sqrt()  # with x_t, of variance 1
+    return from_x0**2 + from_eps**2 - covariance**2
+
+
+@pytest.mark.parametrize("loss_mode", ["simple", "min_snr"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_importance_draws_t_where_the_loss_is_large_and_keeps_its_expectation(prediction, loss_mode):
+    loss = best_error_of_unit_variance(prediction, loss_mode)
+    chance = 0.5 / 12 + 0.5 * loss / loss.sum()
+    diffusion = GaussianDiffusion(SCHEDULE, Shrink(), prediction=prediction, loss_mode=loss_mode, time_sampling="importance")
+    times, draws = [], 3000
+    for _ in range(draws):
+        total = diffusion(torch.ones(2, 3))
+        t, terms = diffusion.last_terms
+        close(total, (terms / (12 * chance[t - 1])).mean())
+        times.append(t)
+    share = torch.stack(times)[:, 0].bincount(minlength=13).double()[1:] / draws  # of the first sample of a batch
+    assert (share - chance).abs().max() < 5 * (0.25 / draws) ** 0.5
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_importance_makes_the_loss_vary_less(prediction):
+    """Of Gaussian data, with the network that is best for it."""
+    torch.manual_seed(0)
+    spread = {}
+    for time_sampling in ("uniform", "importance"):
+        net = OptimalNet(GAUSSIAN, SCHEDULE.beta, prediction)
+        diffusion = GaussianDiffusion(SCHEDULE, net, "beta", prediction, "min_snr", time_sampling=time_sampling)
+        losses = torch.stack([diffusion(GAUSSIAN.sample(1)) for _ in range(2000)])
+        spread[time_sampling] = losses.var().item()
+    assert spread["importance"] < 0.9 * spread["uniform"]
+
+
+def test_importance_is_no_way_to_draw_the_times_of_the_full_loss():
+    with pytest.raises(ValueError, match="time_sampling = 'importance': the full loss draws no t"):
+        GaussianDiffusion(SCHEDULE, Shrink(), loss_mode="full", time_sampling="importance")
+
+
 @pytest.mark.parametrize("loss_mode", LOSSES)
 @pytest.mark.parametrize("reverse_variance", VARIANCES)
 def test_under_autocast_only_the_network_runs_low(loss_mode, reverse_variance):
