@@ -4,6 +4,7 @@ import functools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from common import ROOT
@@ -13,11 +14,22 @@ from config import build_dataset, load_config
 from evaluation.features import cached_classifier, from_uint8
 from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
 
-ARENAS = {  # our config, and what results and pictures are called
-    "FashionMNIST": ("FashionMNIST_fast.json", "race"),
-    "emoji": ("Emoji_class.json", "race_emoji"),  # benchmarks/emoji.py makes its folder
+
+class Files(NamedTuple):
+    """What belongs to a data set: the config of our recipe, the plain one, and the name of results and pictures."""
+
+    config: str
+    plain: str | None
+    stem: str
+
+
+ARENAS = {
+    "FashionMNIST": Files("FashionMNIST_fast.json", "FashionMNIST_den.json", "race"),
+    "emoji": Files("Emoji_class.json", None, "race_emoji"),  # benchmarks/emoji.py makes its folder
+    "digits": Files("Digits_fast.json", "Digits_den.json", "race_digits"),
 }
 MODELS = ROOT / "models"  # of the classifiers, not in git
+FEW_IMAGES = 500  # whose distance to others of their kind is large: of the 180 valid digits to the others it is 4.7
 CLASSIFIER_IMAGES, MAX_EPOCHS = 240_000, 40  # that a classifier sees in its training: four epochs of FashionMNIST
 
 
@@ -36,11 +48,16 @@ class Arena:
     @property
     def config(self) -> Path:
         """Of our recipe for it."""
-        return ROOT / "configs" / ARENAS[self.name][0]
+        return ROOT / "configs" / ARENAS[self.name].config
+
+    @property
+    def plain(self) -> Path:
+        """Of the recipe of Ho et al. 2020 for it."""
+        return ROOT / "configs" / ARENAS[self.name].plain
 
     @property
     def stem(self) -> str:
-        return ARENAS[self.name][1] + ("_classes" if self.classes else "")
+        return ARENAS[self.name].stem + ("_classes" if self.classes else "")
 
     @property
     def settings(self) -> list[str]:
@@ -53,6 +70,8 @@ class Arena:
 
     @property
     def roots(self) -> list[str]:
+        if self.name == "digits":
+            return []
         folders = {
             split: f"{self.folder}/emoji/{split}" if self.name == "emoji" else self.folder for split in ("train", "valid")
         }
@@ -93,17 +112,19 @@ def _images(arena: Arena, split: str) -> tuple[Tensor, Tensor, float]:
 
 
 class Measure:
-    """What the samples of an arena are held against."""
+    """What the samples of an arena are held against: its valid images, with the training images where those are few."""
 
     def __init__(self, arena: Arena, device: torch.device):
         self.arena, self.extractor = arena, arena.classifier(device)
-        self.real = self._statistics(arena.images("valid")[0])
+        valid = arena.images("valid")[0]
+        few = len(valid) < FEW_IMAGES
+        self.real = self._statistics(torch.cat([valid, arena.images("train")[0]]) if few else valid)
 
     def _statistics(self, images: Tensor) -> FeatureStatistics:
         return image_statistics(map(from_uint8, images.split(500)), self.extractor)
 
     def __call__(self, samples: Tensor) -> dict[str, float]:
-        """The Fréchet distance of samples, uint8 [n, C, H, W], to the valid images, and how near training images are."""
+        """The Fréchet distance of samples, uint8 [n, C, H, W], to the real images, and how near training images are."""
         return {"distance": frechet_distance(self._statistics(samples), self.real), "nearest": self.nearest(samples)}
 
     def nearest(self, samples: Tensor) -> float:

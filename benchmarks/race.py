@@ -5,6 +5,7 @@
     python benchmarks/race.py --racers ours ddp-tuned --classes            # the networks learn the labels, samples are guided
     python benchmarks/race.py --racers ours --set train_cfg.lr=1e-3        # an ablation: a row of its own
     python benchmarks/race.py --data emoji                                 # which benchmarks/emoji.py makes; or both
+    python benchmarks/race.py --data digits --racers ours plain            # what the fast recipe gains on a small set
     python benchmarks/race.py --quick                                      # a minute, to see that it runs
 
 The budget is of time.process_time of the racer's own process, so that a busy machine is fair (on CUDA: seconds of the
@@ -18,6 +19,7 @@ train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, o
     ours        configs/FashionMNIST_fast.json, or what arenas.py names for the data, through train.py's own Trainer,
                 validation and checkpoints included, without its pictures. The number of steps that fits into the budget is
                 measured first, on a copy, as the learning rate falls to 0 at the end
+    plain       the same with the plain config for the data, by Ho et al. 2020
     ddp         denoising-diffusion-pytorch: its Unet of dim 16, multipliers 1, 2, 4, objective pred_v, and the loop and
                 defaults of its Trainer: batch 16, Adam, EMA 0.995 every 10 steps, horizontal flips; its DDIM
     diffusers   UNet2DModel 32, 32, 64 (attention at the lowest resolution) and the recipe of train_unconditional.py: batch
@@ -25,7 +27,7 @@ train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, o
                 the scheduler --diffusers-sampler
     ddp-tuned   the same with twenty times the learning rate, which falls to 0 at the end of the budget, objective pred_x0,
                 min-SNR weights, an EMA of decay 1 - (1 + step)^-0.75 at every step, no flips (every shoe looks to the left),
-                and 50 clusters
+                and as many clusters as ours
     diffusers-tuned
                 the same with ten times the learning rate, which falls to 0, that EMA, the cosine schedule and velocity,
                 normalisations in 8 groups, and its DDPMScheduler
@@ -34,7 +36,7 @@ With --classes, ours has n_classes and ddp is the module classifier_free_guidanc
 the schedule, which is cosine; both hide a tenth of the labels. Samples are of the classes in the training images' shares,
 guided by --guidance, by default what suits the racer, with two calls a step. diffusers' script and pipeline know no labels.
 Without --classes, no racer sees the labels; the classes of ours and of ddp-tuned are --clusters of alike images
-(dataset.clusters), and the budget pays for finding them.
+(dataset.clusters), by default as many as our config has, and the budget pays for finding them.
 
 A peer's run is one run of the largest budget where its learning rate does not know the end: samples are drawn on the way.
 """
@@ -47,7 +49,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +81,7 @@ from train import Trainer
 from training.speed import autocast, has_bfloat16
 
 PEER_BATCH, DDP_DIM = 16, 16
+OF_OUR_CONFIG = -1  # clusters: as many as our config for the data has
 WAIT_STEPS = 50  # on CUDA, steps between two looks at the clock
 
 
@@ -131,6 +135,14 @@ class _Waiting(Trainer):
 
 
 def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
+    yield from _of_config(args.arena.config, args, device)
+
+
+def plain(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
+    yield from _of_config(args.arena.plain, args, device)
+
+
+def _of_config(path: Path, args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
     for budget in args.budget:
         folder = samples_path(args.arena, args.name, budget, args.seed).with_suffix("")
         settings = [
@@ -144,7 +156,7 @@ def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
         settings += ["train_cfg.epochs=1000000", f"train_cfg.seed={args.seed}"]
         clock = Clock(device)
         clock.total = args.arena.seconds
-        probe = _Waiting(load_config(args.arena.config, settings), args.device, overwrite=True)
+        probe = _Waiting(load_config(path, settings), args.device, overwrite=True)
         probe.folder.close()
         config = probe.config  # in which the precision is chosen
         config["train_cfg"]["max_steps"] = _steps_within(budget - clock.total, probe)
@@ -363,13 +375,14 @@ def _first_images(args: argparse.Namespace, device: torch.device) -> Tensor:
 
 
 RACERS: dict[str, tuple[Callable, dict]] = {
-    "ours": (ours, {"guidance": 2.0, "clusters": 50}),
+    "ours": (ours, {"guidance": 2.0, "clusters": OF_OUR_CONFIG}),
+    "plain": (plain, {"guidance": 1.5}),
     "ddp": (ddp, {"guidance": 1.5}),
     "ddp-tuned": (
         ddp,
         {
             "guidance": 3.0,
-            "clusters": 50,
+            "clusters": OF_OUR_CONFIG,
             "lr": 2e-3,
             "predicts": "x0",
             "ema_power": 0.75,
@@ -421,7 +434,11 @@ def worker(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.batch = args.batch or PEER_BATCH
-    args.arena = Arena(args.data[0], args.root, args.classes, None if args.classes else args.clusters or None)
+    args.arena = Arena(args.data[0], args.root, args.classes)
+    if args.clusters == OF_OUR_CONFIG:
+        args.clusters = load_config(args.arena.config, args.arena.roots)["dataset"]["clusters"]
+    if args.clusters and not args.classes:
+        args.arena = replace(args.arena, clusters=args.clusters)
     args.labelled = args.classes or args.arena.clusters is not None
     torch.manual_seed(args.seed)
     for budgets in [[budget] for budget in args.budget] if args.falls else [args.budget]:
@@ -546,8 +563,10 @@ def main(argv: list[str] | None = None) -> None:
     of_peers = [
         f"--{name.replace('_', '-')}" for name in SEARCHED if name not in RACERS["ours"][1] and getattr(args, name) is not None
     ]
-    if of_peers and "ours" in args.racers:
+    if of_peers and {"ours", "plain"} & set(args.racers):
         parser.error(f"{', '.join(of_peers)}: of the peers, and ours has --set; see --racers")
+    if "plain" in args.racers and not all(ARENAS[data].plain for data in args.data):
+        parser.error(f"plain: there is no plain config for {', '.join(args.data)}; see --racers")
     if args.n <= N_FEATURES:
         parser.error(f"-n {args.n}: the distance needs more samples than features, at least {N_FEATURES + 1}")
     device = torch.device(args.device)
