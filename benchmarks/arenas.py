@@ -11,7 +11,7 @@ from common import ROOT
 from torch import Tensor, nn
 
 from config import build_dataset, load_config
-from evaluation.features import cached_classifier, from_uint8
+from evaluation.features import cached_classifier, from_uint8, split
 from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
 
 
@@ -137,10 +137,16 @@ class Measure:
         return (torch.cat(parts) / train.shape[1] ** 0.5).mean().item()
 
     def of_data(self, n: int) -> dict[str, float]:
-        """Distances of data: both ends of the scale, n training images and n of noise, and how near valid images are."""
+        """Distances of data: both ends of the scale, and how near valid images are.
+
+        The ends are noise, and n training images, or as many as there are, that the features were not trained on, as they were
+        not on samples: 572 such emoji have 0.80, 572 of the others 1.9 to 2.4. Where such are few, it is n of all.
+        """
         images, generator = self.arena.images("train")[0], torch.Generator().manual_seed(0)
-        chosen = images[torch.randperm(len(images), generator=generator)[:n]]
-        noise = torch.randint(0, 256, chosen.shape, dtype=torch.uint8, generator=generator)
-        ends = {"training images": chosen, "uniform noise": noise}
+        held_out = images[split(len(images))[1][:n]]
+        if len(held_out) < FEW_IMAGES:
+            held_out = images[:n]
+        noise = torch.randint(0, 256, (n, *images.shape[1:]), dtype=torch.uint8, generator=generator)
+        ends = {f"{len(held_out)} training images": held_out, "uniform noise": noise}
         found = {name: frechet_distance(self._statistics(x), self.real) for name, x in ends.items()}
         return found | {"valid images to the nearest training image": self.nearest(self.arena.images("valid")[0][:n])}

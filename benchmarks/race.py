@@ -514,10 +514,10 @@ def compete(args: argparse.Namespace, arena: Arena, device: torch.device) -> Non
     rows.sort(key=lambda row: (row["racer"] not in RACERS, row["racer"], row["budget"], row["seed"]))
     show(f"Fréchet distance of n samples to {measure.real.count} images, in the features of the {measure.extractor.name}", rows)
     show("The same over the seeds", over_seeds(rows))
-    print(f"\nof {args.n} " + ", ".join(f"{name}: {value:.3g}" for name, value in ends.items()))
+    print("\n" + ", ".join(f"{name}: {value:.3g}" for name, value in ends.items()))
     if not args.quick and name in RACERS:  # and not a variant of one
         picture(arena, rows, list(RACERS), ROOT / "samples" / f"{arena.stem}.png")
-        plot(over_seeds(rows), list(RACERS), ends["training images"], ROOT / "samples" / f"{arena.stem}_curve.png")
+        plot(over_seeds(rows), list(RACERS), next(iter(ends.items())), ROOT / "samples" / f"{arena.stem}_curve.png")
 
 
 def main(argv: list[str] | None = None) -> None:

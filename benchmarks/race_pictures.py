@@ -58,8 +58,8 @@ def picture(arena: Arena, rows: Sequence[dict], names: Sequence[str], path: Path
     save_png(path, labelled)
 
 
-def plot(means: Sequence[dict], names: Sequence[str], data: float, path: Path) -> None:
-    """Distance against budget with the spread of the seeds, and the distance of data.
+def plot(means: Sequence[dict], names: Sequence[str], data: tuple[str, float], path: Path) -> None:
+    """Distance against budget with the spread of the seeds, and the distance of data: what it is of, and how much.
 
     Of the rows with the most samples and calls: distances of other numbers do not compare.
     """
@@ -77,10 +77,10 @@ def plot(means: Sequence[dict], names: Sequence[str], data: float, path: Path) -
             middle = [row["distance"] for row in points]
             spread = [[row["distance"] - row["least"] for row in points], [row["largest"] - row["distance"] for row in points]]
             axes.errorbar([row["budget"] for row in points], middle, spread, fmt="o-", capsize=4, label=name)
-    axes.axhline(data, color="grey", linestyle=":", label="training images")
+    axes.axhline(data[1], color="grey", linestyle=":", label=data[0])
     budgets = sorted({row["budget"] for row in means})
     axes.set(xscale="log", yscale="log", xticks=budgets, xticklabels=[f"{budget:g}" for budget in budgets])
-    axes.set(xlabel="seconds of training", ylabel="Fréchet distance to the validation images")
+    axes.set(xlabel="seconds of training", ylabel="Fréchet distance to the real images")
     axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=100)

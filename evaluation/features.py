@@ -149,7 +149,7 @@ def cached_classifier(
     if saved is None:
         if not path.parent.is_dir():
             raise ValueError(f"path = {path}: the folder {path.parent} does not exist")
-        train, held_out = _split(len(images))
+        train, held_out = split(len(images))
         classifier = train_classifier(images[train], labels[train], epochs, seed, device)
         accuracy = classifier_accuracy(classifier, images[held_out], labels[held_out])
         saved = {**key, "accuracy": accuracy, "state": {k: v.cpu() for k, v in classifier.state_dict().items()}}
@@ -183,8 +183,8 @@ def _check_labelled(images: Tensor, labels: Tensor) -> Tensor:
     return labels.long()
 
 
-def _split(n_images: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and to hold out, the same at every call."""
+def split(n_images: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images that a classifier is trained on, and of those held out of its training: always the same."""
     order = torch.randperm(n_images, generator=torch.Generator().manual_seed(0))
     held_out = min(MAX_HELD_OUT, n_images // 10)
     return order[held_out:], order[:held_out]
