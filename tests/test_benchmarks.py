@@ -28,6 +28,7 @@ from race_pictures import over_seeds
 from beta_schedule import LinearSchedule
 from config import network_without_memory
 from dataset import ImageFolder
+from evaluation import features
 from gaussian_diffusion import GaussianDiffusion
 
 CPU = torch.device("cpu")
@@ -63,6 +64,12 @@ def test_an_option_of_the_peers_is_refused_for_ours(capsys):
     with pytest.raises(SystemExit):
         race.main(["--racers", "ddp", "ours", "--lr", "1e-2", "--no-flips", "1"])
     assert "--lr, --no-flips: of the peers" in capsys.readouterr().err
+
+
+def test_no_plain_recipe_is_made_up(capsys):
+    with pytest.raises(SystemExit):
+        race.main(["--racers", "plain", "--data", "digits", "emoji"])
+    assert "no plain config for emoji\n" in capsys.readouterr().err
 
 
 def test_a_peers_batches_are_as_large_as_asked():
@@ -272,6 +279,36 @@ def test_copies_have_no_distance_to_the_training_images_and_others_have_it_in_ro
     one = train[:1].float().clamp(max=245)
     near = np.sqrt((((one + 10 - train.float()) / 127.5).flatten(1) ** 2).mean(1).numpy()).min()
     assert measure.nearest((one + 10).byte()) == pytest.approx(near, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [6000, 600])
+def test_the_scale_is_of_images_that_the_features_were_not_trained_on(count, tmp_path, monkeypatch):
+    """Unless those are fewer than a distance needs."""
+    train, labels = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8), torch.arange(count) % 2
+    seen, measured = [], []
+    untrained = features.SmallClassifier(1, 2, "untrained")
+    monkeypatch.setattr(features, "train_classifier", lambda images, *args: seen.append(images) or untrained)
+    monkeypatch.setattr(arenas, "frechet_distance", lambda images, real: measured.append(images) or 1.0)
+    monkeypatch.setattr(arenas.Measure, "_statistics", lambda self, images: images)
+    arena = SimpleNamespace(
+        images=lambda split: (train, labels),
+        classifier=lambda device: features.cached_classifier(tmp_path / "c.pth", train, labels, "numbers"),
+    )
+    ends = arenas.Measure(arena, CPU).of_data(1000)
+    assert next(iter(ends)) == "600 training images"
+    common = set(map(bytes, seen[0].flatten(1).numpy())) & set(map(bytes, measured[0].flatten(1).numpy()))
+    assert len(common) == (0 if count == 6000 else 540)
+
+
+@pytest.mark.slow
+def test_the_quick_race_shows_what_the_fast_recipe_gains(tmp_path, monkeypatch):
+    monkeypatch.setattr(arenas, "MODELS", tmp_path)
+    monkeypatch.setattr(race, "result_path", lambda name, device, quick: tmp_path / "rows.json")
+    race.main(["--quick", "--data", "digits", "--racers", "ours", "plain", "--calls", "10", "--threads", "1"])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["racer"] for row in rows] == ["ours", "plain"]
+    assert rows[0]["parameters"] != rows[1]["parameters"]
+    assert rows[0]["distance"] < rows[1]["distance"]
 
 
 @pytest.mark.slow
