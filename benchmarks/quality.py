@@ -89,7 +89,7 @@ class Bench:
             diffusion.fit_reverse_variance(self._batches(self.train, self.args.fit_images), generator=self._generator(1))
 
     def real_distance(self) -> float:
-        """Of -n training images instead of samples: what a perfect model would get."""
+        """Of -n training images instead of samples: about what a perfect model would get, where images are many."""
         return frechet_distance(image_statistics(self._batches(self.train, self.args.n), self.classifier), self.real)
 
 

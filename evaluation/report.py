@@ -246,7 +246,9 @@ class Report:
         return [text, f"{self._floor(fd['samples'])} {unlike}"]
 
     def _floor(self, samples: int) -> str:
-        """What the distance is of as many training images, of the same classes: samples could hardly be better."""
+        """What the distance is of as many training images, of the same classes: a scale, and no bound, as a classifier was
+        trained on most of them and not on samples.
+        """
         train, valid, size = self.data["train"], self.data["valid"], self.evaluation.batch_size
         numbers, of = evenly(samples, len(train)), ""
         if self.sampled.labels is not None and train.labels is not None:
