@@ -44,6 +44,7 @@ from mistakes import Mistake, OneLineParser, as_mistake, run_script
 from time_aware_module import Downsample, ResidualBlock, SelfAttention, TimeAwareUNet, Upsample
 
 CONFIG = "gaussian_diffusion.json"  # in a folder that this script wrote
+OF_TRAINING = ("loss_mode", "time_sampling")  # in a config's section diffusion
 PREDICTIONS = {"denoising": "epsilon", "reconstruction": "sample", "velocity": "v_prediction"}
 VARIANCES = {"sigma_bar_square": "fixed_small", "beta": "fixed_large"}
 
@@ -329,7 +330,7 @@ def _check_not_fitted(diffusion: GaussianDiffusion, config: Mapping) -> None:
 
 
 def from_diffusers(folder: str | Path, target: str | Path, config_path: str | Path | None = None) -> dict:
-    """Write the model of a folder for DDPMPipeline to a new checkpoint; its dataset, train_cfg and loss_mode are the config's.
+    """Write the model of a folder for DDPMPipeline to a new checkpoint; with dataset, train_cfg and loss of the config's.
 
     Returns the checkpoint's config.
     """
@@ -347,7 +348,7 @@ def from_diffusers(folder: str | Path, target: str | Path, config_path: str | Pa
     config = ours or _config_of(unet, scheduler, target)
     if given:
         config |= {"dataset": given["dataset"], "train_cfg": given["train_cfg"]}
-        config["diffusion"] |= {"loss_mode": given["diffusion"]["loss_mode"]}
+        config["diffusion"] |= {key: given["diffusion"][key] for key in OF_TRAINING if key in given["diffusion"]}
     config = resolve(config)
     diffusion = build_diffusion(config)
     net = diffusion.time_aware_net
@@ -419,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--from-diffusers", nargs=2, metavar=("FOLDER", "CHECKPOINT"))
     way.add_argument("--to-diffusers", nargs=2, metavar=("CHECKPOINT", "FOLDER"))
-    parser.add_argument("--config", help="with --from-diffusers: JSON file to take dataset, train_cfg and loss_mode from")
+    parser.add_argument("--config", help="with --from-diffusers: JSON file to take dataset, train_cfg and the loss from")
     parser.add_argument("--raw", action="store_true", help="with --to-diffusers: the weights themselves, not their average")
     args = parser.parse_args(argv)
     if args.from_diffusers and args.raw:

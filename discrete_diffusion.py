@@ -321,6 +321,7 @@ class DiscreteDiffusion(nn.Module):
         self.loss_mode = loss_mode
         self.cross_entropy_weight = cross_entropy_weight
         self.last_terms: tuple[Tensor, Tensor] | None = None  # of forward
+        self.time_weight = None  # of each t in the loss: all have the same
         self.T = len(alpha_bar)
         self.transitions = TRANSITIONS[transition](alpha_bar, n_levels)
         self.n_states = self.transitions.n_states

@@ -113,8 +113,8 @@ class GaussianDiffusion(nn.Module):
     loss_mode         "simple", "full" or "min_snr" (README, equations 13 to 15)
     bounded           x_0 lies in [-1, 1], often at an end of it: the predicted x_0 is kept there, and in the losses any x_0_hat
                       beyond an end is as good as the end, where x_0 is (README, equation 15b)
-    time_sampling     how the simple and the min-SNR loss draw t: "uniform", or "importance", more often where the loss is large
-                      and weighted for the same expectation (README, equation 15c)
+    time_sampling     how the simple and the min-SNR loss draw t: "uniform", or "importance", more often where it is large as a
+                      rule, and weighted for the same expectation (README, equation 15c)
 
     A time t is a long tensor [B] in 1..T on x's device, or an int for the whole batch. Coefficients are derived in float64 and
     kept as float32 buffers. T is the number of steps.

@@ -123,7 +123,7 @@ class Trainer:
         self.best_loss = math.inf
         self.best = {}  # the states that best.pth and best_fd.pth get with the next last.pth
         self.last_save = time.monotonic()
-        self.meter = Meter(self.device, self.model.T)
+        self.meter = Meter(self.device, self.model.T, self.model.time_weight)
         self.parameters = list(self.model.time_aware_net.parameters())
         self.averages = Averages(self)
 

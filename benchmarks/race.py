@@ -11,15 +11,17 @@
 The budget is of time.process_time of the racer's own process, so that a busy machine is fair (on CUDA: seconds of the
 clock, with the device waited for every 50 steps). The clock runs while the racer trains; reading and decoding the data is
 outside. Then -n samples are drawn, with at most --calls network calls each, and get the Fréchet distance to the validation
-images, in the features of one classifier for all, and the mean distance to the nearest training image (arenas.py).
+images, with the training images where those are few, in the features of one classifier for all, and the mean distance to
+the nearest training image, which shows copies (arenas.py).
 
-Equal for all: torch's switches (TF32 on, cuDNN chooses the fastest kernels), nothing compiled, and the rule for the precision,
-train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, on a CPU the faster of bf16 and fp32.
+Equal for all: the process's switches (TF32 on, cuDNN chooses the fastest kernels, freed memory is kept), nothing compiled, and
+the rule for the precision, train.py's "auto", asked with the racer's own step: bf16 on a GPU that has it, on a CPU the faster
+of bf16 and fp32.
 
     ours        configs/FashionMNIST_fast.json, or what arenas.py names for the data, through train.py's own Trainer,
                 validation and checkpoints included, without its pictures. The number of steps that fits into the budget is
                 measured first, on a copy, as the learning rate falls to 0 at the end
-    plain       the same with the plain config for the data, by Ho et al. 2020
+    plain       the same with the plain config for the data: a network of the noise, the simple loss (Ho et al. 2020) and Adam
     ddp         denoising-diffusion-pytorch: its Unet of dim 16, multipliers 1, 2, 4, objective pred_v, and the loop and
                 defaults of its Trainer: batch 16, Adam, EMA 0.995 every 10 steps, horizontal flips; its DDIM
     diffusers   UNet2DModel 32, 32, 64 (attention at the lowest resolution) and the recipe of train_unconditional.py: batch

@@ -281,8 +281,8 @@ def test_copies_have_no_distance_to_the_training_images_and_others_have_it_in_ro
     assert measure.nearest((one + 10).byte()) == pytest.approx(near, rel=1e-3)
 
 
-@pytest.mark.parametrize("count", [6000, 600])
-def test_the_scale_is_of_images_that_the_features_were_not_trained_on(count, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("count", "n"), [(6000, 1000), (6000, 200), (600, 1000)])
+def test_the_scale_is_of_images_that_the_features_were_not_trained_on(count, n, tmp_path, monkeypatch):
     """Unless those are fewer than a distance needs."""
     train, labels = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8), torch.arange(count) % 2
     seen, measured = [], []
@@ -294,8 +294,8 @@ def test_the_scale_is_of_images_that_the_features_were_not_trained_on(count, tmp
         images=lambda split: (train, labels),
         classifier=lambda device: features.cached_classifier(tmp_path / "c.pth", train, labels, "numbers"),
     )
-    ends = arenas.Measure(arena, CPU).of_data(1000)
-    assert next(iter(ends)) == "600 training images"
+    ends = arenas.Measure(arena, CPU).of_data(n)
+    assert next(iter(ends)) == f"{min(600, n)} training images"
     common = set(map(bytes, seen[0].flatten(1).numpy())) & set(map(bytes, measured[0].flatten(1).numpy()))
     assert len(common) == (0 if count == 6000 else 540)
 
@@ -312,7 +312,7 @@ def test_the_quick_race_shows_what_the_fast_recipe_gains(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [[], ["--classes"]], ids=["", "classes"])
+@pytest.mark.parametrize("classes", [["--clusters", "3"], ["--classes"]], ids=["clusters", "classes"])
 def test_the_quick_race_runs_on_a_folder_of_emoji(classes, tmp_path, monkeypatch):
     for split, count in (("train", 200), ("valid", 140)):  # more than the classifier has features
         for i in range(count):

@@ -346,14 +346,14 @@ def test_a_folder_of_diffusers_becomes_a_checkpoint_that_test_py_samples(tmp_pat
 
 def test_dataset_and_training_come_from_the_config_given(tmp_path, capsys):
     found(tmp_path / "folder")
-    config = config_of(loss_mode="min_snr", prediction="reconstruction")
+    config = config_of(loss_mode="min_snr", prediction="reconstruction", time_sampling="importance")
     (tmp_path / "c.json").write_text(json.dumps(config))
     code, _ = run(capsys, "--from-diffusers", tmp_path / "folder", tmp_path / "a.pth", "--config", tmp_path / "c.json")
     assert code == 0
     new = checkpoint.load(tmp_path / "a.pth")["config"]
     assert (new["dataset"], new["train_cfg"]) == (config["dataset"], config["train_cfg"])
-    expected = {"loss_mode": "min_snr", "prediction": "denoising", "reverse_variance": "beta", "bounded": False}
-    assert new["diffusion"] == expected
+    process = {"prediction": "denoising", "reverse_variance": "beta", "bounded": False}
+    assert new["diffusion"] == process | {"loss_mode": "min_snr", "time_sampling": "importance"}
 
 
 def test_the_first_pipelines_files_are_read(tmp_path):

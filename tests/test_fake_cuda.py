@@ -191,10 +191,14 @@ def counter() -> CompileCounter:
     return CompileCounter()
 
 
-@pytest.mark.parametrize(("reverse_variance", "loss_mode"), [("beta", "simple"), ("learnable", "min_snr")])
-def test_network_and_loss_are_one_graph(reverse_variance, loss_mode, counter):
+@pytest.mark.parametrize(
+    ("reverse_variance", "loss_mode", "time_sampling"),
+    [("beta", "simple", "uniform"), ("learnable", "min_snr", "uniform"), ("beta", "min_snr", "importance")],
+)
+def test_network_and_loss_are_one_graph(reverse_variance, loss_mode, time_sampling, counter):
     net = TimeAwareUNet(1, 8, ch_mult=(1, 2), num_res_blocks=1, attention=(False, True), dropout=0.1)
-    diffusion = GaussianDiffusion(LinearSchedule(20), net, reverse_variance, loss_mode=loss_mode).to("meta")  # not the CPU's t
+    more = {"loss_mode": loss_mode, "time_sampling": time_sampling}
+    diffusion = GaussianDiffusion(LinearSchedule(20), net, reverse_variance, **more).to("meta")  # not the CPU's t
     diffusion.compile(backend=counter, fullgraph=True)  # an error where the graph breaks
     diffusion(torch.empty(4, 1, 8, 8, device="meta")).backward()
     assert counter.frame_count == 1

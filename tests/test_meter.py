@@ -18,9 +18,12 @@ def bins(T: int) -> np.ndarray:
     return np.digitize(np.arange(T) / T, np.arange(1, 8) / 8)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("T", [4, 20, 1000])
-def test_the_loss_by_noise_level_is_the_mean_over_the_good_samples_of_each_eighth_of_the_times(T):
-    meter, rng, seen = Meter(torch.device("cpu"), T), np.random.default_rng(0), []
+def test_the_loss_by_noise_level_is_the_mean_over_the_good_samples_of_each_eighth_of_the_times(T, weighted):
+    rng, seen = np.random.default_rng(0), []
+    weight = rng.random(T) if weighted else np.ones(T)
+    meter = Meter(torch.device("cpu"), T, torch.tensor(weight) if weighted else None)
     for step in range(6):
         t, loss, bad = rng.integers(1, T + 1, 50), rng.random(50), step == 2
         loss[7] = np.nan if bad else loss[7]
@@ -28,14 +31,15 @@ def test_the_loss_by_noise_level_is_the_mean_over_the_good_samples_of_each_eight
         meter.add(torch.tensor(loss.mean()), torch.tensor(float(bad)), parts)
         seen += [] if bad else [(t, loss)]
     t, loss = map(np.concatenate, zip(*seen, strict=True))
-    expected = [loss[bins(T)[t - 1] == k] for k in range(8)]
+    in_bin = [bins(T)[t - 1] == k for k in range(8)]
     found = meter.record(Ranks(alone=True), 1.0)["loss_by_t"]
-    assert [value is None for value in found] == [len(losses) == 0 for losses in expected]
-    assert [value for value in found if value is not None] == pytest.approx([x.mean() for x in expected if len(x)])
+    assert [value is None for value in found] == [not chosen.any() for chosen in in_bin]
+    expected = [np.average(loss[chosen], weights=weight[t - 1][chosen]) for chosen in in_bin if chosen.any()]
+    assert [value for value in found if value is not None] == pytest.approx(expected)
     assert meter.record(Ranks(alone=True), 1.0)["loss_by_t"] is None  # it starts again
 
 
-@pytest.mark.parametrize(("config", "parts"), [("Digits_den", 1), ("Digits_den", 2), ("Digits_d3pm", 1)])
+@pytest.mark.parametrize(("config", "parts"), [("Digits_den", 1), ("Digits_den", 2), ("Digits_fast", 1), ("Digits_d3pm", 1)])
 def test_the_losses_of_the_noise_levels_average_to_the_loss(config, parts, tmp_path):
     """Since the times of a part of a batch are spread evenly, up to one sample a time."""
     argv = [str(ROOT / "configs" / f"{config}.json"), *tiny(tmp_path / "a", f"train_cfg.grad_accum={parts}")[1:]]

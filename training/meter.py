@@ -18,16 +18,19 @@ class Meter:
     """Counts kept on the device, so that no step waits for it.
 
     loss_sum, loss_count    of the good steps since the last record, this rank's
-    by_t                    [2, BINS]: the losses of the samples whose t fell into a bin, summed, and how many there were
+    by_t                    [2, BINS]: the losses of the samples whose t fell into a bin, summed, and how many there were; where
+                            the model has a weight for each t, both of them weighted, as in the loss
     bad_steps, bad_in_row   steps with a loss or gradient that was not finite: of the whole run, and the last ones in a row
     """
 
-    def __init__(self, device: torch.device, T: int):
+    def __init__(self, device: torch.device, T: int, time_weight: Tensor | None = None):
         zero = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         self.loss_sum, self.loss_count, self.bad_steps, self.bad_in_row = (zero.clone() for _ in range(4))
         self.by_t = zero.repeat(2, BINS)
         bins = (torch.arange(-1, T) * BINS // T).clamp(min=0)  # at t in 0..T, of which 0 does not occur
-        self._bin_of = torch.eye(BINS)[bins].to(zero)  # [T + 1, BINS]: 1 in the bin of t
+        self._bin_of = torch.eye(BINS)[bins].to(zero)  # [T + 1, BINS]: 1, or t's weight, in the bin of t
+        if time_weight is not None:
+            self._bin_of[1:] *= time_weight.to(zero)[:, None]
         self._seen = torch.zeros((), dtype=zero.dtype, pin_memory=device.type == "cuda")
         self.restart()
 

@@ -27,7 +27,7 @@ PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.
 PROBE_ROWS = 16  # images in a step of the probe
 PROBE_SECONDS = 2.0  # after which it takes no further turn
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-KEPT_MEMORY, LARGE_TENSOR = 2**30, 2**25  # bytes
+KEPT_MEMORY, LARGE_TENSOR = 2**30, 2**25  # bytes; of the latter no more, which some versions of glibc refuse
 COMPILE_PAYS = 1800.0  # seconds of training from which on minutes of compiling are worth their tenth or more of each step
 
 
@@ -58,14 +58,13 @@ def set_flags(precision: str, deterministic: bool = False) -> None:
 
 
 def _keep_memory() -> None:
-    """Keep a CPU's freed tensors, up to KEPT_MEMORY, for the next ones.
+    """Let glibc keep up to KEPT_MEMORY that tensors of less than LARGE_TENSOR have freed, at the end of its heap, for the next.
 
-    glibc gives their pages back to the system, which took a tenth of training and a quarter of sampling to hand them out again.
+    Else it gives the pages back to the system, and to get them again took a tenth of training and a quarter of sampling.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
-    if mallopt:
+    if mallopt and mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR):  # from now on glibc adapts neither
         mallopt(M_TRIM_THRESHOLD, KEPT_MEMORY)
-        mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR)  # setting one stops glibc from adapting the other
 
 
 def prepare(run, deterministic: bool) -> None:
