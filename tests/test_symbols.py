@@ -112,7 +112,7 @@ def test_mistakes_are_one_line(capsys, tmp_path):
 def test_without_a_name_the_diffusion_is_the_gaussian_one():
     path = ROOT / "configs" / "Digits_den.json"
     diffusion = load_config(path)["diffusion"]
-    assert diffusion == json.loads(path.read_text())["diffusion"]
+    assert diffusion == {"time_sampling": "uniform"} | json.loads(path.read_text())["diffusion"]
     assert load_config(path, ["diffusion.name=GaussianDiffusion"])["diffusion"] == {"name": "GaussianDiffusion"} | diffusion
 
 
