@@ -16,17 +16,18 @@ from evaluation.metrics import FeatureStatistics, frechet_distance, image_statis
 
 
 class Files(NamedTuple):
-    """What belongs to a data set: the config of our recipe, the plain one, and the name of results and pictures."""
+    """What belongs to a data set: the config of our recipe, the plain one, the name of results and pictures, and its root."""
 
     config: str
     plain: str | None
     stem: str
+    root: str | None = "{folder}"
 
 
 ARENAS = {
     "FashionMNIST": Files("FashionMNIST_fast.json", "FashionMNIST_den.json", "race"),
-    "emoji": Files("Emoji_class.json", None, "race_emoji"),  # benchmarks/emoji.py makes its folder
-    "digits": Files("Digits_fast.json", "Digits_den.json", "race_digits"),
+    "emoji": Files("Emoji_class.json", None, "race_emoji", "{folder}/emoji/{split}"),  # benchmarks/emoji.py makes its folder
+    "digits": Files("Digits_fast.json", "Digits_den.json", "race_digits", None),
 }
 MODELS = ROOT / "models"  # of the classifiers, not in git
 FEW_IMAGES = 500  # whose distance to others of their kind is large: of the 180 valid digits to the others it is 4.7
@@ -70,12 +71,8 @@ class Arena:
 
     @property
     def roots(self) -> list[str]:
-        if self.name == "digits":
-            return []
-        folders = {
-            split: f"{self.folder}/emoji/{split}" if self.name == "emoji" else self.folder for split in ("train", "valid")
-        }
-        return [f"dataset.{split}.root={folder}" for split, folder in folders.items()]
+        root = ARENAS[self.name].root
+        return [f"dataset.{split}.root={root.format(folder=self.folder, split=split)}" for split in ("train", "valid") if root]
 
     @property
     def n_classes(self) -> int:
