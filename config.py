@@ -101,6 +101,7 @@ class TrainConfig:
     label_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1  # share of labels that the network does not see: it learns both
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of the network; the maths is float32 always
     compile: bool | Literal["auto"] = "auto"  # torch.compile the network
+    cuda_graph: bool | Literal["auto"] = "auto"  # on one GPU, launch all that a step does at once; the results are the same
     activation_checkpointing: bool = False  # trade time for memory in the U-Net
     chunk_size: Annotated[int, Range(ge=1)] | None = None  # timesteps a network call of the full loss, null for 128 rows' worth
     cache_gb: Annotated[float, Range(ge=0)] = 4.0  # a data set up to this size is decoded once and kept, in GB
@@ -114,7 +115,7 @@ class TrainConfig:
 
 # What --resume may change: nothing that the weights depend on.
 MAY_CHANGE = {"epochs", "max_steps", "record_period", "save_period", "save_best", "save_minutes", "sample_period"}
-MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers"}
+MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers", "cuda_graph"}
 MAY_CHANGE |= {"metric_period", "metrics", "metric_samples", "metric_features", "metric_share", "power_ema_snapshots"}
 
 

@@ -36,6 +36,7 @@ from training import speed
 from training.averages import Averages
 from training.batches import Batches, drop_labels
 from training.checks import bad_numbers, check_batch, check_fit
+from training.graph import Launcher
 from training.loggers import Loggers
 from training.meter import Meter, end_time
 from training.optimizers import build_optimizer, lr_schedule
@@ -92,6 +93,7 @@ class Trainer:
         self.scheduler = lr_schedule(self.cfg, self.total_steps, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cfg.precision == "fp16")
         self._start_counters()
+        self.work = Launcher(self._work, self.optimizer, self.cfg.cuda_graph) if self.device.type == "cuda" else self._work
         self.quality = Quality(self)
         self.resumed = self.pictured = state is not None
         if state:
@@ -136,6 +138,13 @@ class Trainer:
     def train_step(self, pixels: Tensor, labels: Tensor | None = None) -> None:
         """One update of the weights from this rank's share of a batch. Waits for nothing on the device."""
         torch.manual_seed(mixed_seed(STEP, self.cfg.seed, self.ranks.rank, self.step))
+        self.work(pixels, labels)
+        self.scheduler.step()
+        self.step += 1
+        self.averages.update(self.step)
+
+    def _work(self, pixels: Tensor, labels: Tensor | None) -> None:
+        """What a step does on the device, but for the averages: it may be recorded once and replayed (training/graph.py)."""
         self.x0 = x0 = self.model.x0_of(self.train_data.images.to_float(pixels))
         if self.n_classes is not None:
             labels = drop_labels(labels, self.n_classes, self.cfg.label_dropout)
@@ -159,7 +168,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self, loss: Tensor, terms: list[tuple[Tensor, Tensor] | None]) -> None:
-        """Step the optimizer and the average; where a gradient is not finite, the fused step leaves everything as it is."""
+        """Step the optimizer; where a gradient is not finite, the fused step leaves everything as it is."""
         finite = self.norm
         if hasattr(self.model, "log_sigma_square"):  # learnable
             finite = finite + self.model.log_sigma_square.grad.sum()
@@ -168,9 +177,6 @@ class Trainer:
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.scheduler.step()
-        self.step += 1
-        self.averages.update(self.step)
         self.meter.add(loss, bad, terms)
 
     @property
@@ -238,7 +244,7 @@ class Trainer:
 
     def close_epoch(self, bar: tqdm) -> None:
         epoch, last, cfg = self.epoch, self.step == self.total_steps, self.cfg
-        seconds = time.perf_counter() - self.meter.clock  # of training alone
+        seconds = self.meter.elapsed()  # of training alone
         with speed.autocast(self.device, cfg.precision):  # once, so that the frozen weights are cast once
             valid_loss = self.validate()
             if cfg.sample_period and (epoch % cfg.sample_period == 0 or last):
@@ -273,7 +279,7 @@ class Trainer:
         self, bar: tqdm, valid_loss: float | None = None, seconds: float | None = None, metrics: dict | None = None
     ) -> None:
         """Add a line to metrics.jsonl and to the log, of what happened since the last one."""
-        seconds = time.perf_counter() - self.meter.clock if seconds is None else seconds
+        seconds = self.meter.elapsed() if seconds is None else seconds
         line = {
             "step": self.step,
             "epoch": self.epoch,

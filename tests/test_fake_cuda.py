@@ -6,6 +6,8 @@ A value that the host would wait for is an error in such a step: FakeTensorMode 
 `NoWaiting` refuses the copies that wait.
 """
 
+import contextlib
+import gc
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -22,6 +24,8 @@ import train
 from beta_schedule import LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
 from time_aware_module import TimeAwareUNet
+from training import speed
+from training.graph import Launcher
 from training.optimizers import build_optimizer, lr_schedule
 
 CUDA = torch.device("cuda", 0)
@@ -118,7 +122,7 @@ def fake_trainer(folder, mode: FakeTensorMode, precision: str, *settings: str) -
         run.optimizer = build_optimizer(run.cfg, run.model, run.device)
         run.scheduler = lr_schedule(run.cfg, run.total_steps, run.optimizer)
         run._start_counters()
-    return run
+    return run  # its work is launched with rates that are numbers: there are no fused steps of fake tensors with others
 
 
 STEPS = {
@@ -181,6 +185,77 @@ def test_the_backward_pass_of_these_tests_is_torchs():
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+# Recording
+
+
+class Replayed:
+    """In the place of torch.cuda.CUDAGraph: counts its replays."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+@pytest.fixture
+def graph(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: contextlib.nullcontext())
+
+
+def test_a_step_is_recorded_once_it_has_run_a_few_times_with_such_a_batch(graph):
+    """Its kernels are chosen by then. Batches of other shapes run as they are, and the learning rates stay numbers."""
+    weight = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.Adam([weight], lr=0.25)
+    ran = []
+
+    def step(pixels: Tensor, labels: Tensor | None) -> None:
+        ran.append((len(pixels), labels, optimizer.param_groups[0]["lr"].item()))
+
+    launcher = Launcher(step, optimizer, record=True)
+    for rows in (8, 3, 8, 8):  # 3 is a short last batch
+        launcher(torch.full((rows,), 1.0), None)
+    assert launcher.graph is None
+    optimizer.param_groups[0]["lr"] = 0.5
+    launcher(torch.full((8,), 2.0), None)
+    assert [row[0] for row in ran] == [8, 3, 8, 8, 8]
+    assert [row[2] for row in ran] == [0.25, 0.25, 0.25, 0.25, 0.5]
+    assert launcher.graph.replays == 1
+    launcher(torch.full((8,), 3.0), None)
+    launcher(torch.full((3,), 4.0), None)
+    assert launcher.graph.replays == 2
+    assert [row[0] for row in ran[5:]] == [3]
+    assert launcher.inputs[0].tolist() == [3.0] * 8  # what the second replay reads
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert gc.isenabled()
+
+
+def test_without_recording_every_step_runs_as_it_is(graph):
+    weight, ran = nn.Parameter(torch.zeros(())), []
+    launcher = Launcher(lambda x: ran.append(x), torch.optim.Adam([weight]), record=False)
+    for _ in range(6):
+        launcher(torch.zeros(8))
+    assert len(ran) == 6
+    assert launcher.graph is None
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_rate_on_the_device_trains_as_a_number_does(optimizer, tmp_path):
+    weights = []
+    for launched in (False, True):
+        folder = tmp_path / str(launched)
+        more = [f"train_cfg.optimizer={optimizer}", "train_cfg.warmup_steps=2", f"train_cfg.model_save_dirpath={folder}"]
+        run = train.Trainer(train.load_config(ROOT / "configs" / "Digits_den.json", [*TINY, *more]), "cpu")
+        run.folder.close()
+        if launched:
+            run.work = Launcher(run._work, run.optimizer, record=False)
+        for pixels, labels in run.train_data.epoch(0):
+            run.train_step(pixels, labels)
+        weights.append(torch.cat([p.detach().flatten() for p in run.parameters]))
+    assert (weights[1] - weights[0]).norm() < 1e-5 * weights[0].norm()
+
+
 # Compiling
 
 
@@ -204,17 +279,15 @@ def test_network_and_loss_are_one_graph(reverse_variance, loss_mode, time_sampli
     assert counter.frame_count == 1
 
 
-def test_an_epoch_compiles_the_network_once_and_once_more_for_its_short_last_batch(tmp_path, counter):
+def test_an_epoch_compiles_the_network_once_and_not_for_its_short_last_batch(tmp_path, counter):
     settings = [*TINY, f"train_cfg.model_save_dirpath={tmp_path}"]
     run = train.Trainer(train.load_config(ROOT / "configs" / "Digits_den.json", settings), "cpu")
     run.folder.close()
-    run.model.time_aware_net.compile(backend=counter, fullgraph=True)
+    speed.compile_for(run.model.time_aware_net, 512, backend=counter, fullgraph=True)
     compiled = []
-    for pixels, labels in run.train_data.epoch(0):
-        run.train_step(pixels, labels)
-        compiled.append((len(pixels), counter.frame_count))
-    assert compiled[:-1] == [(512, 1)] * 3
-    assert compiled[-1] in ((81, 1), (81, 2))
-    for pixels, labels in run.train_data.epoch(1):
-        run.train_step(pixels, labels)
-    assert counter.frame_count == compiled[-1][1]
+    for epoch in (0, 1):
+        for pixels, labels in run.train_data.epoch(epoch):
+            run.train_step(pixels, labels)
+            compiled.append((len(pixels), counter.frame_count))
+    assert compiled == 2 * [(512, 1), (512, 1), (512, 1), (81, 1)]
+    assert run.ema.time_aware_net.forward.__func__ is TimeAwareUNet.forward  # another network's is as it was

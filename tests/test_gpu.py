@@ -1,10 +1,12 @@
 """What only a GPU can show: training in every precision, exact resuming, and loops that never wait for the device."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from runs import assert_same_state, losses, metrics, stop_at, tiny
+from runs import ROOT, assert_same_state, losses, metrics, stop_at, tiny
 
 import checkpoint
 import train
@@ -33,19 +35,67 @@ def test_every_precision_trains(precision, optimizer, tmp_path):
     assert lines[-1]["valid_loss"] < 0.7 * lines[0]["train_loss"]
 
 
+@pytest.mark.parametrize("cuda_graph", ["false", "true"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_resuming_is_exact_with_deterministic_kernels(precision, tmp_path, monkeypatch):
+def test_resuming_is_exact_with_deterministic_kernels(precision, cuda_graph, tmp_path, monkeypatch):
     def run(name: str, *flags: str) -> int:
-        more = (f"train_cfg.precision={precision}",)
+        more = (f"train_cfg.precision={precision}", f"train_cfg.cuda_graph={cuda_graph}", "train_cfg.batch_size=256")
         return train.main(on_gpu(tiny(tmp_path / name, *more, flags=("--deterministic", *flags))))
 
     assert run("whole") == 0
     with monkeypatch.context() as patch:
-        stop_at(patch, "train_step", 6)
+        stop_at(patch, "train_step", 9)
         assert run("parts") == 143
     assert run("parts", "--resume") == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert_same_state(checkpoint.load(tmp_path / "whole" / "last.pth"), checkpoint.load(tmp_path / "parts" / "last.pth"))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_that_is_recorded_and_replayed_gives_the_same_bits(precision, optimizer, tmp_path):
+    """With labels, dropout, a learnable variance, two parts a batch, a falling rate, and an epoch's short last batch."""
+    more = ["train_cfg.batch_size=256", f"train_cfg.precision={precision}", f"train_cfg.optimizer={optimizer}"]
+    more += ["train_cfg.grad_accum=2", "train_cfg.lr_schedule=linear", "train_cfg.warmup_steps=3"]
+    more += ["time_aware_net.kwargs.n_classes=10", "diffusion.reverse_variance=learnable"]
+    for name in ("true", "false"):
+        settings = (*more, f"train_cfg.cuda_graph={name}")
+        assert train.main(on_gpu(tiny(tmp_path / name, *settings, flags=("--deterministic",)))) == 0
+    assert losses(tmp_path / "true") == losses(tmp_path / "false")
+    states = [checkpoint.load(tmp_path / name / "last.pth") for name in ("true", "false")]
+    for state in states:
+        del state["config"]
+        state["optimizer"] = state["optimizer"]["state"]
+    assert_same_state(*states)
+
+
+WAITING = """
+import sys, train
+from gaussian_diffusion import GaussianDiffusion
+forward = GaussianDiffusion.forward
+def waiting(self, *args, **kwargs):
+    loss = forward(self, *args, **kwargs)
+    return loss if loss.item() < 1e9 else loss * 0
+GaussianDiffusion.forward = waiting
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_step_that_waits_cannot_be_recorded_and_the_user_is_told(tmp_path):
+    argv = on_gpu(tiny(tmp_path / "a", "train_cfg.batch_size=64", "train_cfg.cuda_graph=true"))
+    done = subprocess.run([sys.executable, "-c", WAITING, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "train_cfg.cuda_graph" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_worker_that_is_forked_leaves_the_graphs_of_its_parent_alone(tmp_path):
+    for name in ("a", "b"):  # the first of which is garbage in the second's workers
+        more = ("train_cfg.batch_size=64", "train_cfg.cuda_graph=true", "train_cfg.num_workers=2", "train_cfg.cache_gb=0")
+        trainer = trainer_on_gpu(tmp_path / name, *more)
+        for batch in trainer.train_data.epoch(0):
+            trainer.train_step(*batch)
+        assert trainer.work.graph is not None
+    assert trainer.step == trainer.train_data.steps
 
 
 def test_muon_steps_as_on_a_cpu_where_the_network_runs_in_tf32():
@@ -84,18 +134,21 @@ def trainer_on_gpu(folder, *more: str) -> train.Trainer:
     return train.Trainer(train.load_config(config, settings), "cuda")
 
 
+@pytest.mark.parametrize("cuda_graph", ["false", "true"])
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_never_waits_for_the_device(precision, optimizer, tmp_path, no_waiting):
+def test_training_never_waits_for_the_device(precision, optimizer, cuda_graph, tmp_path, no_waiting):
     more = ("train_cfg.batch_size=64", f"train_cfg.precision={precision}", f"train_cfg.optimizer={optimizer}")
-    trainer = trainer_on_gpu(tmp_path, *more)
+    trainer = trainer_on_gpu(tmp_path, *more, f"train_cfg.cuda_graph={cuda_graph}")
     batches = trainer.train_data.epoch(0)
-    trainer.train_step(*next(batches))
+    for _ in range(5):
+        trainer.train_step(*next(batches))
     no_waiting()
     for _ in range(5):
         trainer.train_step(*next(batches))
         trainer.meter.recent_bad_steps()
-    assert trainer.step == 6
+    assert trainer.step == 10
+    assert (cuda_graph == "true") == (getattr(trainer.work, "graph", None) is not None)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])

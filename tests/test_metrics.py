@@ -256,7 +256,7 @@ class Pixels(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm = torch.nn.BatchNorm1d(2, eps=0)
+        self.norm = torch.nn.BatchNorm1d(2, eps=1e-12)
 
     def features(self, images):
         assert images.dtype == torch.float32

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from runs import tiny
 
 import checkpoint
 import train
+from beta_schedule import LinearSchedule
+from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
+from time_aware_module import TimeAwareMLP
 from training import speed
 from training.ranks import Ranks
 
@@ -66,6 +70,33 @@ def test_this_processor_has_bfloat16_if_the_kernel_says_so():
         pytest.skip("no flags of an x86 processor in /proc/cpuinfo")
     flags = lines[0].split()
     assert speed.has_bfloat16(torch.device("cpu")) == ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+def test_a_graph_is_for_cuda_alone_and_a_run_that_had_one_goes_on_without(tmp_path, caplog):
+    speed.log.propagate = True
+    assert train.main(tiny(tmp_path / "a", "train_cfg.cuda_graph=true", "train_cfg.epochs=1")) == 0
+    assert "train_cfg.cuda_graph = true: needs one CUDA device" in caplog.text
+    assert train.main(tiny(tmp_path / "a", "train_cfg.cuda_graph=false", "train_cfg.epochs=2", flags=("--resume",))) == 0
+
+
+@pytest.mark.parametrize(("host", "whole", "recorded"), [(0.020, 0.022, True), (0.030, 0.053, False)])
+def test_auto_records_a_step_of_ours_whose_time_goes_into_launching(host, whole, recorded, monkeypatch):
+    monkeypatch.setattr(speed, "_timed", lambda step, precision: (host, whole))
+    cfg = SimpleNamespace(activation_checkpointing=False)
+    model = GaussianDiffusion(LinearSchedule(20), TimeAwareMLP(2))
+    run = SimpleNamespace(device=torch.device("cuda"), ranks=CPU, cfg=cfg, model=model)
+    assert speed.choose_cuda_graph("auto", never, "bf16", run) == recorded
+    run.model = GaussianDiffusion(LinearSchedule(20), torch.nn.Identity())  # of which nobody knows what its Python does
+    assert not speed.choose_cuda_graph("auto", never, "bf16", run)
+
+
+def test_compiling_is_tried_only_where_it_would_pay(monkeypatch):
+    monkeypatch.setattr(speed, "check_compiler", lambda device, option: never(option))
+    monkeypatch.setattr(speed, "_timed", lambda step, precision: (0.01, 0.02))
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), largest=lambda value: value)
+    assert not speed.choose_compile("auto", never, "bf16", 1000, on_cuda)
+    with pytest.raises(AssertionError, match="probed"):
+        speed.choose_compile("auto", never, "bf16", 1000000, on_cuda)
 
 
 def test_the_choice_is_told_stored_and_kept_on_resume(tmp_path, monkeypatch, caplog):

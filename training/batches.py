@@ -3,6 +3,7 @@
 The images are decoded once, or by worker processes as they are needed.
 """
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 
@@ -64,7 +65,7 @@ class Batches:
     def _decode_all(self) -> Tensor:
         at_hand = isinstance(self.images, ArrayDataset) and not self.images.pipeline
         workers = 0 if at_hand else self.cfg.num_workers
-        loader = DataLoader(_Pixels(self.images), 256, num_workers=workers)
+        loader = DataLoader(_Pixels(self.images), 256, num_workers=workers, worker_init_fn=_leave_alone)
         cache = torch.empty(len(self.images), *self.images.shape, dtype=torch.uint8)
         for i, pixels in enumerate(
             tqdm(loader, desc="decoding images", unit="batch", leave=False, disable=self.ranks.rank > 0)
@@ -107,6 +108,7 @@ class Batches:
                 num_workers=self.cfg.num_workers,
                 pin_memory=self.ranks.device.type == "cuda",
                 persistent_workers=self.cfg.num_workers > 0,
+                worker_init_fn=_leave_alone,
             )
         parts = list(self.indices(epoch, first))
         self.loader.batch_sampler.batches = [[(epoch, i) for i in part.tolist()] for part in parts]
@@ -119,6 +121,11 @@ class Batches:
         if device.type == "cuda" and x.device != device:
             return x.pin_memory().to(device, non_blocking=True)
         return x.to(device)
+
+
+def _leave_alone(worker: int) -> None:
+    """Let a worker, which was forked, collect none of its parent's garbage: a CUDA graph in it would end the worker."""
+    gc.freeze()
 
 
 class _Numbers:

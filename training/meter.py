@@ -64,6 +64,11 @@ class Meter:
                 return
             yield batch
 
+    def elapsed(self) -> float:
+        """Seconds on the clock, once the device has done what it was given."""
+        self.bad_steps.item()
+        return time.perf_counter() - self.clock
+
     def record(self, ranks: Ranks, seconds: float) -> dict[str, float | int | None]:
         """Mean loss over all ranks, skipped steps, speed over so many seconds; and start again."""
         loss_sum, loss_count, *by_t = self.loss_sums(ranks)

@@ -5,6 +5,7 @@ Only the network runs low: the mathematics and the weights are float32 always.
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import platform
@@ -19,15 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
+from time_aware_module import TimeAwareMLP, TimeAwareUNet
 from training.ranks import Ranks
 
 log = logging.getLogger("train")
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what the network runs in
-PROBE_ROWS = 16  # images in a step of the probe
+PROBE_ROWS = 16  # images in a step of the probe on a CPU; on CUDA it is a whole step's, which decide what takes the time
 PROBE_SECONDS = 2.0  # after which it takes no further turn
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT_MEMORY, LARGE_TENSOR = 2**30, 2**25  # bytes; of the latter no more, which some versions of glibc refuse
+HOST_BOUND = 0.8  # of a step's time, from which on the host that launches its kernels is what the device waits for
 COMPILE_PAYS = 1800.0  # seconds of training from which on minutes of compiling are worth their tenth or more of each step
 
 
@@ -69,20 +73,21 @@ def _keep_memory() -> None:
 
 def prepare(run, deterministic: bool) -> None:
     """Set torch and the networks of a Trainer up, and put what was "auto" into its cfg and config."""
-    cfg, net = run.cfg, run.model.time_aware_net
-    x0 = torch.rand(min(PROBE_ROWS, cfg.batch_size // run.ranks.world), *run.shape, device=run.device)
-    x0 = run.model.x0_of(x0)
-    step = probe_step(run.model, x0, run.device)
+    cfg, net, device = run.cfg, run.model.time_aware_net, run.device
+    rows = cfg.batch_size // run.ranks.world // cfg.grad_accum  # of a forward and backward pass
+    x0 = torch.rand(rows if device.type == "cuda" else min(PROBE_ROWS, rows), *run.shape, device=device)
+    step = probe_step(run.model, run.model.x0_of(x0), device)
     set_flags("bf16", deterministic)
     precision = choose_precision(cfg.precision, step, run.ranks, "train_cfg.precision")
     set_flags(precision, deterministic)
     net.activation_checkpointing = cfg.activation_checkpointing
-    compiling = choose_compile(cfg.compile, step, precision, run.total_steps, run.ranks)
+    recording = choose_cuda_graph(cfg.cuda_graph, step, precision, run)
+    compiling = choose_compile(cfg.compile, step, precision, run.total_steps * cfg.grad_accum, run.ranks)
     if compiling:
-        check_compiler(run.device, "train_cfg.compile")
-        net.compile()
+        check_compiler(device, "train_cfg.compile")
+        compile_for(net, rows)
         run.ema.time_aware_net.compile()
-    run.cfg = replace(cfg, precision=precision, compile=compiling)
+    run.cfg = replace(cfg, precision=precision, compile=compiling, cuda_graph=recording)
     run.config["train_cfg"] |= {"precision": precision, "compile": compiling}
 
 
@@ -172,7 +177,24 @@ def _spread(count: int, T: int, device: torch.device) -> Tensor:
     return torch.linspace(1, T, count, device=device).long()
 
 
-# Compiling
+# Launching and compiling
+
+
+def choose_cuda_graph(asked: bool | str, step: Callable[[str], object], precision: str, run) -> bool:
+    """What was asked for, or for "auto": on one CUDA device, whether launching its kernels is what takes a step's time.
+
+    Only for our own network and diffusion: what Python does in a step is not done again in a replay, and another's may matter.
+    """
+    alone = run.device.type == "cuda" and run.ranks.world == 1 and not run.cfg.activation_checkpointing
+    if asked is True and not alone:
+        log.warning("train_cfg.cuda_graph = true: needs one CUDA device, and no activation_checkpointing; it is left out")
+    if asked != "auto" or not alone:
+        return asked is True and alone
+    if type(run.model) is not GaussianDiffusion or type(run.model.time_aware_net) not in (TimeAwareUNet, TimeAwareMLP):
+        return _logged("train_cfg.cuda_graph", False, "the network or the diffusion is not one of the library's own")
+    host, whole = _timed(step, precision)
+    words = f"the host launches for {1000 * host:.1f} ms of a pass of {1000 * whole:.1f} ms"
+    return _logged("train_cfg.cuda_graph", host > HOST_BOUND * whole, words)
 
 
 def choose_compile(asked: bool | str, step: Callable[[str], object], precision: str, steps: int, ranks: Ranks) -> bool:
@@ -184,19 +206,43 @@ def choose_compile(asked: bool | str, step: Callable[[str], object], precision: 
         return asked
     if ranks.device.type != "cuda":
         return _logged("train_cfg.compile", False, f"compiling for a {ranks.device.type} takes minutes and saves little")
+    expected = ranks.largest(steps * _timed(step, precision)[1])
+    words = f"the run would take about {expected / 60:.0f} minutes"
+    if expected <= COMPILE_PAYS:
+        return _logged("train_cfg.compile", False, words)
     try:
-        check_compiler(ranks.device, "train_cfg.compile")
+        check_compiler(ranks.device, "train_cfg.compile")  # which takes many seconds
     except Mistake as mistake:
         return _logged("train_cfg.compile", False, str(mistake))
-    seconds = []
+    return _logged("train_cfg.compile", True, words)
+
+
+def _timed(step: Callable[[str], object], precision: str) -> tuple[float, float]:
+    """Seconds of a step on CUDA until the host has launched it, and until it is done: the medians of three after one."""
+    host, whole = [], []
     for _ in range(4):
         torch.cuda.synchronize()
         start = time.perf_counter()
         step(precision)
+        host.append(time.perf_counter() - start)
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    expected = ranks.largest(steps * statistics.median(seconds[1:]))
-    return _logged("train_cfg.compile", expected > COMPILE_PAYS, f"the run would take about {expected / 60:.0f} minutes")
+        whole.append(time.perf_counter() - start)
+    return statistics.median(host[1:]), statistics.median(whole[1:])
+
+
+def compile_for(net: nn.Module, rows: int, **how: Any) -> None:
+    """Compile a network for batches of so many rows; others, as an epoch's short last one, run as they are.
+
+    To compile for any number of rows once more took over a minute with the network of Ho et al. 2020.
+    """
+    plain = net.forward
+    compiled = torch.compile(plain, dynamic=False, **how)
+
+    @functools.wraps(plain)
+    def forward(x: Tensor, *args: Any, **condition: Any) -> Tensor:
+        return (compiled if len(x) == rows else plain)(x, *args, **condition)
+
+    net.forward = forward
 
 
 def check_compiler(device: torch.device, option: str) -> None:
