@@ -138,14 +138,17 @@ class Trainer:
     def train_step(self, pixels: Tensor, labels: Tensor | None = None) -> None:
         """One update of the weights from this rank's share of a batch. Waits for nothing on the device."""
         torch.manual_seed(mixed_seed(STEP, self.cfg.seed, self.ranks.rank, self.step))
-        self.work(pixels, labels)
+        self.x0, self.norm = self.work(pixels, labels)
         self.scheduler.step()
         self.step += 1
         self.averages.update(self.step)
 
-    def _work(self, pixels: Tensor, labels: Tensor | None) -> None:
-        """What a step does on the device, but for the averages: it may be recorded once and replayed (training/graph.py)."""
-        self.x0 = x0 = self.model.x0_of(self.train_data.images.to_float(pixels))
+    def _work(self, pixels: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a step does on the device, but for the averages; x_0 and the gradient's norm.
+
+        On CUDA it may be recorded once, and replayed from then on (training/graph.py).
+        """
+        x0 = self.model.x0_of(self.train_data.images.to_float(pixels))
         if self.n_classes is not None:
             labels = drop_labels(labels, self.n_classes, self.cfg.label_dropout)
         parts = x0.chunk(self.cfg.grad_accum)
@@ -159,17 +162,18 @@ class Trainer:
             loss += part_loss.detach()
             terms.append(self.model.last_terms)
         self.scaler.unscale_(self.optimizer)
-        self.norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.grad_clip or math.inf)
-        self._update(loss, terms)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.grad_clip or math.inf)
+        self._update(loss, norm, terms)
+        return x0, norm
 
     def _no_sync(self, unless: bool) -> contextlib.AbstractContextManager:
         """Leave the exchange of gradients between ranks to the last part of a batch."""
         return contextlib.nullcontext() if unless or self.ranks.world == 1 else self.parallel.no_sync()
 
     @torch.no_grad()
-    def _update(self, loss: Tensor, terms: list[tuple[Tensor, Tensor] | None]) -> None:
+    def _update(self, loss: Tensor, norm: Tensor, terms: list[tuple[Tensor, Tensor] | None]) -> None:
         """Step the optimizer; where a gradient is not finite, the fused step leaves everything as it is."""
-        finite = self.norm
+        finite = norm
         if hasattr(self.model, "log_sigma_square"):  # learnable
             finite = finite + self.model.log_sigma_square.grad.sum()
         bad = (~finite.isfinite()).float()

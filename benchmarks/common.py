@@ -82,14 +82,14 @@ def set_up(args: argparse.Namespace) -> None:
 def config(network: str, batch_size: int, root: str, *, timesteps: int = 1000, loss_mode: str = "simple", **train_cfg) -> dict:
     """A resolved config of configs/CIFAR10_den.json's kind, for a folder of images."""
     images = {"root": root}
-    train_cfg = {"epochs": 1000000, "lr": 2e-4, "num_workers": 0, "compile": False, "model_save_dirpath": root} | train_cfg
+    fixed = {"epochs": 1000000, "lr": 2e-4, "num_workers": 0, "compile": False, "cuda_graph": False, "model_save_dirpath": root}
     return resolve(
         {
             "schedule": {"name": "LinearSchedule", "kwargs": {"timesteps": timesteps}},
             "time_aware_net": {"name": "TimeAwareUNet", "kwargs": {"n_channels": 3} | NETWORKS[network]},
             "diffusion": {"loss_mode": loss_mode},
             "dataset": {"name": "ImageFolder", "train": images, "valid": images},
-            "train_cfg": {"batch_size": batch_size} | train_cfg,
+            "train_cfg": {"batch_size": batch_size} | fixed | train_cfg,
         }
     )
 
@@ -143,7 +143,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, inner: int = 1, warmup: int = 2
+    steps: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, inner: int = 1, warmup: int = 4
 ) -> dict[str, list[float]]:
     """Seconds of each step, timed in turns A B C A B C, so that a change of the machine's speed meets all of them.
 

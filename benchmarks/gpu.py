@@ -113,14 +113,14 @@ def parts(device: torch.device, quick: bool, folder: Path) -> Iterator[Part]:
         yield Part("Tests", [f"`{shown(tests)}`", "", "Left out: they need a CUDA device."], False)
     small = ["--iterations", "1", "--timesteps", "4", "--image-size", "8"] if quick else []
     yield script("Settings", [python, "gaussian_diffusion.py", *small], folder, fenced=True)
-    for name in ("limit", "peers", "epoch_end"):
+    for name in ("recording", "limit", "peers", "epoch_end"):
         yield script(name, [python, f"benchmarks/{name}.py", *flags, "--results", str(folder)], folder)
     if quick:
         tiny = ["schedule.kwargs.timesteps=25", "time_aware_net.kwargs.base_channels=16", "train_cfg.sample_period=0"]
         yield training("Digits", "configs/Digits_den.json", 5, folder, tiny)
     else:
         yield training("FashionMNIST", "configs/FashionMNIST_class.json", 600, folder, ["train_cfg.epochs=1000"])
-        yield training("CIFAR10", "configs/CIFAR10_den.json", 600, folder, ["train_cfg.warmup_steps=500"])
+        yield training("CIFAR10", "configs/CIFAR10_fast.json", 600, folder, ["train_cfg.warmup_steps=500"])
 
 
 def page(device: torch.device, quick: bool, made: list[Part]) -> str:

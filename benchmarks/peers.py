@@ -48,7 +48,7 @@ class Side(NamedTuple):
 
 def ours(args, device, best: bool) -> Side:
     compiled = best and args.compile
-    run = trainer(device, args.network, args.batch_size, args.image_size, timesteps=T, compile=compiled)
+    run = trainer(device, args.network, args.batch_size, args.image_size, timesteps=T, compile=compiled, cuda_graph="auto")
     pixels, _ = next(run.train_data.epoch(0))
 
     # test.py has a model of its own, from a checkpoint

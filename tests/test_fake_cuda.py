@@ -7,6 +7,7 @@ A value that the host would wait for is an error in such a step: FakeTensorMode 
 """
 
 import contextlib
+import copy
 import gc
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -201,7 +202,8 @@ class Replayed:
 @pytest.fixture
 def graph(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: contextlib.nullcontext())
 
 
 def test_a_step_is_recorded_once_it_has_run_a_few_times_with_such_a_batch(graph):
@@ -210,8 +212,9 @@ def test_a_step_is_recorded_once_it_has_run_a_few_times_with_such_a_batch(graph)
     optimizer = torch.optim.Adam([weight], lr=0.25)
     ran = []
 
-    def step(pixels: Tensor, labels: Tensor | None) -> None:
+    def step(pixels: Tensor, labels: Tensor | None) -> int:
         ran.append((len(pixels), labels, optimizer.param_groups[0]["lr"].item()))
+        return len(ran)
 
     launcher = Launcher(step, optimizer, record=True)
     for rows in (8, 3, 8, 8):  # 3 is a short last batch
@@ -222,8 +225,8 @@ def test_a_step_is_recorded_once_it_has_run_a_few_times_with_such_a_batch(graph)
     assert [row[0] for row in ran] == [8, 3, 8, 8, 8]
     assert [row[2] for row in ran] == [0.25, 0.25, 0.25, 0.25, 0.5]
     assert launcher.graph.replays == 1
-    launcher(torch.full((8,), 3.0), None)
-    launcher(torch.full((3,), 4.0), None)
+    assert launcher(torch.full((8,), 3.0), None) == 5  # what the recorded call returned, which a replay fills anew
+    assert launcher(torch.full((3,), 4.0), None) == 6
     assert launcher.graph.replays == 2
     assert [row[0] for row in ran[5:]] == [3]
     assert launcher.inputs[0].tolist() == [3.0] * 8  # what the second replay reads
@@ -242,18 +245,27 @@ def test_without_recording_every_step_runs_as_it_is(graph):
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_a_rate_on_the_device_trains_as_a_number_does(optimizer, tmp_path):
-    weights = []
+    weights, seen = [], []
     for launched in (False, True):
         folder = tmp_path / str(launched)
         more = [f"train_cfg.optimizer={optimizer}", "train_cfg.warmup_steps=2", f"train_cfg.model_save_dirpath={folder}"]
         run = train.Trainer(train.load_config(ROOT / "configs" / "Digits_den.json", [*TINY, *more]), "cpu")
         run.folder.close()
+
+        def work(*batch, run=run):
+            seen.append(run.optimizer.param_groups[0]["lr"])
+            return run._work(*batch)
+
         if launched:
-            run.work = Launcher(run._work, run.optimizer, record=False)
+            run.work = Launcher(work, run.optimizer, record=False)
+            run.optimizer.load_state_dict(run.optimizer.state_dict())  # as a run that is resumed does: its groups are others
         for pixels, labels in run.train_data.epoch(0):
             run.train_step(pixels, labels)
         weights.append(torch.cat([p.detach().flatten() for p in run.parameters]))
     assert (weights[1] - weights[0]).norm() < 1e-5 * weights[0].norm()
+    assert [rate.dtype for rate in seen] == 4 * [torch.float32]
+    assert [rate.data_ptr() for rate in seen] == 4 * [run.work.rates.data_ptr()]
+    assert type(run.optimizer.param_groups[0]["lr"]) is float
 
 
 # Compiling
@@ -290,4 +302,4 @@ def test_an_epoch_compiles_the_network_once_and_not_for_its_short_last_batch(tmp
             run.train_step(pixels, labels)
             compiled.append((len(pixels), counter.frame_count))
     assert compiled == 2 * [(512, 1), (512, 1), (512, 1), (81, 1)]
-    assert run.ema.time_aware_net.forward.__func__ is TimeAwareUNet.forward  # another network's is as it was
+    assert copy.deepcopy(run.model).time_aware_net._compiled_call_impl is None

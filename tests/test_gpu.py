@@ -40,6 +40,7 @@ def test_every_precision_trains(precision, optimizer, tmp_path):
 def test_resuming_is_exact_with_deterministic_kernels(precision, cuda_graph, tmp_path, monkeypatch):
     def run(name: str, *flags: str) -> int:
         more = (f"train_cfg.precision={precision}", f"train_cfg.cuda_graph={cuda_graph}", "train_cfg.batch_size=256")
+        more += ("train_cfg.lr_schedule=linear", "train_cfg.warmup_steps=3")
         return train.main(on_gpu(tiny(tmp_path / name, *more, flags=("--deterministic", *flags))))
 
     assert run("whole") == 0

@@ -79,20 +79,53 @@ def test_a_graph_is_for_cuda_alone_and_a_run_that_had_one_goes_on_without(tmp_pa
     assert train.main(tiny(tmp_path / "a", "train_cfg.cuda_graph=false", "train_cfg.epochs=2", flags=("--resume",))) == 0
 
 
-@pytest.mark.parametrize(("host", "whole", "recorded"), [(0.020, 0.022, True), (0.030, 0.053, False)])
-def test_auto_records_a_step_of_ours_whose_time_goes_into_launching(host, whole, recorded, monkeypatch):
-    monkeypatch.setattr(speed, "_timed", lambda step, precision: (host, whole))
+@pytest.mark.parametrize(("few", "whole", "recorded"), [(0.020, 0.022, True), (0.020, 0.053, False)])
+def test_auto_records_a_step_of_ours_whose_time_goes_into_launching(few, whole, recorded, monkeypatch):
+    monkeypatch.setattr(speed, "_seconds", lambda step, precision: step)
     cfg = SimpleNamespace(activation_checkpointing=False)
     model = GaussianDiffusion(LinearSchedule(20), TimeAwareMLP(2))
     run = SimpleNamespace(device=torch.device("cuda"), ranks=CPU, cfg=cfg, model=model)
-    assert speed.choose_cuda_graph("auto", never, "bf16", run) == recorded
+    assert speed.choose_cuda_graph("auto", few, whole, "bf16", run) == recorded
+    assert speed.choose_cuda_graph(True, never, never, "bf16", run)
     run.model = GaussianDiffusion(LinearSchedule(20), torch.nn.Identity())  # of which nobody knows what its Python does
-    assert not speed.choose_cuda_graph("auto", never, "bf16", run)
+    assert not speed.choose_cuda_graph("auto", few, whole, "bf16", run)
+
+
+@pytest.mark.parametrize("asked", [True, "auto"])
+def test_what_is_computed_again_in_the_backward_pass_is_never_recorded(asked, monkeypatch):
+    monkeypatch.setattr(speed, "_seconds", lambda step, precision: 1.0)
+    run = SimpleNamespace(device=torch.device("cuda"), ranks=CPU, cfg=SimpleNamespace(activation_checkpointing=True))
+    run.model = GaussianDiffusion(LinearSchedule(20), TimeAwareMLP(2))
+    assert not speed.choose_cuda_graph(asked, never, never, "bf16", run)
+    run.cfg.activation_checkpointing = False
+    assert speed.choose_cuda_graph(asked, never, never, "bf16", run)
+    run.model = GaussianDiffusion(LinearSchedule(20), TimeAwareMLP(2), loss_mode="full")
+    assert not speed.choose_cuda_graph(asked, never, never, "bf16", run)
+
+
+@pytest.mark.parametrize(
+    ("more", "rows", "calls"),
+    [({}, 8, 2), ({"loss_mode": "full"}, 128, 14), ({"loss_mode": "full", "chunk_size": 50}, 400, 4)],
+)
+def test_the_calls_of_a_step_are_those_that_the_network_gets(more, rows, calls, tmp_path):
+    """Two parts of 8 images; the full loss of T = 100 takes 128 // 8 times of each in a call, the last of fewer."""
+    settings = [f"{'diffusion' if key == 'loss_mode' else 'train_cfg'}.{key}={value}" for key, value in more.items()]
+    settings += ["train_cfg.batch_size=16", "train_cfg.grad_accum=2", "schedule.kwargs.timesteps=100"]
+    config, _, _, _, *defaults = tiny(tmp_path)
+    run = train.Trainer(train.load_config(config, [*defaults, *settings]), "cpu")
+    run.folder.close()
+    assert speed._network_calls(run) == (rows, calls)
+    seen = []
+    run.model.time_aware_net.register_forward_pre_hook(lambda net, args: seen.append(len(args[0])))
+    with torch.no_grad():
+        run.model(torch.zeros(8, *run.shape), run.cfg.chunk_size)
+    assert len(seen) == calls // 2
+    assert seen[0] == rows
 
 
 def test_compiling_is_tried_only_where_it_would_pay(monkeypatch):
     monkeypatch.setattr(speed, "check_compiler", lambda device, option: never(option))
-    monkeypatch.setattr(speed, "_timed", lambda step, precision: (0.01, 0.02))
+    monkeypatch.setattr(speed, "_seconds", lambda step, precision: 0.02)
     on_cuda = SimpleNamespace(device=torch.device("cuda"), largest=lambda value: value)
     assert not speed.choose_compile("auto", never, "bf16", 1000, on_cuda)
     with pytest.raises(AssertionError, match="probed"):

@@ -3,6 +3,7 @@
 import gc
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ WARM_UP = 3  # calls before the recording: cuDNN chooses its kernels, and the op
 
 
 class Launcher:
-    """function(*tensors), a step of the optimizer, whose results are what it does to weights and counters.
+    """function(*tensors), a step of the optimizer, and what it returns: tensors, which the next call may overwrite.
 
     With `record`, the call after WARM_UP with tensors of the same shapes is recorded, and it and all later ones with such are
     replays: one launch each, where a small network's kernels run faster than the host can launch them. What Python does in the
@@ -21,33 +22,36 @@ class Launcher:
     generator anew, and the learning rates lie on the device, as float32, either way.
     """
 
-    def __init__(self, function: Callable[..., None], optimizer: torch.optim.Optimizer, record: bool):
-        self.function, self.groups, self.record = function, optimizer.param_groups, record
-        self.rates = torch.zeros(len(self.groups), device=self.groups[0]["params"][0].device)
-        for group in self.groups:
+    def __init__(self, function: Callable[..., Any], optimizer: torch.optim.Optimizer, record: bool):
+        self.function, self.optimizer, self.record = function, optimizer, record
+        self.rates = torch.zeros(len(optimizer.param_groups), device=optimizer.param_groups[0]["params"][0].device)
+        for group in optimizer.param_groups:
             group["capturable"] = record  # else Adam refuses to be recorded
-        self.calls, self.graph, self.inputs = Counter(), None, ()
+        self.calls, self.graph, self.inputs, self.outputs = Counter(), None, (), None
 
-    def __call__(self, *inputs: Tensor | None) -> None:
-        numbers = [group["lr"] for group in self.groups]
-        for group, rate, number in zip(self.groups, self.rates, numbers, strict=True):
-            group["lr"] = rate.fill_(number)
-        self._launch(inputs)
-        for group, number in zip(self.groups, numbers, strict=True):
-            group["lr"] = number
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        groups = self.optimizer.param_groups  # which are others once the optimizer has loaded a state
+        numbers = [group["lr"] for group in groups]
+        try:
+            for group, rate, number in zip(groups, self.rates, numbers, strict=True):
+                group["lr"] = rate.fill_(number)
+            return self._launch(inputs)
+        finally:
+            for group, number in zip(groups, numbers, strict=True):
+                group["lr"] = number
 
-    def _launch(self, inputs: tuple[Tensor | None, ...]) -> None:
-        shapes = _shapes(inputs)
-        if self.record and not self.graph and self.calls[shapes] == WARM_UP:
+    def _launch(self, inputs: tuple[Tensor | None, ...]) -> Any:
+        kinds = _kinds(inputs)
+        if self.record and not self.graph and self.calls[kinds] == WARM_UP:
             self._record(inputs)
-        if self.graph and shapes == _shapes(self.inputs):
-            for mine, given in zip(self.inputs, inputs, strict=True):
-                if mine is not None:
-                    mine.copy_(given)
-            self.graph.replay()
-        else:  # while it warms up, and for the short last batch of an epoch
-            self.calls[shapes] += 1
-            self.function(*inputs)
+        if not self.graph or kinds != _kinds(self.inputs):  # while it warms up, and for the short last batch of an epoch
+            self.calls[kinds] += 1
+            return self.function(*inputs)
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            if mine is not None:
+                mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
 
     def _record(self, inputs: tuple[Tensor | None, ...]) -> None:
         """A recording bears no freeing of other graphs, and of other threads only those that are left out of it."""
@@ -56,10 +60,11 @@ class Launcher:
         gc.collect()
         gc.disable()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.function(*self.inputs)
+            stream = torch.cuda.Stream(self.rates.device)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.outputs = self.function(*self.inputs)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error.__context__ or error).split())[:200]
             raise Mistake(f"train_cfg.cuda_graph: this step cannot be recorded ({reason}); false trains without") from error
         finally:
             if collecting:
@@ -67,5 +72,5 @@ class Launcher:
         self.graph = graph
 
 
-def _shapes(inputs: tuple[Tensor | None, ...]) -> tuple[torch.Size | None, ...]:
-    return tuple(x if x is None else x.shape for x in inputs)
+def _kinds(inputs: tuple[Tensor | None, ...]) -> tuple:
+    return tuple(x if x is None else (x.shape, x.dtype) for x in inputs)

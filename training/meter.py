@@ -1,6 +1,7 @@
 """What happened since the last record: losses, steps that were skipped, images, seconds."""
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from typing import TypeVar
@@ -11,6 +12,7 @@ from torch import Tensor
 from training.ranks import Ranks
 
 Batch = TypeVar("Batch")
+LEAD = 10  # steps that the host may be ahead of a GPU: enough for it never to wait, and a signal is heard soon
 BINS = 8  # of equal width in t, for the loss by noise level
 
 
@@ -24,6 +26,7 @@ class Meter:
     """
 
     def __init__(self, device: torch.device, T: int, time_weight: Tensor | None = None):
+        self._on_cuda = device.type == "cuda"
         zero = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         self.loss_sum, self.loss_count, self.bad_steps, self.bad_in_row = (zero.clone() for _ in range(4))
         self.by_t = zero.repeat(2, BINS)
@@ -31,7 +34,8 @@ class Meter:
         self._bin_of = torch.eye(BINS)[bins].to(zero)  # [T + 1, BINS]: 1, or t's weight, in the bin of t
         if time_weight is not None:
             self._bin_of[1:] *= time_weight.to(zero)[:, None]
-        self._seen = torch.zeros((), dtype=zero.dtype, pin_memory=device.type == "cuda")
+        self._seen = torch.zeros((), dtype=zero.dtype, pin_memory=self._on_cuda)
+        self._looks = deque()  # on CUDA, an event at each of the last LEAD looks
         self.restart()
 
     def restart(self) -> None:
@@ -49,8 +53,12 @@ class Meter:
         self.bad_in_row.add_(1).mul_(bad)
 
     def recent_bad_steps(self) -> int:
-        """bad_in_row, on a GPU as it was some steps ago: it is copied here and not waited for."""
+        """bad_in_row, on a GPU as it was up to LEAD looks ago: it goes on, but the host gets no further ahead than that."""
+        if len(self._looks) == LEAD:
+            self._looks.popleft().synchronize()
         self._seen.copy_(self.bad_in_row, non_blocking=True)
+        if self._on_cuda:
+            self._looks.append(torch.cuda.current_stream().record_event())
         return int(self._seen)
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -5,8 +5,8 @@ Only the network runs low: the mathematics and the weights are float32 always.
 
 import contextlib
 import ctypes
-import functools
 import logging
+import math
 import os
 import platform
 import re
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaussian_diffusion import GaussianDiffusion
+from gaussian_diffusion import CHUNK_ROWS, GaussianDiffusion
 from mistakes import Mistake
 from time_aware_module import TimeAwareMLP, TimeAwareUNet
 from training.ranks import Ranks
@@ -31,7 +31,8 @@ PROBE_ROWS = 16  # images in a step of the probe on a CPU; on CUDA it is a whole
 PROBE_SECONDS = 2.0  # after which it takes no further turn
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT_MEMORY, LARGE_TENSOR = 2**30, 2**25  # bytes; of the latter no more, which some versions of glibc refuse
-HOST_BOUND = 0.8  # of a step's time, from which on the host that launches its kernels is what the device waits for
+FEW_ROWS = 2  # images whose pass takes what launching takes
+HOST_BOUND = 0.6  # of a pass's time: from there on, with the optimizer's launches, the device waits for the host
 COMPILE_PAYS = 1800.0  # seconds of training from which on minutes of compiling are worth their tenth or more of each step
 
 
@@ -74,21 +75,30 @@ def _keep_memory() -> None:
 def prepare(run, deterministic: bool) -> None:
     """Set torch and the networks of a Trainer up, and put what was "auto" into its cfg and config."""
     cfg, net, device = run.cfg, run.model.time_aware_net, run.device
-    rows = cfg.batch_size // run.ranks.world // cfg.grad_accum  # of a forward and backward pass
-    x0 = torch.rand(rows if device.type == "cuda" else min(PROBE_ROWS, rows), *run.shape, device=device)
-    step = probe_step(run.model, run.model.x0_of(x0), device)
+    rows, calls = _network_calls(run)
+    x0 = run.model.x0_of(torch.rand(rows if device.type == "cuda" else min(PROBE_ROWS, rows), *run.shape, device=device))
+    step = probe_step(run.model, x0, device)
     set_flags("bf16", deterministic)
     precision = choose_precision(cfg.precision, step, run.ranks, "train_cfg.precision")
     set_flags(precision, deterministic)
     net.activation_checkpointing = cfg.activation_checkpointing
-    recording = choose_cuda_graph(cfg.cuda_graph, step, precision, run)
-    compiling = choose_compile(cfg.compile, step, precision, run.total_steps * cfg.grad_accum, run.ranks)
+    recording = choose_cuda_graph(cfg.cuda_graph, probe_step(run.model, x0[:FEW_ROWS], device), step, precision, run)
+    compiling = choose_compile(cfg.compile, step, precision, run.total_steps * calls, run.ranks)
     if compiling:
         check_compiler(device, "train_cfg.compile")
         compile_for(net, rows)
         run.ema.time_aware_net.compile()
     run.cfg = replace(cfg, precision=precision, compile=compiling, cuda_graph=recording)
     run.config["train_cfg"] |= {"precision": precision, "compile": compiling}
+
+
+def _network_calls(run) -> tuple[int, int]:
+    """Rows of a network call of training, and how many calls a step has."""
+    rows, calls = run.cfg.batch_size // run.ranks.world // run.cfg.grad_accum, run.cfg.grad_accum
+    if getattr(run.model, "loss_mode", None) != "full":
+        return rows, calls
+    times = min(run.cfg.chunk_size or max(1, CHUNK_ROWS // rows), run.model.T)  # of each image in a call
+    return rows * times, calls * math.ceil(run.model.T / times)
 
 
 # Precision
@@ -180,25 +190,30 @@ def _spread(count: int, T: int, device: torch.device) -> Tensor:
 # Launching and compiling
 
 
-def choose_cuda_graph(asked: bool | str, step: Callable[[str], object], precision: str, run) -> bool:
+def choose_cuda_graph(
+    asked: bool | str, few: Callable[[str], object], step: Callable[[str], object], precision: str, run
+) -> bool:
     """What was asked for, or for "auto": on one CUDA device, whether launching its kernels is what takes a step's time.
 
-    Only for our own network and diffusion: what Python does in a step is not done again in a replay, and another's may matter.
+    That shows where a pass of a few images, few(precision), takes nearly as long as one of a batch, step(precision). Only for
+    our own network and diffusion: what Python does in a step is not done again in a replay, and another's may matter. Never
+    where something is computed again in the backward pass, for which the state of the random numbers is read.
     """
-    alone = run.device.type == "cuda" and run.ranks.world == 1 and not run.cfg.activation_checkpointing
-    if asked is True and not alone:
-        log.warning("train_cfg.cuda_graph = true: needs one CUDA device, and no activation_checkpointing; it is left out")
-    if asked != "auto" or not alone:
-        return asked is True and alone
+    again = run.cfg.activation_checkpointing or getattr(run.model, "loss_mode", None) == "full"
+    possible = run.device.type == "cuda" and run.ranks.world == 1 and not again
+    if asked is True and not possible:
+        log.warning("train_cfg.cuda_graph = true: needs one CUDA device, no full loss, no activation_checkpointing; left out")
+    if asked != "auto" or not possible:
+        return asked is True and possible
     if type(run.model) is not GaussianDiffusion or type(run.model.time_aware_net) not in (TimeAwareUNet, TimeAwareMLP):
         return _logged("train_cfg.cuda_graph", False, "the network or the diffusion is not one of the library's own")
-    host, whole = _timed(step, precision)
-    words = f"the host launches for {1000 * host:.1f} ms of a pass of {1000 * whole:.1f} ms"
-    return _logged("train_cfg.cuda_graph", host > HOST_BOUND * whole, words)
+    launching, whole = _seconds(few, precision), _seconds(step, precision)
+    words = f"a pass takes {1000 * whole:.1f} ms, and {1000 * launching:.1f} ms with {FEW_ROWS} images"
+    return _logged("train_cfg.cuda_graph", launching > HOST_BOUND * whole, words)
 
 
-def choose_compile(asked: bool | str, step: Callable[[str], object], precision: str, steps: int, ranks: Ranks) -> bool:
-    """What was asked for, or for "auto": on CUDA, with a compiler, whether so many steps take long enough to pay for it.
+def choose_compile(asked: bool | str, step: Callable[[str], object], precision: str, passes: int, ranks: Ranks) -> bool:
+    """What was asked for, or for "auto": on CUDA, with a compiler, whether so many passes take long enough to pay for it.
 
     On a CPU the answer is no: there compiling took more than 200 s to save 7 % of a step.
     """
@@ -206,7 +221,7 @@ def choose_compile(asked: bool | str, step: Callable[[str], object], precision: 
         return asked
     if ranks.device.type != "cuda":
         return _logged("train_cfg.compile", False, f"compiling for a {ranks.device.type} takes minutes and saves little")
-    expected = ranks.largest(steps * _timed(step, precision)[1])
+    expected = ranks.largest(passes * _seconds(step, precision))
     words = f"the run would take about {expected / 60:.0f} minutes"
     if expected <= COMPILE_PAYS:
         return _logged("train_cfg.compile", False, words)
@@ -217,17 +232,16 @@ def choose_compile(asked: bool | str, step: Callable[[str], object], precision: 
     return _logged("train_cfg.compile", True, words)
 
 
-def _timed(step: Callable[[str], object], precision: str) -> tuple[float, float]:
-    """Seconds of a step on CUDA until the host has launched it, and until it is done: the medians of three after one."""
-    host, whole = [], []
+def _seconds(step: Callable[[str], object], precision: str) -> float:
+    """Seconds of a step on CUDA, until the device is done: the median of three after one."""
+    seconds = []
     for _ in range(4):
         torch.cuda.synchronize()
         start = time.perf_counter()
         step(precision)
-        host.append(time.perf_counter() - start)
         torch.cuda.synchronize()
-        whole.append(time.perf_counter() - start)
-    return statistics.median(host[1:]), statistics.median(whole[1:])
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 def compile_for(net: nn.Module, rows: int, **how: Any) -> None:
@@ -235,14 +249,13 @@ def compile_for(net: nn.Module, rows: int, **how: Any) -> None:
 
     To compile for any number of rows once more took over a minute with the network of Ho et al. 2020.
     """
-    plain = net.forward
+    plain = net._call_impl
     compiled = torch.compile(plain, dynamic=False, **how)
 
-    @functools.wraps(plain)
-    def forward(x: Tensor, *args: Any, **condition: Any) -> Tensor:
-        return (compiled if len(x) == rows else plain)(x, *args, **condition)
+    def call(xt: Tensor, *args: Any, **condition: Any) -> Tensor:
+        return (compiled if len(xt) == rows else plain)(xt, *args, **condition)
 
-    net.forward = forward
+    net._compiled_call_impl = call  # where Module.compile keeps it, and copies of the network go without
 
 
 def check_compiler(device: torch.device, option: str) -> None:
