@@ -13,7 +13,6 @@ seeded by these three alone. So a run that was stopped and resumed does what the
 In its folder: last.pth, best.pth, best_fd.pth, epoch_N.pth, power_STEP.pth, epoch_N.png (samples), metrics.jsonl, train.log.
 """
 
-import contextlib
 import copy
 import itertools
 import logging
@@ -21,6 +20,7 @@ import math
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -144,10 +144,7 @@ class Trainer:
         self.averages.update(self.step)
 
     def _work(self, pixels: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What a step does on the device, but for the averages; x_0 and the gradient's norm.
-
-        On CUDA it may be recorded once, and replayed from then on (training/graph.py).
-        """
+        """What a step does on the device, but for the averages; CUDA may replay it (training/graph.py). x_0 and the norm."""
         x0 = self.model.x0_of(self.train_data.images.to_float(pixels))
         if self.n_classes is not None:
             labels = drop_labels(labels, self.n_classes, self.cfg.label_dropout)
@@ -155,7 +152,8 @@ class Trainer:
         labels = [None] * len(parts) if labels is None else labels.chunk(len(parts))
         loss, terms = torch.zeros((), device=self.device), []
         for i, (part, part_labels) in enumerate(zip(parts, labels, strict=True)):
-            with self._no_sync(unless=i == len(parts) - 1), speed.autocast(self.device, self.cfg.precision):
+            exchange = i == len(parts) - 1 or self.ranks.world == 1  # of gradients between ranks: with the last part
+            with nullcontext() if exchange else self.parallel.no_sync(), speed.autocast(self.device, self.cfg.precision):
                 part_loss = self.parallel(part, self.cfg.chunk_size, condition=self.condition(part_labels))
                 part_loss = part_loss * (len(part) / len(x0))
             self.scaler.scale(part_loss).backward()
@@ -166,17 +164,11 @@ class Trainer:
         self._update(loss, norm, terms)
         return x0, norm
 
-    def _no_sync(self, unless: bool) -> contextlib.AbstractContextManager:
-        """Leave the exchange of gradients between ranks to the last part of a batch."""
-        return contextlib.nullcontext() if unless or self.ranks.world == 1 else self.parallel.no_sync()
-
     @torch.no_grad()
     def _update(self, loss: Tensor, norm: Tensor, terms: list[tuple[Tensor, Tensor] | None]) -> None:
         """Step the optimizer; where a gradient is not finite, the fused step leaves everything as it is."""
-        finite = norm
-        if hasattr(self.model, "log_sigma_square"):  # learnable
-            finite = finite + self.model.log_sigma_square.grad.sum()
-        bad = (~finite.isfinite()).float()
+        total = sum((p.grad.sum() for p in self.model.parameters(recurse=False)), norm)  # with that of a learnable variance
+        bad = (~total.isfinite()).float()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # not by scaler.step, which would set its own
         self.optimizer.step()
         self.scaler.update()
@@ -320,9 +312,7 @@ class Trainer:
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(description="Train a diffusion model.", epilog="See the head of train.py for examples.")
     parser.add_argument("config", help="JSON file")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the config"
-    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys")
     parser.add_argument("-s", "--seed", type=int, help="the same as --set train_cfg.seed=SEED")
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
     way = parser.add_mutually_exclusive_group()
