@@ -27,6 +27,7 @@ class Files(NamedTuple):
 ARENAS = {
     "FashionMNIST": Files("FashionMNIST_fast.json", "FashionMNIST_den.json", "race"),
     "emoji": Files("Emoji_class.json", None, "race_emoji", "{folder}/emoji/{split}"),  # benchmarks/emoji.py makes its folder
+    "CIFAR10": Files("CIFAR10_fast.json", "CIFAR10_den.json", "race_cifar10"),
     "digits": Files("Digits_fast.json", "Digits_den.json", "race_digits", None),
 }
 MODELS = ROOT / "models"  # of the classifiers, not in git
