@@ -5,6 +5,7 @@
     python test.py models/FashionMNIST_den/last.pth -n 1000 --sampler ddim --timesteps 50 --metrics bpd fd
     python test.py models/CelebA_HQ_256_den/last.pth 128 192                   # another height and width
     python test.py models/FashionMNIST_class/last.pth -n 80 --class all --guidance 2            # a row a class
+    python test.py models/FashionMNIST_class/last.pth -n 1000 --class data --guidance 1 1.5 2 --metrics fd
     python test.py models/FashionMNIST_fast/last.pth -n 1000 --ema-length 0.05 0.1 0.2 --metrics fd    # which average is best?
     python test.py models/FashionMNIST_class/last.pth --inpaint shoe.png --mask mask.png        # white: known
     python test.py models/Digits_den/last.pth --report                         # everything on one page, to read in a browser
@@ -16,6 +17,7 @@ measured; report.html, if asked for. The same seed and batch size give the same 
 """
 
 import argparse
+import itertools
 import json
 import math
 import shlex
@@ -206,16 +208,18 @@ def load_model(args: argparse.Namespace, ema_length: float | None, ranks: Ranks)
     return diffusion_of(state, path), state, path
 
 
-def run_each_length(args: argparse.Namespace) -> None:
-    """Sample and measure with the average of each --ema-length, and say with which the first metric is least."""
-    figures = {length: run(args, length) for length in args.ema_length or [None]}
+def run_each(args: argparse.Namespace) -> None:
+    """Sample and measure with each --ema-length and each --guidance, and say with which the first metric is least."""
+    each = itertools.product(args.ema_length or [None], args.guidance or [None])
+    figures = {(length, weight): run(args, length, weight) for length, weight in each}
     if len(figures) > 1 and None not in figures.values():
         best = min(figures, key=figures.get)
-        print(f"least {args.metrics[0]}: {figures[best]:.4f}, with --ema-length {best:g}")
+        flags = [f"{flag} {x:g}" for flag, x in zip(("--ema-length", "--guidance"), best, strict=True) if x is not None]
+        print(f"least {args.metrics[0]}: {figures[best]:.4f}, with {' '.join(flags)}")
 
 
-def run(args: argparse.Namespace, ema_length: float | None) -> float | None:
-    """Do what the flags ask for; the figure of the first metric, if rank 0 has one."""
+def run(args: argparse.Namespace, ema_length: float | None, weight: float | None) -> float | None:
+    """Do what the flags ask for, with one length and one weight; the figure of the first metric, if rank 0 has one."""
     ranks = Ranks(args.device)
     diffusion, state, path = load_model(args, ema_length, ranks)
     diffusion.to(ranks.device)
@@ -233,14 +237,15 @@ def run(args: argparse.Namespace, ema_length: float | None) -> float | None:
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
     labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"), state.get("class_counts"))
-    if args.guidance is not None:
-        guide(diffusion, state, args.guidance, args.interval, args.guide)
+    if weight is not None:
+        guide(diffusion, state, weight, args.interval, args.guide)
     if edit := edit_of(args, shape):
         edit_images(args, edit, diffusion, path, labels, sampler, ranks)
         return None
     evaluation = evaluation_of(args, diffusion, state["config"], ranks)
     metrics = {name: find(name, METRICS, object, "--metrics")(evaluation) for name in args.metrics}
-    folder = path.with_name(f"{path.stem}_gen")
+    weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
+    folder = path.with_name(f"{path.stem}{weight_name}_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
     folder.parent.joinpath(f".{folder.name}.part").unlink()
     if ema_length is not None and ranks.rank == 0:
@@ -262,22 +267,23 @@ def run(args: argparse.Namespace, ema_length: float | None) -> float | None:
         folder.mkdir(exist_ok=True)
         save_pictures(folder, drawn, shown, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
-    results = measure(metrics, folder / "metrics.json", vars(args), precision, ranks)
+    settings = vars(args) | {"ema_length": ema_length, "guidance": weight}
+    results = measure(metrics, folder / "metrics.json", settings, precision, ranks)
     if report and ranks.rank == 0:
         chain = [*diffusion.steps(args.timesteps, sampler), 0], diffusion.network_calls(args.timesteps, sampler)
-        words = in_words(args, precision)
+        words = in_words(args, precision, weight)
         report.write(folder / "report.html", Sampled(drawn, labels, columns, *chain, seconds, words), results)
     first = args.metrics[0] if args.metrics and ranks.rank == 0 else None
     return results[first][metrics[first].figure] if first in results and hasattr(metrics[first], "figure") else None
 
 
-def in_words(args: argparse.Namespace, precision: str) -> str:
+def in_words(args: argparse.Namespace, precision: str, weight: float | None) -> str:
     """How the samples are drawn."""
     steps = "all steps" if args.timesteps is None else f"{args.timesteps} steps"
     words = [f"{args.sampler} in {steps}", precision]
     words += [f"eta {args.eta:g}"] if args.eta else []
     words += ["raw weights"] if args.raw else []
-    words += [] if args.guidance is None else [f"guidance {args.guidance:g}"]
+    words += [] if weight is None else [f"guidance {weight:g}"]
     return ", ".join(words)
 
 
@@ -313,7 +319,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the sampler ddim: 0 none, 1 as much as ddpm")
     parser.add_argument("--no-clip", action="store_true", help="do not keep each predicted x_0 in [-1, 1]")
     parser.add_argument("--class", dest="label", help="a number, a name, all for a row of each, or data for their shares there")
-    parser.add_argument("--guidance", type=float, metavar="WEIGHT", help="1 is the network alone, more exaggerates the class")
+    parser.add_argument(
+        "--guidance",
+        nargs="+",
+        type=float,
+        metavar="WEIGHT",
+        help="1 is the network alone, more exaggerates the class; with several, samples of each",
+    )
     parser.add_argument("--guide", metavar="WEAKER.pth", help="guide away from this checkpoint instead of from no label")
     parser.add_argument("--interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="times in which the guidance acts")
     parser.add_argument("--inpaint", metavar="IMAGE", help="draw anew what --mask leaves black")
@@ -360,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         _check(args)
-        run_each_length(args)
+        run_each(args)
 
     try:
         return run_script("test.py", work)
@@ -382,10 +394,15 @@ def _check(args: argparse.Namespace) -> None:
         raise Mistake("--raw and --ema-length are weights of two kinds")
     if any(not 0 < length <= MAX_LENGTH for length in args.ema_length or []):
         raise Mistake(f"--ema-length {' '.join(map(str, args.ema_length))}: must be above 0 and at most {MAX_LENGTH:.4f}")
-    if len(args.ema_length or []) > 1 and not args.metrics:
-        raise Mistake("--ema-length with several lengths needs --metrics to tell them apart")
-    if args.report and any(getattr(args, kind) for kind in EDITS):
-        raise Mistake(f"--report is of samples: leave out --{', --'.join(kind for kind in EDITS if getattr(args, kind))}")
+    if not all(map(math.isfinite, args.guidance or [])):
+        raise Mistake(f"--guidance {' '.join(map(str, args.guidance))}: a weight must be a finite number")
+    edits = [f"--{kind}" for kind in EDITS if getattr(args, kind)]
+    for flag, values in (("--ema-length", args.ema_length), ("--guidance", args.guidance)):
+        if len(values or []) > 1 and (edits or not args.metrics):
+            of_edits = f", and {edits[0]} has none" if edits else ""
+            raise Mistake(f"{flag} with several values needs --metrics to tell them apart{of_edits}")
+    if args.report and edits:
+        raise Mistake(f"--report is of samples: leave out {', '.join(edits)}")
     if args.seed < 0:
         raise Mistake(f"--seed = {args.seed}: must be at least 0")
 

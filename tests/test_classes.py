@@ -1,5 +1,6 @@
 """Classes, guidance and editing as a user runs them: train.py with labels, and the flags of test.py."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import checkpoint
 import test as sampling
 import train
 from dataset import Digits
+from evaluation.metrics import METRICS
 from evaluation.sampling import labels_by_row
 
 CLASSES = ("time_aware_net.kwargs.n_classes=10", "dataset.train.pipeline=[]", "dataset.valid.pipeline=[]")
@@ -101,6 +103,37 @@ def test_guidance_of_weight_1_is_the_network_alone_and_others_are_not(run):
     assert pictures["3"] != pictures["alone"]
 
 
+class Brightness:
+    """A metric: how bright the samples are."""
+
+    uses_model, figure = False, "mean"
+
+    def __init__(self, evaluation):
+        self.evaluation = evaluation
+
+    def measure(self):
+        return {"mean": self.evaluation.samples.mean().item()}
+
+    describe = staticmethod(str)
+
+
+def test_of_several_weights_the_one_with_the_least_metric_is_named(run, monkeypatch, capsys):
+    """And each has a folder with the samples that it has alone."""
+    monkeypatch.setitem(METRICS, "brightness", Brightness)
+    flags = ["-n", "20", "--class", "all", "--metrics", "brightness"]
+    assert draw(run, *flags, "--guidance", "1", "8", "2") == 0
+    last, found = capsys.readouterr().out.splitlines()[-1], {}
+    for weight in ("1", "8", "2"):
+        folder = run / f"last_guidance{weight}_gen"
+        results = json.loads((folder / "metrics.json").read_text())
+        found[weight] = results["brightness"]["mean"]
+        assert results["settings"]["guidance"] == float(weight)
+        assert draw(run, *flags, "--guidance", weight) == 0
+        assert (run / "last_gen" / "grid.png").read_bytes() == (folder / "grid.png").read_bytes()
+    assert len(set(found.values())) == 3
+    assert last == f"least brightness: {min(found.values()):.4f}, with --guidance {min(found, key=found.get)}"
+
+
 @pytest.mark.parametrize(
     ("flags", "kind"),
     [
@@ -126,7 +159,9 @@ def test_an_edit_writes_its_samples_and_keeps_what_it_must(flags, kind, run):
         (["--class", "10"], ["--class 10", "0..9"]),
         (["--class", "cat"], ["--class cat", "be all"]),
         (["--class", "all", "-n", "9"], ["-n 9", "10 classes"]),
-        (["--guidance", "nan"], ["--guidance", "weight"]),
+        (["--guidance", "2", "nan"], ["--guidance 2.0 nan", "weight"]),
+        (["--guidance", "2", "1"], ["--guidance with several values needs --metrics"]),
+        (["--guidance", "2", "1", "--metrics", "fd", "--upscale", "small.png"], ["and --upscale has none"]),
         (["--guide", "last.pth"], ["need --guidance"]),
         (["--guidance", "2", "--guide", "none.pth"], ["none.pth: no such checkpoint"]),
         (["--guidance", "2", "--metrics", "bpd"], ["no likelihood"]),
