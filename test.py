@@ -5,7 +5,7 @@
     python test.py models/FashionMNIST_den/last.pth -n 1000 --sampler ddim --timesteps 50 --metrics bpd fd
     python test.py models/CelebA_HQ_256_den/last.pth 128 192                   # another height and width
     python test.py models/FashionMNIST_class/last.pth -n 80 --class all --guidance 2            # a row a class
-    python test.py models/FashionMNIST_class/last.pth -n 1000 --class data --guidance 1 1.5 2 --metrics fd
+    python test.py models/FashionMNIST_class/last.pth -n 1000 --class data --guidance 1,1.5,2 --metrics fd
     python test.py models/FashionMNIST_fast/last.pth -n 1000 --ema-length 0.05 0.1 0.2 --metrics fd    # which average is best?
     python test.py models/FashionMNIST_class/last.pth --inpaint shoe.png --mask mask.png        # white: known
     python test.py models/Digits_den/last.pth --report                         # everything on one page, to read in a browser
@@ -302,6 +302,11 @@ def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ra
     return results
 
 
+def numbers(text: str) -> list[float]:
+    """With commas between them: of numbers with spaces, a checkpoint that follows would be one more."""
+    return [float(number) for number in text.split(",")]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(description="Sample from a checkpoint.", epilog="See the head of test.py for examples.")
     parser.add_argument("checkpoint")
@@ -321,10 +326,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--class", dest="label", help="a number, a name, all for a row of each, or data for their shares there")
     parser.add_argument(
         "--guidance",
-        nargs="+",
-        type=float,
+        type=numbers,
         metavar="WEIGHT",
-        help="1 is the network alone, more exaggerates the class; with several, samples of each",
+        help="1 is the network alone, more exaggerates the class; 1,1.5,2 for samples with each",
     )
     parser.add_argument("--guide", metavar="WEAKER.pth", help="guide away from this checkpoint instead of from no label")
     parser.add_argument("--interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="times in which the guidance acts")
@@ -395,7 +399,7 @@ def _check(args: argparse.Namespace) -> None:
     if any(not 0 < length <= MAX_LENGTH for length in args.ema_length or []):
         raise Mistake(f"--ema-length {' '.join(map(str, args.ema_length))}: must be above 0 and at most {MAX_LENGTH:.4f}")
     if not all(map(math.isfinite, args.guidance or [])):
-        raise Mistake(f"--guidance {' '.join(map(str, args.guidance))}: a weight must be a finite number")
+        raise Mistake(f"--guidance {','.join(map(str, args.guidance))}: a weight must be a finite number")
     edits = [f"--{kind}" for kind in EDITS if getattr(args, kind)]
     for flag, values in (("--ema-length", args.ema_length), ("--guidance", args.guidance)):
         if len(values or []) > 1 and (edits or not args.metrics):

@@ -121,7 +121,7 @@ def test_of_several_weights_the_one_with_the_least_metric_is_named(run, monkeypa
     """And each has a folder with the samples that it has alone."""
     monkeypatch.setitem(METRICS, "brightness", Brightness)
     flags = ["-n", "20", "--class", "all", "--metrics", "brightness"]
-    assert draw(run, *flags, "--guidance", "1", "8", "2") == 0
+    assert sampling.main(["--guidance", "1,8,2", str(run / "last.pth"), "--device", "cpu", "--timesteps", "5", *flags]) == 0
     last, found = capsys.readouterr().out.splitlines()[-1], {}
     for weight in ("1", "8", "2"):
         folder = run / f"last_guidance{weight}_gen"
@@ -159,9 +159,9 @@ def test_an_edit_writes_its_samples_and_keeps_what_it_must(flags, kind, run):
         (["--class", "10"], ["--class 10", "0..9"]),
         (["--class", "cat"], ["--class cat", "be all"]),
         (["--class", "all", "-n", "9"], ["-n 9", "10 classes"]),
-        (["--guidance", "2", "nan"], ["--guidance 2.0 nan", "weight"]),
-        (["--guidance", "2", "1"], ["--guidance with several values needs --metrics"]),
-        (["--guidance", "2", "1", "--metrics", "fd", "--upscale", "small.png"], ["and --upscale has none"]),
+        (["--guidance", "2,nan"], ["--guidance 2.0,nan", "weight"]),
+        (["--guidance", "2,1"], ["--guidance with several values needs --metrics"]),
+        (["--guidance", "2,1", "--metrics", "fd", "--upscale", "small.png"], ["and --upscale has none"]),
         (["--guide", "last.pth"], ["need --guidance"]),
         (["--guidance", "2", "--guide", "none.pth"], ["none.pth: no such checkpoint"]),
         (["--guidance", "2", "--metrics", "bpd"], ["no likelihood"]),
