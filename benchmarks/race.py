@@ -36,8 +36,10 @@ of bf16 and fp32.
                 normalisations in 8 groups, and its DDPMScheduler
 
 With --classes, ours has n_classes and ddp is the module classifier_free_guidance of its package, with the same settings but for
-the schedule, which is cosine; both hide a tenth of the labels. Samples are of the classes in the training images' shares,
-guided by --guidance, by default what suits the racer, with two calls a step. diffusers' script and pipeline know no labels.
+the schedule, which is cosine; both hide a tenth of the labels. Samples are of the classes in the training images' shares, and
+guided, with two calls a step. Which weight suits a network depends on how far it has come, so each run has its own: --guidance,
+or of 1.5, 2, 3, 4 and 6, as far as it pays, the one whose first 250 samples are nearest to training images that the classifier
+was not trained on. The validation images have no part in it. diffusers' script and pipeline know no labels.
 Without --classes, no racer sees the labels; the classes of ours and of ddp-tuned are --clusters of alike images
 (dataset.clusters), by default as many as our config has, and the budget pays for finding them.
 
@@ -47,6 +49,7 @@ A peer's run is one run of the largest budget where its learning rate does not k
 import argparse
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -86,6 +89,7 @@ from training.speed import autocast, has_bfloat16
 PEER_BATCH, DDP_DIM = 16, 16
 OF_OUR_CONFIG = -1  # clusters: as many as our config for the data has
 WAIT_STEPS = 50  # on CUDA, steps between two looks at the clock
+GUIDANCE, CHOSEN_BY = (1.5, 2.0, 3.0, 4.0, 6.0), 250  # its weights, and the samples that choose one
 
 
 @dataclass
@@ -100,7 +104,7 @@ class Finish:
     gflop: float  # of a training step
     calls: int  # network calls a sample, at most
     precision: str
-    sample: Callable[[int], Tensor]  # a batch of float images in [-1, 1]
+    sample: Callable[[int, float | None], Tensor]  # a batch of float images in [-1, 1], by a weight of guidance if labelled
 
 
 class Clock:
@@ -174,11 +178,11 @@ def _of_config(path: Path, args: argparse.Namespace, device: torch.device) -> It
 def _finish_of(args: argparse.Namespace, budget: float, seconds: float, run: Trainer, diffusion) -> Finish:
     steps, precision = steps_within(diffusion, args.sampler, args.calls // _calls_a_step(args)), run.cfg.precision
     x0 = torch.zeros(run.cfg.batch_size, *run.shape, device=run.device)
-    if args.labelled:
-        diffusion.time_aware_net = ClassifierFreeGuidance(diffusion.time_aware_net, args.guidance)
+    net = diffusion.time_aware_net
 
-    def sample(n: int) -> Tensor:
+    def sample(n: int, guidance: float | None) -> Tensor:
         condition = {"label": _labels(args.arena, n, run.device)} if args.labelled else None
+        diffusion.time_aware_net = ClassifierFreeGuidance(net, guidance) if args.labelled else net
         with autocast(run.device, precision):
             return diffusion.sample((n, *run.shape), args.sampler, steps, clip_x0=True, condition=condition)
 
@@ -251,10 +255,10 @@ def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
         optimizer.zero_grad()
         ema.update()
 
-    def sample(n: int) -> Tensor:
+    def sample(n: int, guidance: float | None) -> Tensor:
         how = {"batch_size": n}
         if args.labelled:
-            how = {"classes": _labels(args.arena, n, device), "cond_scale": args.guidance, "rescaled_phi": 0.0}
+            how = {"classes": _labels(args.arena, n, device), "cond_scale": guidance, "rescaled_phi": 0.0}
         with autocast(device, precision):
             return ema.ema_model.eval().sample(**how).float() * 2 - 1
 
@@ -315,7 +319,7 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
         if ema:
             ema.step(unet.parameters())
 
-    def sample(n: int) -> Tensor:
+    def sample(n: int, guidance: None) -> Tensor:
         kinds = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}
         scheduler = kinds[args.diffusers_sampler or "ddim"].from_config(noising.config)
         pipeline = diffusers.DDPMPipeline(unet.eval(), scheduler)
@@ -378,13 +382,12 @@ def _first_images(args: argparse.Namespace, device: torch.device) -> Tensor:
 
 
 RACERS: dict[str, tuple[Callable, dict]] = {
-    "ours": (ours, {"guidance": 2.0, "clusters": OF_OUR_CONFIG}),
-    "plain": (plain, {"guidance": 1.5}),
-    "ddp": (ddp, {"guidance": 1.5}),
+    "ours": (ours, {"clusters": OF_OUR_CONFIG}),
+    "plain": (plain, {}),
+    "ddp": (ddp, {}),
     "ddp-tuned": (
         ddp,
         {
-            "guidance": 3.0,
             "clusters": OF_OUR_CONFIG,
             "lr": 2e-3,
             "predicts": "x0",
@@ -453,19 +456,40 @@ def worker(args: argparse.Namespace) -> None:
 def _show_samples(args: argparse.Namespace, finish: Finish, device: torch.device) -> None:
     """Draw samples into a file, and print a line of JSON; the race's own random state stays as it is."""
     state = torch.get_rng_state()
-    torch.manual_seed(args.seed)
-    clock, batches = Clock(device), []
+    chosen = args.guidance
+    if args.labelled and chosen is None:
+        chosen = _chosen_guidance(args, finish, Measure(replace(args.arena, clusters=None), device))
+    clock = Clock(device)
     clock.start()
-    for first in tqdm(range(0, args.n, 100), desc="sampling", unit="batch"):
-        with torch.no_grad():
-            batches.append(to_uint8(finish.sample(min(100, args.n - first))).cpu())
+    samples = _draw(args, finish, args.n, chosen)
     seconds = clock.stop()
     torch.set_rng_state(state)
     path = samples_path(args.arena, args.name, finish.budget, args.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(torch.cat(batches), path)
+    torch.save(samples, path)
     row = {name: value for name, value in vars(finish).items() if name != "sample"}
-    print(json.dumps(row | {"sampling s": seconds, "samples": str(path)}), flush=True)
+    print(json.dumps(row | {"guidance": chosen, "sampling s": seconds, "samples": str(path)}), flush=True)
+
+
+def _chosen_guidance(args: argparse.Namespace, finish: Finish, measure: Measure) -> float:
+    """The weight before the first with which samples are further from training images that the features were not trained on."""
+    chosen, least = None, math.inf
+    for weight in GUIDANCE:
+        distance = measure.to_unseen(_draw(args, finish, min(CHOSEN_BY, args.n), weight))
+        if distance >= least:
+            break
+        chosen, least = weight, distance
+    return chosen
+
+
+def _draw(args: argparse.Namespace, finish: Finish, n: int, guidance: float | None) -> Tensor:
+    """The first n samples of the seed, uint8."""
+    torch.manual_seed(args.seed)
+    batches = []
+    for first in tqdm(range(0, n, 100), desc=f"sampling, guidance {guidance}", unit="batch"):
+        with torch.no_grad():
+            batches.append(to_uint8(finish.sample(min(100, n - first), guidance)).cpu())
+    return torch.cat(batches)
 
 
 def rows_of(args: argparse.Namespace, name: str, racer: str, seed: int, measure: Measure) -> Iterator[dict]:
@@ -551,7 +575,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--clusters", type=int, help="without --classes: so many clusters of images are the classes; 0 for none"
     )
-    parser.add_argument("--guidance", type=float, help="with classes or clusters: its weight; two calls a step, unless 1")
+    parser.add_argument("--guidance", type=float, help="with classes or clusters: the weight, by default the run's best")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of our config")
     parser.add_argument("--name", help="of the row, by default the racer and what is overridden")
     parser.add_argument("--quick", action="store_true", help="10 seconds and 200 samples each")
@@ -563,9 +587,8 @@ def main(argv: list[str] | None = None) -> None:
         args.budget, args.n = [10.0], 200
     if (args.classes or args.clusters) and any(RACERS[racer][0] is of_diffusers for racer in args.racers):
         parser.error("--classes, --clusters: the training script and the pipeline of diffusers know no labels; see --racers")
-    of_peers = [
-        f"--{name.replace('_', '-')}" for name in SEARCHED if name not in RACERS["ours"][1] and getattr(args, name) is not None
-    ]
+    of_all = ("guidance", "clusters")
+    of_peers = [f"--{name.replace('_', '-')}" for name in SEARCHED if name not in of_all and getattr(args, name) is not None]
     if of_peers and {"ours", "plain"} & set(args.racers):
         parser.error(f"{', '.join(of_peers)}: of the peers, and ours has --set; see --racers")
     without = [data for data in args.data if not ARENAS[data].plain]
