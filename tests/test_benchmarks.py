@@ -300,16 +300,16 @@ def test_the_scale_is_of_images_that_the_features_were_not_trained_on(count, n, 
     assert len(common) == (0 if count == 6000 else 540)
 
 
-@pytest.mark.parametrize(("best", "asked"), [(1.5, [1.5, 2]), (3, [1.5, 2, 3, 4]), (9, [1.5, 2, 3, 4, 6])])
+@pytest.mark.parametrize(("best", "asked"), [(1.5, [1.5, 2]), (3, [1.5, 2, 3, 4]), (14, [1.5, 2, 3, 4, 6, 8, 12])])
 def test_a_run_is_guided_by_the_weight_before_its_samples_get_worse(best, asked):
-    weights, measure = [], SimpleNamespace(to_unseen=lambda samples: abs(samples.float().mean().item() / 25.5 - best))
+    weights, measure = [], SimpleNamespace(to_unseen=lambda samples: abs(samples.float().mean().item() / 12.75 - best))
 
     def sample(n: int, weight: float) -> torch.Tensor:
         weights.append(weight)
-        return torch.full((n, 1, 1, 1), weight / 5 - 1)  # as uint8 25.5 times the weight
+        return torch.full((n, 1, 1, 1), weight / 10 - 1)  # as uint8 12.75 times the weight
 
     args = SimpleNamespace(seed=0, n=100)
-    assert race._chosen_guidance(args, SimpleNamespace(sample=sample), measure) == asked[-2 if best < 9 else -1]
+    assert race._chosen_guidance(args, SimpleNamespace(sample=sample), measure) == asked[-2 if best < 12 else -1]
     assert weights == asked
 
 
