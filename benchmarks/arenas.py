@@ -127,7 +127,7 @@ class Measure:
 
     def to_unseen(self, samples: Tensor) -> float:
         """The Fréchet distance of samples to the training images that the features were not trained on."""
-        return frechet_distance(self._statistics(samples), self._statistics(self._unseen))
+        return frechet_distance(self._statistics(samples), self._unseen_statistics)
 
     @functools.cached_property
     def _unseen(self) -> Tensor:
@@ -137,6 +137,10 @@ class Measure:
         if len(held_out) < FEW_IMAGES:
             held_out = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return images[held_out]
+
+    @functools.cached_property
+    def _unseen_statistics(self) -> FeatureStatistics:
+        return self._statistics(self._unseen)
 
     def nearest(self, samples: Tensor) -> float:
         """The mean over samples of the distance to the nearest training image: root mean square over pixels, in [0, 2].

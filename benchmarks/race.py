@@ -456,7 +456,7 @@ def worker(args: argparse.Namespace) -> None:
 def _show_samples(args: argparse.Namespace, finish: Finish, device: torch.device) -> None:
     """Draw samples into a file, and print a line of JSON; the race's own random state stays as it is."""
     state = torch.get_rng_state()
-    chosen = args.guidance
+    chosen = args.guidance if args.labelled else None
     if args.labelled and chosen is None:
         chosen = _chosen_guidance(args, finish, Measure(replace(args.arena, clusters=None), device))
     clock = Clock(device)
@@ -487,7 +487,7 @@ def _draw(args: argparse.Namespace, finish: Finish, n: int, guidance: float | No
     """The first n samples of the seed, uint8."""
     torch.manual_seed(args.seed)
     batches = []
-    for first in tqdm(range(0, n, 100), desc=f"sampling, guidance {guidance}", unit="batch"):
+    for first in tqdm(range(0, n, 100), desc="sampling", unit="batch"):
         with torch.no_grad():
             batches.append(to_uint8(finish.sample(min(100, n - first), guidance)).cpu())
     return torch.cat(batches)
@@ -576,7 +576,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--clusters", type=int, help="without --classes: so many clusters of images are the classes; 0 for none"
     )
-    parser.add_argument("--guidance", type=float, help="with classes or clusters: the weight, by default the run's best")
+    parser.add_argument(
+        "--guidance", type=float, help="with classes or clusters: the weight, else the run's best; 1 is one call"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of our config")
     parser.add_argument("--name", help="of the row, by default the racer and what is overridden")
     parser.add_argument("--quick", action="store_true", help="10 seconds and 200 samples each")

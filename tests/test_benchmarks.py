@@ -288,16 +288,20 @@ def test_the_scale_is_of_images_that_the_features_were_not_trained_on(count, n, 
     seen, measured = [], []
     untrained = features.SmallClassifier(1, 2, "untrained")
     monkeypatch.setattr(features, "train_classifier", lambda images, *args: seen.append(images) or untrained)
-    monkeypatch.setattr(arenas, "frechet_distance", lambda images, real: measured.append(images) or 1.0)
+    monkeypatch.setattr(arenas, "frechet_distance", lambda images, real: measured.append((images, real)) or 1.0)
     monkeypatch.setattr(arenas.Measure, "_statistics", lambda self, images: images)
     arena = SimpleNamespace(
         images=lambda split: (train, labels),
         classifier=lambda device: features.cached_classifier(tmp_path / "c.pth", train, labels, "numbers"),
     )
-    ends = arenas.Measure(arena, CPU).of_data(n)
+    measure = arenas.Measure(arena, CPU)
+    ends = measure.of_data(n)
     assert next(iter(ends)) == f"{min(600, n)} training images"
-    common = set(map(bytes, seen[0].flatten(1).numpy())) & set(map(bytes, measured[0].flatten(1).numpy()))
+    chosen = measured[0][0]
+    common = set(map(bytes, seen[0].flatten(1).numpy())) & set(map(bytes, chosen.flatten(1).numpy()))
     assert len(common) == (0 if count == 6000 else 540)
+    measure.to_unseen(train[:3])
+    assert torch.equal(measured[-1][1][: len(chosen)], chosen)
 
 
 @pytest.mark.parametrize(("best", "asked"), [(1.5, [1.5, 2]), (3, [1.5, 2, 3, 4]), (14, [1.5, 2, 3, 4, 6, 8, 12])])
