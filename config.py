@@ -113,10 +113,11 @@ class TrainConfig:
             raise ValueError(f"model_save_dirpath = {self.model_save_dirpath!r}: must name a folder")
 
 
-# What --resume may change: nothing that the weights depend on.
+# What --resume may change: how long a run is, what it shows, and how it is computed, but for the precision.
 MAY_CHANGE = {"epochs", "max_steps", "record_period", "save_period", "save_best", "save_minutes", "sample_period"}
-MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers", "cuda_graph"}
+MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers"}
 MAY_CHANGE |= {"metric_period", "metrics", "metric_samples", "metric_features", "metric_share", "power_ema_snapshots"}
+MAY_CHANGE |= {"cuda_graph", "compile"}
 
 
 # Checks

@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(description="Show the images of a config as its network will see them, and one as it is noised.")
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--split", default="train", choices=["train", "valid", "test"], help="by default %(default)s")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the config")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys")
     parser.add_argument("--output", metavar="PNG", help="by default models/CONFIG_data.png")
     args = parser.parse_args(argv)
 

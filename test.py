@@ -177,6 +177,7 @@ def edit_images(
     """Draw what an edit asks for, and save it beside the checkpoint's path."""
     if ranks.world > 1:
         raise Mistake(f"--{edit.kind}: is done by one process; start test.py without torchrun")
+    speed.set_flags("fp32")
     how = {"timesteps": args.timesteps, "clip_x0": not args.no_clip}
     how |= {"sampler": sampler} if edit.kind == "from" else {}
     samples = edit.samples(diffusion, args.n, args.batch_size, args.seed, labels, **how)
@@ -239,6 +240,8 @@ def run(args: argparse.Namespace, ema_length: float | None, weight: float | None
     labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"), state.get("class_counts"))
     if weight is not None:
         guide(diffusion, state, weight, args.interval, args.guide)
+        if labels is None and not args.guide:
+            raise Mistake("--guidance: exaggerates a class; add --class (a number, a name, all or data), or --guide WEAKER")
     if edit := edit_of(args, shape):
         edit_images(args, edit, diffusion, path, labels, sampler, ranks)
         return None
@@ -247,7 +250,7 @@ def run(args: argparse.Namespace, ema_length: float | None, weight: float | None
     weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
     folder = path.with_name(f"{path.stem}{weight_name}_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
-    folder.parent.joinpath(f".{folder.name}.part").unlink()
+    folder.parent.joinpath(f".{folder.name}.part").unlink(missing_ok=True)  # another rank may have been here
     if ema_length is not None and ranks.rank == 0:
         save(path, state)
     report = Report(evaluation, metrics, path, state, args.command) if args.report else None
@@ -356,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--weighting", default="bound", choices=get_args(Weighting), help="of accuracy: noisy suits images")
     parser.add_argument("--features", default="classifier", choices=["classifier", "inception"], help="what fd is taken in")
-    parser.add_argument("--classifier", help="its file, by default models/classifier_DATASET.pth")
+    parser.add_argument("--classifier", help="its file, by default models/classifier_DATASET_....pth")
     parser.add_argument(
         "--fit-variance", type=int, metavar="N", help="first fit sigma_t^2 to N training images; saves NAME_fitted.pth"
     )
@@ -405,6 +408,12 @@ def _check(args: argparse.Namespace) -> None:
         if len(values or []) > 1 and (edits or not args.metrics):
             of_edits = f", and {edits[0]} has none" if edits else ""
             raise Mistake(f"{flag} with several values needs --metrics to tell them apart{of_edits}")
+    ignored = {"--metrics": args.metrics, "--fit-variance": args.fit_variance, "--compile": args.compile, "--eta": args.eta}
+    ignored |= {"--precision": args.precision != "fp32"}
+    if edits and any(ignored.values()):
+        raise Mistake(f"{edits[0]}: leave out {', '.join(flag for flag, given in ignored.items() if given)}")
+    if args.interpolate and args.n == 1:
+        raise Mistake("-n 1: --interpolate needs at least 2, the two ends")
     if args.report and edits:
         raise Mistake(f"--report is of samples: leave out {', '.join(edits)}")
     if args.seed < 0:

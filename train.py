@@ -113,8 +113,7 @@ class Trainer:
         self.valid_data = Batches(images["valid"], cfg, self.ranks, False, cfg.valid_images, check)
         self.total_steps = min(cfg.epochs * self.train_data.steps, cfg.max_steps or math.inf)
         self.model.to(self.device)
-        if len(self.shape) == 3:
-            self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval()
 
     def _start_counters(self) -> None:
@@ -248,7 +247,7 @@ class Trainer:
         self.record(bar, valid_loss, seconds, self.quality.measure(epoch, last))
         self.closed = self.step
         better, due = valid_loss < self.best_loss, cfg.save_period and epoch % cfg.save_period == 0
-        self.best_loss = min(valid_loss, self.best_loss)
+        self.best_loss = valid_loss if better else self.best_loss  # min() may keep a nan
         save_last = last or not cfg.save_minutes
         names = ["best.pth"] * (better and cfg.save_best) + ["best_fd.pth"] * self.quality.better
         state = take_state(self) if names or due or save_last else None

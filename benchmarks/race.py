@@ -163,6 +163,8 @@ def _of_config(path: Path, args: argparse.Namespace, device: torch.device) -> It
         settings += ["train_cfg.epochs=1000000", f"train_cfg.seed={args.seed}"]
         clock = Clock(device)
         clock.total = args.arena.seconds
+        if clock.total >= budget:
+            sys.exit(f"{args.name}: to find the clusters took {clock.total:.0f} s of {budget:g}")
         probe = _Waiting(load_config(path, settings), args.device, overwrite=True)
         probe.folder.close()
         config = probe.config  # in which the precision is chosen
@@ -455,15 +457,13 @@ def worker(args: argparse.Namespace) -> None:
 
 def _show_samples(args: argparse.Namespace, finish: Finish, device: torch.device) -> None:
     """Draw samples into a file, and print a line of JSON; the race's own random state stays as it is."""
-    state = torch.get_rng_state()
-    chosen = args.guidance if args.labelled else None
-    if args.labelled and chosen is None:
-        chosen = _chosen_guidance(args, finish, Measure(replace(args.arena, clusters=None), device))
-    clock = Clock(device)
-    clock.start()
-    samples = _draw(args, finish, args.n, chosen)
-    seconds = clock.stop()
-    torch.set_rng_state(state)
+    chosen, clock = args.guidance if args.labelled else None, Clock(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if args.labelled and chosen is None:
+            chosen = _chosen_guidance(args, finish, Measure(replace(args.arena, clusters=None), device))
+        clock.start()
+        samples = _draw(args, finish, args.n, chosen)
+        seconds = clock.stop()
     path = samples_path(args.arena, args.name, finish.budget, args.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(samples, path)

@@ -212,7 +212,7 @@ def _load(path: Path, key: dict) -> dict:
     except Exception as error:  # what torch.load raises depends on the bytes
         raise ValueError(f"path = {path}: cannot be read as a classifier ({type(error).__name__}); {cure}") from error
     if not isinstance(saved, dict) or saved.get("format") != CLASSIFIER_FORMAT:
-        raise ValueError(f"path = {path}: is not a classifier of this version of metrics.py; {cure}")
+        raise ValueError(f"path = {path}: is not a classifier of this version; {cure}")
     wrong = [k for k in key if saved.get(k, key[k] if k == "contents" else None) != key[k]]  # older files do not say theirs
     if wrong:
         found, asked = (", ".join(f"{k} {which.get(k)}" for k in wrong) for which in (saved, key))

@@ -9,6 +9,8 @@ A distance means something only beside the name of its extractor and the number 
 METRICS is what `test.py --metrics` offers; a metric of your own is a class like those at the end.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -158,9 +160,13 @@ def image_statistics(batches: Iterable[Tensor], extractor: nn.Module) -> Feature
     return statistics
 
 
-def frechet(samples: Iterable[Tensor], real: Iterable[Tensor], extractor: nn.Module) -> dict[str, Any]:
-    """The Fréchet distance of two sets of images, each in batches [B, C, H, W] in [-1, 1], and what it is the distance of."""
-    made, there = image_statistics(samples, extractor), image_statistics(real, extractor)
+def frechet(samples: Iterable[Tensor], real: Iterable[Tensor] | FeatureStatistics, extractor: nn.Module) -> dict[str, Any]:
+    """The Fréchet distance of two sets of images, each in batches [B, C, H, W] in [-1, 1], and what it is the distance of.
+
+    real may also be the statistics of those images, by the same extractor.
+    """
+    made = image_statistics(samples, extractor)
+    there = real if isinstance(real, FeatureStatistics) else image_statistics(real, extractor)
     distance = frechet_distance(made, there)
     return {"distance": distance, "samples": made.count, "real": there.count, "features": extractor.name}
 
@@ -235,7 +241,7 @@ class Evaluation:
     bpd_timesteps: int | None = None
     weighting: Weighting = "bound"  # by which classes are told apart
     features: str = "classifier"  # or "inception"
-    classifier: str | None = None  # its file; None for models/classifier_DATASET.pth
+    classifier: str | None = None  # its file; None for one in models/, of this data set
     guided: bool = False  # are the samples drawn with guidance?
     samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
     check: Callable[[], object] = lambda: None  # called before each batch of images
@@ -263,7 +269,8 @@ def build_extractor(e: Evaluation) -> nn.Module:
     train, name = build_dataset({"dataset": dataset}, "train"), dataset["name"]
     if train.labels is None:
         raise Mistake(f"--features classifier: {name} has no labels to train one on; --features inception needs none")
-    path = Path(e.classifier or f"models/classifier_{name}.pth")
+    mark = hashlib.sha256(json.dumps(dataset["train"], sort_keys=True).encode()).hexdigest()[:8]  # not of another ImageFolder
+    path = Path(e.classifier or f"models/classifier_{name}_{mark}.pth")
     path.parent.mkdir(parents=True, exist_ok=True)
     images = torch.stack([train.pixels(i) for i in range(len(train))])
     return cached_classifier(path, images, train.labels, name, device=e.ranks.device)
@@ -305,7 +312,7 @@ class FrechetDistance:
 
     def __init__(self, evaluation: Evaluation):
         """Refuse what cannot be measured, before the first network call; train the classifier, if there is none yet."""
-        self.evaluation = evaluation
+        self.evaluation, self.real = evaluation, None
         if evaluation.ranks.rank:
             return
         needed = 1 + {"classifier": SmallClassifier, "inception": InceptionFeatures}[evaluation.features].n_features
@@ -318,8 +325,10 @@ class FrechetDistance:
 
     def measure(self) -> dict[str, Any]:
         e = self.evaluation
-        real = e.images("valid", ranks=Ranks(str(e.ranks.device), alone=True))
-        return frechet(e.samples.split(e.batch_size), (x0 for x0, _ in real), self.extractor)
+        if self.real is None:  # once a run
+            images = e.images("valid", ranks=Ranks(str(e.ranks.device), alone=True))
+            self.real = image_statistics((x0 for x0, _ in images), self.extractor)
+        return frechet(e.samples.split(e.batch_size), self.real, self.extractor)
 
     @staticmethod
     def describe(found: dict[str, Any]) -> str:

@@ -126,7 +126,8 @@ class Report:
 
     def _summary(self, title: str) -> str:
         state, results, net = self.state, self.results, self.evaluation.diffusion.time_aware_net
-        rows = [("Trained for", f"{state['step']:,}", f"steps, {state['epoch']} epochs")]
+        epochs = "" if state.get("epoch") is None else f", {state['epoch']} epochs"  # which a snapshot of averages does not say
+        rows = [("Trained for", f"{state['step']:,}", f"steps{epochs}")]
         rows.append(("Network", f"{_size(net):,}", "parameters"))
         if bpd := results.get("bpd"):
             error = f"± {bpd['standard_error']:.4f} bits per dimension, on {bpd['images']} validation images"

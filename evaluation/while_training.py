@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from config import find
-from evaluation.metrics import METRICS, BitsPerDimension, Evaluation
+from evaluation.metrics import METRICS, Accuracy, BitsPerDimension, Evaluation
 from evaluation.pictures import grid, save_png
 from evaluation.sampling import draw, evenly, labels_by_row
 from mistakes import Mistake
@@ -123,7 +123,7 @@ class Quality:
         if not cfg.metric_period or not (last or epoch % cfg.metric_period == 0) or self._too_long(epoch):
             return {}
         begin = time.monotonic()
-        if any(not isinstance(metric, BitsPerDimension) for metric in self.metrics.values()):
+        if any(not isinstance(metric, BitsPerDimension | Accuracy) for metric in self.metrics.values()):
             self.evaluation.samples = self._draw(cfg.metric_samples)
         found = {}
         for name, metric in self.metrics.items():
@@ -142,7 +142,7 @@ class Quality:
         """Is it the least distance so far? The first rank's word counts, since all of them save together."""
         distance = found.get("fd", {}).get("distance", math.inf)
         self.better = self.run.ranks.largest(float(distance < self.best_fd)) > 0
-        self.best_fd = min(distance, self.best_fd)
+        self.best_fd = distance if distance < self.best_fd else self.best_fd  # min() may keep a nan
 
     def _draw(self, n: int) -> torch.Tensor:
         """n samples, all of them on rank 0. Of a network with classes, each with the label of an image of the valid split."""
@@ -178,7 +178,7 @@ class Quality:
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps of it."""
         if not self.metrics:
-            return {"seconds": 0.0, "run_seconds": 0.0, "best_fd": math.inf}
+            return {"seconds": 0.0, "run_seconds": 0.0, "best_fd": self.best_fd}
         return {"seconds": self.seconds, "run_seconds": time.monotonic() - self.began, "best_fd": self.best_fd}
 
     def restore(self, state: Mapping[str, float]) -> None:

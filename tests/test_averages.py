@@ -212,6 +212,14 @@ def test_the_length_with_the_least_metric_is_named(run, capsys):
     assert_same_state(diffusion.state_dict(), average_of(run[0] / "last.pth", float(best))[0]["ema"])
 
 
+@pytest.mark.parametrize(("name", "trained"), [("last.pth", "steps, 10 epochs"), ("power_20.pth", "steps")])
+def test_an_average_has_a_report(name, trained, run):
+    flags = ["-n", "4", "--timesteps", "3", "--device", "cpu", "--bpd-images", "20", "--bpd-timesteps", "3"]
+    assert sampling.main([str(run[0] / name), "--ema-length", "0.05", "--report", *flags]) == 0
+    page = (run[0] / f"{name.removesuffix('.pth')}_ema0.05_gen" / "report.html").read_text()
+    assert f">{trained}<" in page
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -117,6 +117,13 @@ def test_a_race_ends_at_each_budget(monkeypatch):
     assert 1 <= late.steps <= 5
 
 
+def test_a_budget_that_the_clusters_use_up_is_refused(tmp_path):
+    arena = SimpleNamespace(seconds=12.0, stem="race", settings=[])
+    args = SimpleNamespace(arena=arena, budget=[10.0], name="ours", seed=0, set=[])
+    with pytest.raises(SystemExit, match="ours: to find the clusters took 12 s of 10"):
+        next(race._of_config(tmp_path, args, CPU))
+
+
 def test_the_table_over_seeds_has_mean_and_spread():
     row = {"racer": "a", "budget": 1, "n": 2, "calls": 3, "steps": 4, "seconds": 1.0}
     rows = [row | {"seed": i, "distance": d} for i, d in enumerate((3.0, 1.0, 5.0))] + [

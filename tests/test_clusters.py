@@ -137,6 +137,18 @@ def test_the_features_are_of_the_datas_own_classes(run, tmp_path):
     assert torch.equal(labels, Digits().labels)
 
 
+def test_each_data_set_has_a_classifier_of_its_own(run, tmp_path, monkeypatch):
+    """Also another one of the same name: a second folder, or the same images cropped."""
+    paths, config = [], checkpoint.load(run / "last.pth")["config"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evaluation.metrics.cached_classifier", lambda path, *rest, **more: paths.append(str(path)))
+    for pipeline in ([], [{"name": "CenterCrop", "size": 6}], []):
+        config["dataset"]["train"]["pipeline"] = pipeline
+        build_extractor(Evaluation(None, config, Ranks("cpu"), 1))
+    assert paths[0] == paths[2] != paths[1]
+    assert all(path.startswith("models/classifier_Digits_") for path in paths)
+
+
 def test_labels_in_shares_are_right_up_to_rounding_and_on_average():
     counts = [7, 1, 0, 12]
     labels = labels_in_shares(counts, 40)

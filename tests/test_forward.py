@@ -172,7 +172,10 @@ def test_the_picture_shows_the_images_by_class_and_then_the_noise(here):
 
 def test_of_symbols_the_picture_shows_the_levels_and_the_mask(here, capsys):
     assert (
-        dataset.main([SYMBOLS, "--output", "a.png", "--set", "diffusion.n_levels=3", "time_aware_net.kwargs.n_levels=3"]) == 0
+        dataset.main(
+            [SYMBOLS, "--output", "a.png", "--set", "diffusion.n_levels=3", "--set", "time_aware_net.kwargs.n_levels=3"]
+        )
+        == 0
     )
     assert "the nearest of 3 levels" in capsys.readouterr().out
     strips = cells("a.png", 2, 11)

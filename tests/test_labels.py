@@ -299,6 +299,10 @@ def test_labels_are_had_without_opening_an_image():
         assert data.images.opened == (0 if data.cache is not None else 50)
 
 
+def test_of_some_images_no_others_are_decoded():
+    assert batches(max_images=31, pipeline=[v2.Resize(4)]).images.opened == 31 + 1  # and one for the shape
+
+
 def test_a_data_set_without_labels_has_batches_without():
     for cfg in ({}, {"cache_gb": 0.0}):
         data = batches(**cfg)

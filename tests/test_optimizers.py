@@ -114,6 +114,11 @@ def test_moments_of_another_network_are_refused(change, message):
         restore_moments(build_optimizer(settings("adam"), diffusion, CPU), moments, 2)
 
 
+def test_a_device_whose_optimizers_cannot_leave_out_a_step_is_refused():
+    with pytest.raises(Mistake, match="--device meta: training needs cuda or cpu"):
+        build_optimizer(settings("adam"), diffusion_of(), torch.device("meta"))
+
+
 def test_muon_needs_to_know_the_hidden_layers():
     with pytest.raises(Mistake, match=r"Unused must name the modules .*hidden_layers = "):
         build_optimizer(settings("muon"), diffusion_of("beta", Unused()), CPU)

@@ -1,6 +1,7 @@
 """The trainer and the sampler as a user runs them: files, resuming, mistakes, signals, ranks."""
 
 import json
+import math
 import pickle
 import signal
 import subprocess
@@ -134,6 +135,41 @@ def test_resume_of_a_finished_run_trains_on_only_if_epochs_were_added(tmp_path):
     assert len(metrics(tmp_path / "a")) == 4
     assert train.main(tiny(tmp_path / "a", *settings, "train_cfg.epochs=3", flags=("--resume",))) == 0
     assert metrics(tmp_path / "a")[-1]["step"] == 12
+
+
+def test_a_validation_loss_that_is_no_number_spoils_nothing_after_it(tmp_path, monkeypatch):
+    """Of one epoch: the run can be resumed, and best.pth is written again."""
+    found = iter([math.nan, 0.5])
+    monkeypatch.setattr(train.Trainer, "validate", lambda self: next(found))
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1")) == 0
+    assert not (tmp_path / "a" / "best.pth").exists()
+    assert train.main(tiny(tmp_path / "a", flags=("--resume",))) == 0
+    assert checkpoint.load(tmp_path / "a" / "best.pth")["best_loss"] == 0.5
+
+
+def test_a_run_goes_on_without_a_compiler(tmp_path):
+    """That was compiled where there was one."""
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1")) == 0
+    state = checkpoint.load(tmp_path / "a" / "last.pth")
+    state["config"]["train_cfg"]["compile"] = True
+    checkpoint.save(tmp_path / "a" / "last.pth", state)
+    assert train.main(tiny(tmp_path / "a", "train_cfg.compile=false", flags=("--resume",))) == 0
+    assert checkpoint.load(tmp_path / "a" / "last.pth")["step"] == 8
+
+
+def test_a_run_that_goes_on_in_another_folder_takes_its_best_along(tmp_path, monkeypatch):
+    """But not one of later than the step from which it goes on."""
+    found = iter([0.5, 0.4, 0.6, 0.6])
+    monkeypatch.setattr(train.Trainer, "validate", lambda self: next(found))
+    assert train.main(tiny(tmp_path / "a", "train_cfg.save_period=1", "train_cfg.epochs=1")) == 0
+    best = (tmp_path / "a" / "best.pth").read_bytes()
+    assert train.main(tiny(tmp_path / "a", "train_cfg.save_period=1", flags=("--resume",))) == 0
+    last, first = (str(tmp_path / "a" / name) for name in ("last.pth", "epoch_1.pth"))
+    assert (tmp_path / "a" / "best.pth").read_bytes() != best
+    assert train.main(tiny(tmp_path / "b", "train_cfg.epochs=3", flags=("--resume", last))) == 0
+    assert (tmp_path / "b" / "best.pth").read_bytes() == (tmp_path / "a" / "best.pth").read_bytes()
+    assert train.main(tiny(tmp_path / "c", flags=("--resume", first))) == 0
+    assert not (tmp_path / "c" / "best.pth").exists()
 
 
 def test_max_steps_ends_inside_an_epoch_and_more_of_them_go_on_as_if_there_had_been_no_end(tmp_path, run):

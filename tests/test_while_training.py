@@ -10,6 +10,7 @@ import torch
 from runs import assert_same_state, metrics, tiny, torchrun
 
 import checkpoint
+import evaluation.metrics
 import train
 from config import build_dataset
 from evaluation import while_training
@@ -51,9 +52,12 @@ def here(folder, monkeypatch):
 @pytest.fixture(scope="module")
 def measured(folder):
     """A run with both metrics after each of its two epochs."""
+    extracted, statistics = [], evaluation.metrics.image_statistics
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(evaluation.metrics, "image_statistics", lambda *args: extracted.append(1) or statistics(*args))
         assert train.main(tiny(folder / "measured", *OFTEN)) == 0
+    assert len(extracted) == 3  # of the samples twice, of the validation images once
     return folder / "measured"
 
 
@@ -116,6 +120,22 @@ def test_a_metric_of_ones_own_and_a_resumed_best(here):
     found = metrics(here / "own")[-1]["metrics"]["my_metric.Brightness"]
     assert found["samples"] == 150
     assert -1 < found["mean"] < 1
+
+
+def test_the_least_distance_outlives_a_part_of_the_run_without_metrics(measured, here):
+    least = checkpoint.load(measured / "last.pth")["quality"]["best_fd"]
+    last, more = str(measured / "last.pth"), [*OFTEN, "train_cfg.metric_period=0"]
+    assert train.main(tiny(here / "without", *more, "train_cfg.epochs=3", flags=("--resume", last))) == 0
+    assert checkpoint.load(here / "without" / "last.pth")["quality"]["best_fd"] == least
+    assert (here / "without" / "best_fd.pth").read_bytes() == (measured / "best_fd.pth").read_bytes()
+
+
+def test_a_distance_that_is_no_number_is_not_the_least():
+    quality = Quality(SimpleNamespace(cfg=SimpleNamespace(metric_period=0), ranks=Ranks("cpu")))
+    for distance, better in ((math.nan, False), (2.0, True), (math.nan, False), (3.0, False), (1.0, True)):
+        quality._note_best({"fd": {"distance": distance}})
+        assert quality.better == better
+    assert quality.best_fd == 1.0
 
 
 @pytest.mark.parametrize(

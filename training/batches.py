@@ -65,12 +65,12 @@ class Batches:
     def _decode_all(self) -> Tensor:
         at_hand = isinstance(self.images, ArrayDataset) and not self.images.pipeline
         workers = 0 if at_hand else self.cfg.num_workers
-        loader = DataLoader(_Pixels(self.images), 256, num_workers=workers, worker_init_fn=_leave_alone)
+        sampler = self.numbers.tolist()  # of max_images, no others
+        loader = DataLoader(_Pixels(self.images), 256, sampler=sampler, num_workers=workers, worker_init_fn=_leave_alone)
         cache = torch.empty(len(self.images), *self.images.shape, dtype=torch.uint8)
-        for i, pixels in enumerate(
-            tqdm(loader, desc="decoding images", unit="batch", leave=False, disable=self.ranks.rank > 0)
-        ):
-            cache[256 * i : 256 * i + len(pixels)] = pixels
+        bar = tqdm(loader, desc="decoding images", unit="batch", leave=False, disable=self.ranks.rank > 0)
+        for numbers, pixels in zip(self.numbers.split(256), bar, strict=True):
+            cache[numbers] = pixels
             self.check_signals()
         device = self.ranks.device
         if device.type == "cuda" and cache.numel() < torch.cuda.mem_get_info(device)[0] / 4:

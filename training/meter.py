@@ -27,7 +27,7 @@ class Meter:
 
     def __init__(self, device: torch.device, T: int, time_weight: Tensor | None = None):
         self._on_cuda = device.type == "cuda"
-        zero = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         self.loss_sum, self.loss_count, self.bad_steps, self.bad_in_row = (zero.clone() for _ in range(4))
         self.by_t = zero.repeat(2, BINS)
         bins = (torch.arange(-1, T) * BINS // T).clamp(min=0)  # at t in 0..T, of which 0 does not occur

@@ -21,6 +21,8 @@ def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> 
     cfg has optimizer, lr, muon_momentum and variance_lr. A Mistake where optimizer is "muon" and the network does not say which
     of its layers are hidden.
     """
+    if device.type not in ("cpu", "cuda"):
+        raise Mistake(f"--device {device}: training needs cuda or cpu, whose fused optimizers can leave out a step")
     network = list(diffusion.time_aware_net.parameters())
     hidden = _hidden_matrices(diffusion.time_aware_net) if cfg.optimizer == "muon" else []
     inside = set(hidden)
@@ -30,7 +32,7 @@ def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> 
     if hasattr(diffusion, "log_sigma_square"):  # a learnable reverse variance
         groups.append({"name": "variance", "params": [diffusion.log_sigma_square], "lr": cfg.variance_lr})
     kind = {"adam": torch.optim.Adam, "muon": Muon}[cfg.optimizer]
-    return kind(groups, cfg.lr, fused=device.type in ("cpu", "cuda"))  # the fused step heeds found_inf
+    return kind(groups, cfg.lr, fused=True)  # the fused step heeds found_inf
 
 
 def lr_schedule(cfg, total_steps: int, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import checkpoint
 from files import whole_file
 from mistakes import Mistake
 from training.averages import snapshots
@@ -95,7 +96,10 @@ class RunFolder:
                 file.writelines(lines)
         for path in [path for taken, path in snapshots(self.path).items() if taken > step]:
             path.unlink()
-        for taken, path in snapshots(self.resume_from.parent).items():
+        old = self.resume_from.parent
+        there = {path: taken for taken, path in snapshots(old).items()}
+        there |= {path: checkpoint.load(path)["step"] for path in old.glob("best*.pth") if not (self.path / path.name).exists()}
+        for path, taken in there.items():
             if taken <= step and not (self.path / path.name).exists():
                 with whole_file(self.path / path.name) as file, open(path, "rb") as source:
                     shutil.copyfileobj(source, file)
