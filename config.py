@@ -410,7 +410,7 @@ def _override(config: Any, assignment: str) -> None:
     if not equals or not path:
         raise Mistake(f"--set {assignment}: must look like train_cfg.lr=1e-4")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError:
         value = text
     except (ValueError, RecursionError) as error:  # too many digits, too deep
@@ -427,7 +427,7 @@ def _override(config: Any, assignment: str) -> None:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     """The resolved config of a JSON file, with overrides such as "train_cfg.lr=1e-4"."""
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        config = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise Mistake(f"{path}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:

@@ -14,6 +14,7 @@ import gzip
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -71,15 +72,29 @@ class ImageDataset(Dataset):
     def pixels(self, i: int) -> Tensor:
         """Image i after the pipeline, but for the flips: uint8 [C, H, W]."""
         image = self.image(i)
+        if not isinstance(image, Image.Image):
+            raise Mistake(f"{self.name_of(i)}: is a {type(image).__name__}, where image(i) must give a PIL image")
         for number, transform in enumerate(self.pipeline):
             image = self._transformed(image, f"pipeline.{number}", transform, i)
         pixels = v2.functional.pil_to_tensor(image)
+        if pixels.dtype != torch.uint8 or image.mode in ("1", "P", "PA"):  # of the last two, numbers of a palette's colours
+            raise Mistake(
+                f"{self.name_of(i)}: has the mode {image.mode!r}: must have 8 bits a channel, as L and RGB; convert it"
+            )
         if self.shape not in (None, pixels.shape):
             raise Mistake(
                 f"{self.name_of(i)}: {list(pixels.shape)} where the first image has {list(self.shape)}: every image must have "
                 "one size; add Resize (to [height, width]) or CenterCrop to the pipeline"
             )
         return pixels
+
+    def fixed_pixels(self, i: int) -> Tensor:
+        """pixels(i), in which what a pipeline draws by chance is the same every time."""
+        if not self.is_random:
+            return self.pixels(i)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(i)
+            return self.pixels(i)
 
     def _transformed(self, image: Image.Image, where: str, transform: Callable, i: int) -> Image.Image:
         # What one of torchvision's finds wrong is its arguments or the image; an error in another is its author's to see.
@@ -194,7 +209,7 @@ class ImageFolder(ImageDataset):
         background: str = "white",
         labels: Literal["folders"] | None = None,
     ):
-        self.mode = mode
+        root, self.mode = os.path.expanduser(root), mode
         self.background = _colour(background)
         if labels not in (None, "folders"):
             raise Mistake(f'labels = {labels!r}: must be "folders" or None')
@@ -206,7 +221,10 @@ class ImageFolder(ImageDataset):
         if skip_unreadable:
             self.paths = [path for path in tqdm(self.paths, desc=f"reading {root}", unit="img") if _is_readable(path)]
         if not self.paths:
-            raise Mistake(f"root = {root!r}: holds no image" + (" that can be read" if skip_unreadable else ""))
+            split = "" if train is None else " for training" if train else " for validation"
+            raise Mistake(
+                f"root = {root!r}: holds no image{' that can be read' if skip_unreadable else ''}{split}{_others(root)}"
+            )
         if self.class_names is not None:
             number = {name: i for i, name in enumerate(self.class_names)}
             self.labels = torch.tensor([number[_class_folder(path, root)] for path in self.paths])
@@ -274,6 +292,14 @@ def _image_paths(root: str) -> list[str]:
         names = (name for name in files if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."))
         paths += [os.path.join(folder, name) for name in names]
     return sorted(paths)
+
+
+def _others(root: str) -> str:
+    """In words, what files below root are of extensions that are not read."""
+    names = [path.suffix.lower() or "none" for path in Path(root).rglob("[!.]*") if path.is_file()]
+    counts = Counter(name for name in names if name not in IMG_EXTENSIONS)
+    found = ", ".join(f"{count} of {name}" for name, count in counts.most_common(5))
+    return f" ({', '.join(IMG_EXTENSIONS)} are read; there are files with other extensions: {found})" if found else ""
 
 
 def _class_folder(path: str, root: str) -> str:

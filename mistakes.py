@@ -6,10 +6,11 @@ The library's files raise ValueError for a bad argument. Where the argument came
 
 import argparse
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "gaussian_diffusion", "discrete_diffusion", "dataset", "config"}
 LIBRARY |= {"checkpoint", "guidance", "editing", "evaluation", "training", "mistakes"}  # whose ValueErrors are of arguments
@@ -45,8 +46,42 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
+class _Console:
+    """An output stream whose reader may go away, as `tee` does at Ctrl-C: what is said then is lost, and nothing else."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._lost():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lost():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
 def run_script(script: str, work: Callable[[], int | None]) -> int:
     """work's exit code (None is 0); 2 with one line for a Mistake, 1 for an error of the system's, 130 for Ctrl-C."""
+    out, err = (stream and _Console(stream) for stream in (sys.stdout, sys.stderr))  # None where it is closed
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        return _run_script(script, work)
+
+
+def _run_script(script: str, work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except Mistake as mistake:

@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", default="fp32", choices=["auto", *speed.PRECISIONS])
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     args.command = shlex.join(["python", "test.py", *(sys.argv[1:] if argv is None else argv)])
 
     def work() -> None:
@@ -409,7 +409,7 @@ def _check(args: argparse.Namespace) -> None:
             of_edits = f", and {edits[0]} has none" if edits else ""
             raise Mistake(f"{flag} with several values needs --metrics to tell them apart{of_edits}")
     ignored = {"--metrics": args.metrics, "--fit-variance": args.fit_variance, "--compile": args.compile, "--eta": args.eta}
-    ignored |= {"--precision": args.precision != "fp32"}
+    ignored |= {"--precision": args.precision != "fp32", "--sampler": args.sampler != "ddpm" and not getattr(args, "from")}
     if edits and any(ignored.values()):
         raise Mistake(f"{edits[0]}: leave out {', '.join(flag for flag, given in ignored.items() if given)}")
     if args.interpolate and args.n == 1:

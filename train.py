@@ -206,8 +206,8 @@ class Trainer:
         finally:
             if not self.writer.error:
                 self._write_best()
-            self.writer.close()
-            self.loggers.close()
+            for each in (self.writer, self.loggers, self.train_data, self.valid_data):
+                each.close()
             folder.close()
 
     def _run(self, bar: tqdm) -> None:
@@ -287,6 +287,7 @@ class Trainer:
         self.folder.add_record(line)
         self.loggers.add(line)
         losses = f"loss {line['train_loss'] or math.nan:.5g}" + ("" if valid_loss is None else f", valid {valid_loss:.5g}")
+        losses += f", {line['bad_steps']} steps skipped" if line["bad_steps"] else ""
         seconds, done = time.monotonic() - self.begun[0], self.step - self.begun[1]
         ends = f", ends {end_time(datetime.now(), seconds, done, self.total_steps - self.step)}" if done else ""
         bar.set_postfix_str(f"epoch {line['epoch']}/{self.cfg.epochs}, {losses}, {line['img_per_s']:.0f} img/s{ends}")

@@ -256,7 +256,7 @@ class Evaluation:
         batches = numbers.split(self.batch_size)[ranks.rank :: ranks.world]
         for batch in tqdm(batches, desc=f"{split} images", unit="batch", leave=None, disable=ranks.rank > 0):
             self.check()
-            x0 = images.to_float(torch.stack([images.pixels(i) for i in batch.tolist()])).to(ranks.device)
+            x0 = images.to_float(torch.stack([images.fixed_pixels(i) for i in batch.tolist()])).to(ranks.device)
             has_classes = getattr(self.diffusion.time_aware_net, "n_classes", None) is not None
             yield x0, {"label": images.labels[batch].to(ranks.device)} if has_classes else {}
 
@@ -272,7 +272,7 @@ def build_extractor(e: Evaluation) -> nn.Module:
     mark = hashlib.sha256(json.dumps(dataset["train"], sort_keys=True).encode()).hexdigest()[:8]  # not of another ImageFolder
     path = Path(e.classifier or f"models/classifier_{name}_{mark}.pth")
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = torch.stack([train.pixels(i) for i in range(len(train))])
+    images = torch.stack([train.fixed_pixels(i) for i in range(len(train))])
     return cached_classifier(path, images, train.labels, name, device=e.ranks.device)
 
 

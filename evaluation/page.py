@@ -22,7 +22,7 @@ MOST_SIDE = 128  # pixels: larger images are shown reduced to it
 def write_page(path: Path, title: str, body: Iterable[str]) -> None:
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(title=escape(title), body="\n".join(body))
     with whole_file(path) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="replace"))  # a class may have the name of a folder that is not UTF-8
 
 
 def text_of(words: str) -> str:

@@ -367,7 +367,7 @@ def _size(net: nn.Module) -> int:
 
 def _images(images: ImageDataset, numbers: Sequence[int]) -> Tensor:
     """[k, C, H, W] in [-1, 1], without the flips of training."""
-    return from_uint8(torch.stack([images.pixels(i) for i in numbers]))
+    return from_uint8(torch.stack([images.fixed_pixels(i) for i in numbers]))
 
 
 def _few(images: Tensor, most: int, columns: int | None) -> tuple[Tensor, int | None]:

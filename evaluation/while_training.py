@@ -38,6 +38,8 @@ def valid_loss(run) -> float:
         total += run.ema(x0, run.cfg.chunk_size, condition=run.condition(labels)) * len(pixels)
         count += len(pixels)
     total, count = run.ranks.sum(torch.stack([total, torch.full_like(total, count)])).tolist()
+    if not math.isfinite(total) and run.ranks.rank == 0:
+        log.warning(f"the validation loss at step {run.step} is not finite, so these weights do not count as the best")
     return total / count
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import struct
 import traceback
 import zlib
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import dataset
-from dataset import DEBIAN_FASHION_MNIST, CelebA_HQ_256, Digits, FashionMNIST, ImageFolder
+from dataset import DEBIAN_FASHION_MNIST, CelebA_HQ_256, Digits, FashionMNIST, ImageDataset, ImageFolder
 from mistakes import Mistake, run_script
 
 
@@ -269,8 +270,44 @@ def test_images_of_two_sizes_are_refused_with_the_way_out(folder):
 def test_a_folder_that_is_missing_or_holds_no_image_is_refused(cls, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.*no such folder"):
         cls(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="holds no image"):
+    with pytest.raises(ValueError, match=r"holds no image$"):
         cls(str(tmp_path))
+    (tmp_path / "a.GIF").touch()
+    (tmp_path / "a.gif").touch()
+    with pytest.raises(
+        ValueError, match=r"holds no image for training \(\.jpg, .* are read; .* other extensions: 2 of \.gif\)"
+    ):
+        cls(str(tmp_path), train=True)
+
+
+class OneImage(ImageDataset):
+    def __init__(self, image):
+        self.one = image
+        super().__init__()
+
+    def image(self, i):
+        return self.one
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((8, 8), np.uint8), "image 0 of OneImage: is a ndarray, where image(i) must give a PIL image"),
+        *((Image.new(mode, (8, 8)), f"image 0 of OneImage: has the mode '{mode}'") for mode in ("1", "P", "F", "I", "I;16")),
+    ],
+)
+def test_what_is_no_image_of_8_bits_is_refused(image, words):
+    with pytest.raises(Mistake, match=re.escape(words)):
+        OneImage(image)
+
+
+def test_fixed_pixels_are_always_the_same():
+    images = Digits(pipeline=[v2.RandomCrop(4)])
+    assert torch.equal(images.fixed_pixels(1), images.fixed_pixels(1))
+    state = torch.get_rng_state()
+    images.fixed_pixels(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({images.pixels(1).numpy().tobytes() for _ in range(9)}) > 1
 
 
 def test_flips_are_fair_and_one_coin_an_image():

@@ -22,9 +22,13 @@ from runs import ROOT, assert_same_state, losses, tiny
 import checkpoint
 import dataset
 import train
+from config import load_config
 from files import whole_file
+from mistakes import Mistake
 from training import run_folder
+from training.ranks import Ranks
 from training.run_folder import RunFolder
+from training.signals import Stopper
 
 
 def assert_whole(folder: Path) -> None:
@@ -165,6 +169,48 @@ def test_two_ranks_stopped_at_random_and_resumed_are_the_run_without_faults(numb
     assert stopped
     assert [rank.end().code for rank in start_two(start, "--resume")] == [0, 0]
     assert_same_run(work / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_workers_too_and_a_console_that_is_gone_lose_nothing(number, tmp_path):
+    """As of a cluster, of timeout, or of Ctrl-C where `tee` ends as well; images are decoded by worker processes."""
+    crop = 'dataset.train.pipeline=[{"name": "RandomCrop", "size": 4}]'
+    argv = tiny(tmp_path / "run", crop, "train_cfg.save_minutes=60", "train_cfg.sample_period=0", ENDLESS)
+    command = [sys.executable, str(ROOT / "train.py"), *argv]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **how) as process:
+        for line in iter(process.stdout.readline, b""):
+            if b"step 9," in line:
+                break
+        if number != signal.SIGTERM:
+            process.stdout.close()
+        os.killpg(process.pid, number)
+        left = b"" if process.stdout.closed else process.stdout.read()
+        assert process.wait(PATIENCE) == 128 + number, left
+    said = (tmp_path / "run" / "train.log").read_text()
+    step = checkpoint.load(tmp_path / "run" / "last.pth")["step"]
+    assert step >= 9
+    assert f"stopped at step {step} by {number.name}" in said
+    assert not re.search(rb"Traceback|Exception ignored|terminate called", left), left
+
+
+def test_under_nohup_a_closed_terminal_is_not_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stopper(Ranks("cpu")) as stopper:
+            signal.raise_signal(signal.SIGHUP)
+            stopper.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_deleted(tmp_path):
+    late = train.Trainer(load_config(str(ROOT / "configs" / "Digits_den.json"), tiny(tmp_path / "run")[4:]), "cpu")
+    assert train.main(tiny(tmp_path / "run")) == 0
+    before = files(tmp_path / "run")
+    with pytest.raises(Mistake, match="run holds a run already: add --resume"):
+        late.run()
+    assert files(tmp_path / "run") == before
 
 
 def torchrun(folder: Path) -> subprocess.Popen:

@@ -16,6 +16,7 @@ from dataset import ArrayDataset
 from mistakes import Mistake
 from time_aware_module import TimeAwareMLP, TimeAwareUNet
 from training.batches import Batches, drop_labels
+from training.checks import _check_labels
 from training.optimizers import build_optimizer
 from training.ranks import Ranks
 
@@ -301,6 +302,23 @@ def test_labels_are_had_without_opening_an_image():
 
 def test_of_some_images_no_others_are_decoded():
     assert batches(max_images=31, pipeline=[v2.Resize(4)]).images.opened == 31 + 1  # and one for the shape
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0] * 50, r"dataset.train: labels must be a long tensor \[50\]"),
+        (np.zeros(50, int), r"must be a long tensor \[50\]"),
+        (torch.zeros(50), r"must be a long tensor \[50\]"),
+        (torch.zeros(50, 10).long(), r"must be a long tensor \[50\]"),
+        (torch.arange(50) % 4 - 1, "n_classes = 4: dataset.train has labels from -1 to 2"),
+    ],
+)
+def test_labels_of_another_kind_are_refused_by_name(labels, words):
+    images = Numbered(50)
+    images.labels = labels
+    with pytest.raises(Mistake, match=words):
+        _check_labels(4, {"train": images})
 
 
 def test_a_data_set_without_labels_has_batches_without():

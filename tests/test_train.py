@@ -142,9 +142,40 @@ def test_a_validation_loss_that_is_no_number_spoils_nothing_after_it(tmp_path, m
     found = iter([math.nan, 0.5])
     monkeypatch.setattr(train.Trainer, "validate", lambda self: next(found))
     assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1")) == 0
+    assert "valid nan" in (tmp_path / "a" / "train.log").read_text()
     assert not (tmp_path / "a" / "best.pth").exists()
     assert train.main(tiny(tmp_path / "a", flags=("--resume",))) == 0
     assert checkpoint.load(tmp_path / "a" / "best.pth")["best_loss"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": [1, 8, 8]}, ["the data are not the run's: shape [1, 8, 8] then, [1, 4, 4] now"]),
+        ({"class_names": ["a"]}, ["the data are not the run's: class_names ['a'] then"]),
+        ({"class_counts": [1, 2]}, ["the training images are not those of the run"]),
+    ],
+)
+def test_other_data_than_the_runs_are_seen(change, words, tmp_path, capsys):
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1")) == 0
+    last = tmp_path / "a" / "last.pth"
+    checkpoint.save(last, checkpoint.load(last) | change)
+    assert train.main(tiny(tmp_path / "a", flags=("--resume",))) == (0 if "class_counts" in change else 2)
+    assert all(word in capsys.readouterr().err for word in words)
+
+
+def test_resume_takes_a_folder_and_names_what_is_not_there(tmp_path, capsys):
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1")) == 0
+    assert train.main(tiny(tmp_path / "a", flags=("--resume", str(tmp_path / "a")))) == 0
+    assert checkpoint.load(tmp_path / "a" / "last.pth")["step"] == 8
+    assert train.main(tiny(tmp_path / "a", flags=("--resume", str(tmp_path / "b")))) == 2
+    assert f"--resume {tmp_path / 'b'}: no such checkpoint" in capsys.readouterr().err
+
+
+def test_a_home_is_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train.main(tiny(Path("~/run"), "train_cfg.epochs=1")) == 0
+    assert (tmp_path / "run" / "last.pth").exists()
 
 
 def test_a_run_goes_on_without_a_compiler(tmp_path):

@@ -5,6 +5,7 @@ The images are decoded once, or by worker processes as they are needed.
 
 import gc
 import math
+import signal
 from collections.abc import Callable, Iterator
 
 import torch
@@ -115,6 +116,10 @@ class Batches:
         for part, pixels in zip(parts, self.loader, strict=True):
             yield pixels.to(self.ranks.device, non_blocking=True), self._labels_of(part)
 
+    def close(self) -> None:
+        """Let the worker processes end; another epoch starts new ones."""
+        self.loader = None
+
     def _to_device(self, x: Tensor) -> Tensor:
         """x on the device, without waiting for it."""
         device = self.ranks.device
@@ -124,8 +129,15 @@ class Batches:
 
 
 def _leave_alone(worker: int) -> None:
-    """Let a worker, which was forked, collect none of its parent's garbage: a CUDA graph in it would end the worker."""
+    """Let a worker live on, which was forked, while its parent saves what it has.
+
+    It collects none of its parent's garbage, a CUDA graph in which would end it. Signals that a terminal, timeout or a cluster
+    sends to all processes are for the parent to heed; but a second SIGTERM, as of the end of Python, ends it.
+    """
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class _Numbers:

@@ -31,9 +31,12 @@ def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> Non
     for split, data in images.items():
         if data.labels is None:
             raise Mistake(f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has no labels")
-        if not 0 <= int(data.labels.min()) <= int(data.labels.max()) < n_classes:
+        if getattr(data.labels, "dtype", None) != torch.long or data.labels.shape != (len(data),):
+            raise Mistake(f"dataset.{split}: labels must be a long tensor [{len(data)}], the number of each image's class")
+        least, largest = int(data.labels.min()), int(data.labels.max())
+        if not 0 <= least <= largest < n_classes:
             raise Mistake(
-                f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has labels up to {int(data.labels.max())}"
+                f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has labels from {least} to {largest}"
             )
         if data.class_names is not None and len(data.class_names) != n_classes:
             raise Mistake(f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has {len(data.class_names)} classes")

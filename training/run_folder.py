@@ -32,27 +32,35 @@ class RunFolder:
     """The folder train_cfg.model_save_dirpath, which one process at a time may write to; writes: does this rank?"""
 
     def __init__(self, path: str, writes: bool):
-        self.path, self.writes, self.log_file, self.resume_from = Path(path), writes, None, None
+        self.path, self.writes, self.log_file, self.resume_from = Path(path).expanduser(), writes, None, None
 
     def claim(self, resume: str | None, overwrite: bool) -> None:
         """Lock it, if it is there, and refuse what would harm the run in it. resume and overwrite are the Trainer's."""
-        path = self.path
+        path, self.overwrite = self.path, overwrite
         there = _first_existing(path)
         if not there.is_dir():
             raise Mistake(f"train_cfg.model_save_dirpath = {path}: {there} is not a folder")
         if self.writes and path.exists():
             self.lock()  # before anything in it is read
+        resume = str(Path(resume) / "last.pth") if resume and Path(resume).is_dir() else resume
+        if resume and not Path(resume).exists():
+            raise Mistake(f"--resume {resume}: no such checkpoint")
         if resume and self.files() and Path(resume).resolve().parent != path.resolve():
             raise Mistake(f"--resume {resume}: is of another folder than {path}, which holds a run already")
-        if self.files() and resume is None and not overwrite:
-            raise Mistake(
-                f"{path} holds a run already: add --resume to go on with it, --overwrite to delete it and start anew, or "
-                "--set train_cfg.model_save_dirpath=FOLDER for another folder"
-            )
+        if resume is None:
+            self._refuse_a_second()
         self.resume_from = None if resume is None else Path(resume) if resume else path / "last.pth"
         if resume == "" and not any((path / name).exists() for name in ("last.pth", "best.pth")):
             log.warning(f"{self.resume_from} is not there: starting at step 0")
             self.resume_from = None
+
+    def _refuse_a_second(self) -> None:
+        """Mistake if there is a run that a new one would delete unasked."""
+        if self.files() and not self.overwrite:
+            raise Mistake(
+                f"{self.path} holds a run already: add --resume to go on with it, --overwrite to delete it and start anew, or "
+                "--set train_cfg.model_save_dirpath=FOLDER for another folder"
+            )
 
     def files(self) -> list[Path]:
         return [path for pattern in PATTERNS for path in self.path.glob(pattern)]
@@ -80,6 +88,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
         if records is None:
+            self._refuse_a_second()  # which another process may have begun since
             for path in self.files():
                 path.unlink()
         else:

@@ -1,10 +1,11 @@
-"""SIGINT and SIGTERM, looked at between steps."""
+"""SIGINT, SIGTERM and SIGHUP, looked at between steps."""
 
 import os
 import signal
 
 from training.ranks import Ranks
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, what a cluster sends, a closed terminal
 RANKS_PERIOD = 10  # looks between two words of the ranks to each other: a word costs more than a look
 
 
@@ -17,13 +18,17 @@ class Stopped(Exception):
 
 
 class Stopper:
-    """Turns the first SIGINT or SIGTERM into a number that the run looks at between steps; the second acts at once."""
+    """Turns the first of SIGNALS into a number that the run looks at between steps; the second acts at once.
+
+    SIGHUP stays ignored where it is, as under nohup.
+    """
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.signal, self.looks = ranks, 0, 0  # signal 0: none yet
 
     def __enter__(self) -> "Stopper":
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def _handle(self, number: int, frame: object) -> None:
