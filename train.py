@@ -321,10 +321,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--deterministic", action="store_true", help="use deterministic kernels only, where that costs time")
     args = parser.parse_args(argv)
     args.set += [] if args.seed is None else [f"train_cfg.seed={args.seed}"]
-    log.setLevel(logging.INFO)
-    log.handlers = [logging.StreamHandler()]
 
     def work() -> int:
+        log.setLevel(logging.INFO)
+        log.handlers = [logging.StreamHandler()]
         try:
             trainer = Trainer(load_config(args.config, args.set), args.device, args.resume, args.overwrite, args.deterministic)
         except Stopped as stopped:
