@@ -14,7 +14,6 @@ In its folder: last.pth, best.pth, best_fd.pth, epoch_N.pth, power_STEP.pth, epo
 """
 
 import copy
-import itertools
 import logging
 import math
 import signal
@@ -90,7 +89,7 @@ class Trainer:
         speed.prepare(self, deterministic)
         self.parallel = self.ranks.parallel(self.model)
         self.optimizer = build_optimizer(self.cfg, self.model, self.device)
-        self.scheduler = lr_schedule(self.cfg, self.total_steps, self.optimizer)
+        self.scheduler = lr_schedule(self.cfg, lambda: self.total_steps, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cfg.precision == "fp16")
         self._start_counters()
         self.work = Launcher(self._work, self.optimizer, self.cfg.cuda_graph) if self.device.type == "cuda" else self._work
@@ -216,11 +215,13 @@ class Trainer:
         while self.step < self.total_steps:
             self.meter.restart()
             batches = self.train_data.epoch(*divmod(self.step, self.train_data.steps))
-            for pixels, labels in itertools.islice(self.meter.timed(batches), self.total_steps - self.step):
+            for pixels, labels in self.meter.timed(batches):
                 self.train_step(pixels, labels)
                 self.meter.images += len(pixels) * self.ranks.world
                 bar.update()
                 self._after_step(bar)
+                if self.step >= self.total_steps:
+                    break
             self.close_epoch(bar)
 
     def _after_step(self, bar: tqdm) -> None:
@@ -231,8 +232,7 @@ class Trainer:
         if self.step % self.cfg.record_period == 0 and not self._at_end():  # which is recorded with its validation
             self.record(bar)
         first_picture(self)
-        minutes = (time.monotonic() - self.last_save) / 60
-        if self.stopper.check(save=0 < self.cfg.save_minutes < minutes):
+        if self.stopper.check(save=0 < self.cfg.save_minutes < (time.monotonic() - self.last_save) / 60):
             self.save_last(take_state(self))
 
     # At the end of an epoch

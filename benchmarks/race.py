@@ -20,8 +20,7 @@ the rule for the precision, train.py's "auto", asked with the racer's own step: 
 of bf16 and fp32.
 
     ours        configs/FashionMNIST_fast.json, or what arenas.py names for the data, through train.py's own Trainer,
-                validation and checkpoints included, without its pictures. The number of steps that fits into the budget is
-                measured first, on a copy, as the learning rate falls to 0 at the end
+                validation and checkpoints included, without its pictures. Its learning rate falls to 0 with the clock
     plain       the same with the plain config for the data: a network of the noise, the simple loss (Ho et al. 2020) and Adam
     ddp         denoising-diffusion-pytorch: its Unet of dim 16, multipliers 1, 2, 4, objective pred_v, and the loop and
                 defaults of its Trainer: batch 16, Adam, EMA 0.995 every 10 steps, horizontal flips; its DDIM
@@ -132,13 +131,24 @@ class Clock:
 # The racers: each yields a Finish for every budget
 
 
-class _Waiting(Trainer):
-    """train.py's trainer, which on CUDA waits for the device as often as the peers do."""
+class _Timed(Trainer):
+    """train.py's trainer, but for the length of its run: as with the tuned peers, the clock says how far the learning rate has
+    fallen, and when it ends. A hundredth of the budget is left for the last validation.
+    """
+
+    def __init__(self, config: dict, device: str, clock: Clock, budget: float):
+        super().__init__(config, device, overwrite=True)
+        self.clock, self.seconds, self.most_steps = clock, 0.99 * budget - clock.total, self.total_steps
+        self.before = clock.total
 
     def _after_step(self, bar: tqdm) -> None:
         super()._after_step(bar)
-        if self.step % WAIT_STEPS == 0:
-            synchronize(self.device)
+        if self.device.type == "cuda" and self.step % WAIT_STEPS:  # a look at the clock would wait for the device
+            return
+        self.clock.stop()
+        self.clock.start()
+        steps = self.step * self.seconds / (self.clock.total - self.before)
+        bar.total = self.total_steps = min(max(self.step, round(steps)), self.most_steps)
 
 
 def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
@@ -165,11 +175,7 @@ def _of_config(path: Path, args: argparse.Namespace, device: torch.device) -> It
         clock.total = args.arena.seconds
         if clock.total >= budget:
             sys.exit(f"{args.name}: to find the clusters took {clock.total:.0f} s of {budget:g}")
-        probe = _Waiting(load_config(path, settings), args.device, overwrite=True)
-        probe.folder.close()
-        config = probe.config  # in which the precision is chosen
-        config["train_cfg"]["max_steps"] = _steps_within(budget - clock.total, probe)
-        run = _Waiting(config, args.device, overwrite=True)
+        run = _Timed(load_config(path, settings), args.device, clock, budget)
         clock.start()
         run.run()
         seconds = clock.stop()
@@ -191,30 +197,6 @@ def _finish_of(args: argparse.Namespace, budget: float, seconds: float, run: Tra
     flops = counted(lambda: run.model(x0).backward())
     size = sum(p.numel() for p in run.parameters)
     return Finish(budget, seconds, run.step, run.cfg.batch_size, size, flops / 1e9, args.calls, precision, sample)
-
-
-def _steps_within(budget: float, probe: Trainer) -> int:
-    """The number of steps for which training, with a validation an epoch, takes 98 % of the budget."""
-    clock = Clock(probe.device)
-    batches = itertools.chain.from_iterable(map(probe.train_data.epoch, itertools.count()))
-    for _ in range(5):
-        probe.train_step(*next(batches))
-    steps = 0
-    while clock.total < 0.02 * budget:
-        clock.start()
-        for _ in range(WAIT_STEPS):
-            probe.train_step(*next(batches))
-            steps += 1
-            if clock.used() >= 0.02 * budget:
-                break
-        clock.stop()
-    step = clock.total / steps
-    clock = Clock(probe.device)
-    clock.start()
-    with autocast(probe.device, probe.cfg.precision):
-        probe.validate()
-    validation = clock.stop()
-    return max(1, int((0.98 * budget - validation) / (step + validation / probe.train_data.steps)))
 
 
 def ddp(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT
+from runs import ROOT, metrics, tiny
 from torch import nn
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -25,8 +25,9 @@ import gpu
 import race
 from race_pictures import over_seeds
 
+import checkpoint
 from beta_schedule import LinearSchedule
-from config import network_without_memory
+from config import load_config, network_without_memory
 from dataset import ImageFolder
 from evaluation import features
 from gaussian_diffusion import GaussianDiffusion
@@ -115,6 +116,28 @@ def test_a_race_ends_at_each_budget(monkeypatch):
     (late,) = race._race(args, CPU, net, "fp32", lambda x0, labels: net(x0).sum(), step, None)
     assert 0.1 <= late.seconds < 0.15
     assert 1 <= late.steps <= 5
+
+
+def test_ours_ends_with_its_budget_and_its_rate_falls_with_the_clock(tmp_path):
+    more = (
+        "train_cfg.epochs=100000",
+        "train_cfg.batch_size=64",
+        "train_cfg.warmup_steps=0",
+        "train_cfg.record_period=1",
+        "train_cfg.sample_period=0",
+    )
+    config, clock = load_config("configs/Digits_den.json", tiny(tmp_path / "run", *more)[4:]), race.Clock(CPU)
+    clock.total = 1.0  # of clusters
+    run = race._Timed(config, "cpu", clock, 4.0)
+    clock.start()
+    run.run()
+    assert 3.9 < clock.stop() < 4.5
+    lines = metrics(tmp_path / "run")
+    rates = torch.tensor([line["lr"] for line in lines if line["valid_loss"] is None]) / 2e-3
+    assert lines[-1]["step"] == run.step == checkpoint.load(tmp_path / "run" / "last.pth")["step"] > 50
+    assert lines[-1]["lr"] < 0.02 * 2e-3
+    steps = torch.tensor([line["step"] for line in lines if line["valid_loss"] is None]) / run.step
+    assert (rates - (1 - steps)).abs()[len(steps) // 5 :].max() < 0.15  # steps take nearly equal time
 
 
 def test_a_budget_that_the_clusters_use_up_is_refused(tmp_path):

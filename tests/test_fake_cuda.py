@@ -121,7 +121,7 @@ def fake_trainer(folder, mode: FakeTensorMode, precision: str, *settings: str) -
         run.parallel = on_fake_cuda(run.model)
         on_fake_cuda(run.ema)
         run.optimizer = build_optimizer(run.cfg, run.model, run.device)
-        run.scheduler = lr_schedule(run.cfg, run.total_steps, run.optimizer)
+        run.scheduler = lr_schedule(run.cfg, lambda: run.total_steps, run.optimizer)
         run._start_counters()
     return run  # its work is launched with rates that are numbers: there are no fused steps of fake tensors with others
 

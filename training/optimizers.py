@@ -4,7 +4,7 @@ Its groups of parameters have names: "network", with Muon also "hidden", and "va
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,12 +35,15 @@ def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> 
     return kind(groups, cfg.lr, fused=True)  # the fused step heeds found_inf
 
 
-def lr_schedule(cfg, total_steps: int, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate at each step, counted from 0: a rise over cfg.warmup_steps, then cfg.lr_schedule."""
+def lr_schedule(cfg, total_steps: Callable[[], int], optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate at each step, counted from 0: a rise over cfg.warmup_steps, then cfg.lr_schedule.
+
+    total_steps is asked at every step, since a run may learn on its way how long it is.
+    """
 
     def factor(step: int) -> float:
         warm = min(1, (step + 1) / (cfg.warmup_steps + 1))
-        done = max(0, step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
+        done = max(0, step - cfg.warmup_steps) / max(1, total_steps() - cfg.warmup_steps)
         return warm * {"constant": 1, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[cfg.lr_schedule]
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
