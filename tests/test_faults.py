@@ -26,6 +26,7 @@ from config import load_config
 from files import whole_file
 from mistakes import Mistake
 from training import run_folder
+from training.batches import GRACE
 from training.ranks import Ranks
 from training.run_folder import RunFolder
 from training.signals import Stopper
@@ -178,7 +179,8 @@ def test_a_signal_to_the_workers_too_and_a_console_that_is_gone_lose_nothing(num
     argv = tiny(tmp_path / "run", crop, "train_cfg.save_minutes=60", "train_cfg.sample_period=0", ENDLESS)
     command = [sys.executable, str(ROOT / "train.py"), *argv]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **how) as process:
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **how)
+    try:
         for line in iter(process.stdout.readline, b""):
             if b"step 9," in line:
                 break
@@ -187,11 +189,26 @@ def test_a_signal_to_the_workers_too_and_a_console_that_is_gone_lose_nothing(num
         os.killpg(process.pid, number)
         left = b"" if process.stdout.closed else process.stdout.read()
         assert process.wait(PATIENCE) == 128 + number, left
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
     said = (tmp_path / "run" / "train.log").read_text()
     step = checkpoint.load(tmp_path / "run" / "last.pth")["step"]
     assert step >= 9
     assert f"stopped at step {step} by {number.name}" in said
     assert not re.search(rb"Traceback|Exception ignored|terminate called", left), left
+
+
+def test_a_bug_ends_a_run_at_once_also_where_workers_decode_its_images(tmp_path):
+    crop = 'dataset.train.pipeline=[{"name": "RandomCrop", "size": 4}]'
+    bug = f"import train; train.Trainer._after_step = lambda self, bar: 1 / 0; train.main({tiny(tmp_path / 'run', crop)})"
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", bug], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("ZeroDivisionError: division by zero")
+    assert time.monotonic() - begin < 0.9 * GRACE
 
 
 def test_under_nohup_a_closed_terminal_is_not_heeded():

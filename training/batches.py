@@ -20,6 +20,7 @@ from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
 
 Batch = tuple[Tensor, Tensor | None]  # uint8 pixels [b, C, H, W] and their labels [b], None where the data set has none
+GRACE = 30  # seconds that a worker lives on after SIGTERM
 
 
 def drop_labels(labels: Tensor, n_classes: int, p: float) -> Tensor:
@@ -109,7 +110,7 @@ class Batches:
                 num_workers=self.cfg.num_workers,
                 pin_memory=self.ranks.device.type == "cuda",
                 persistent_workers=self.cfg.num_workers > 0,
-                worker_init_fn=_leave_alone,
+                worker_init_fn=_live_on,
             )
         parts = list(self.indices(epoch, first))
         self.loader.batch_sampler.batches = [[(epoch, i) for i in part.tolist()] for part in parts]
@@ -117,7 +118,9 @@ class Batches:
             yield pixels.to(self.ranks.device, non_blocking=True), self._labels_of(part)
 
     def close(self) -> None:
-        """Let the worker processes end; another epoch starts new ones."""
+        """End the worker processes, also where an error's traceback still refers to them; another epoch starts new ones."""
+        if (iterator := getattr(self.loader, "_iterator", None)) is not None:
+            iterator._shutdown_workers()  # a DataLoader has no public way to it
         self.loader = None
 
     def _to_device(self, x: Tensor) -> Tensor:
@@ -129,15 +132,19 @@ class Batches:
 
 
 def _leave_alone(worker: int) -> None:
-    """Let a worker live on, which was forked, while its parent saves what it has.
-
-    It collects none of its parent's garbage, a CUDA graph in which would end it. Signals that a terminal, timeout or a cluster
-    sends to all processes are for the parent to heed; but a second SIGTERM, as of the end of Python, ends it.
-    """
+    """Let a worker, which was forked, collect none of its parent's garbage: a CUDA graph in it would end the worker."""
     gc.freeze()
+
+
+def _live_on(worker: int) -> None:
+    """Let a worker outlive for GRACE seconds the signals that a terminal, timeout or a cluster sends to all processes.
+
+    Its parent heeds them, and a worker's death would end it before it has saved.
+    """
+    _leave_alone(worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # which then ends it
 
 
 class _Numbers:
