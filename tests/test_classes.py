@@ -203,7 +203,7 @@ def test_guidance_needs_a_network_that_knows_both(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["time_aware_net.kwargs.n_classes=5"], "dataset.train has labels up to 9"),
+        (["time_aware_net.kwargs.n_classes=5"], "dataset.train has labels from 0 to 9"),
         (["time_aware_net.kwargs.n_classes=11"], "dataset.train has 10 classes"),
     ],
 )

@@ -227,6 +227,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_deleted(tmp_path):
     before = files(tmp_path / "run")
     with pytest.raises(Mistake, match="run holds a run already: add --resume"):
         late.run()
+    late.folder.close()
     assert files(tmp_path / "run") == before
 
 
