@@ -754,7 +754,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--device {args.device}: CUDA is not available here; try --device cpu")
 
     device = torch.device(args.device)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # which _measure waits for and asks
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
