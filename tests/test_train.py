@@ -154,6 +154,7 @@ def test_a_validation_loss_that_is_no_number_spoils_nothing_after_it(tmp_path, m
         ({"shape": [1, 8, 8]}, ["the data are not the run's: shape [1, 8, 8] then, [1, 4, 4] now"]),
         ({"class_names": ["a"]}, ["the data are not the run's: class_names ['a'] then"]),
         ({"class_counts": [1, 2]}, ["the training images are not those of the run"]),
+        ({"class_names": None, "class_counts": None}, ["finished"]),  # an older run's
     ],
 )
 def test_other_data_than_the_runs_are_seen(change, words, tmp_path, capsys):

@@ -87,9 +87,9 @@ def _copied(state: Any) -> Any:
 def restore_state(run, state: dict) -> None:
     """Make run the one that this state was taken of, if it has the same data."""
     for name, found in {"shape": list(run.shape), "class_names": run.class_names}.items():
-        if state.get(name, found) != found:
+        if state.get(name) not in (None, found):  # older checkpoints may not say
             raise Mistake(f"{run.folder.resume_from}: the data are not the run's: {name} {state[name]} then, {found} now")
-    if state.get("class_counts", run.class_counts) != run.class_counts:
+    if state.get("class_counts") not in (None, run.class_counts):
         log.warning("the training images are not those of the run: a class has more or fewer of them now")
     try:
         run.model.load_state_dict(state["model"])
