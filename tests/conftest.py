@@ -1,4 +1,5 @@
 import os
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -27,6 +28,24 @@ def fake_cuda() -> None:
             torch.zeros(3).to("cuda").addcmul_(torch.ones(3, device="cuda"), torch.ones(3, device="cuda"))
     except RuntimeError as error:
         pytest.skip(f"no fake CUDA tensors here: {error}")
+
+
+class Clock:
+    """Seconds that pass only as a test says."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """What the functions of `time` give in this test, so that it does not depend on how fast a machine is."""
+    clock = Clock()
+    for name in ("monotonic", "perf_counter", "process_time"):
+        monkeypatch.setattr(time, name, clock)
+    return clock
 
 
 # For the tests of faults

@@ -26,7 +26,6 @@ from config import load_config
 from files import whole_file
 from mistakes import Mistake
 from training import run_folder
-from training.batches import GRACE
 from training.ranks import Ranks
 from training.run_folder import RunFolder
 from training.signals import Stopper
@@ -201,14 +200,16 @@ def test_a_signal_to_the_workers_too_and_a_console_that_is_gone_lose_nothing(num
     assert not re.search(rb"Traceback|Exception ignored|terminate called", left), left
 
 
-def test_a_bug_ends_a_run_at_once_also_where_workers_decode_its_images(tmp_path):
+def test_a_bug_ends_a_run_also_where_workers_decode_its_images(tmp_path):
+    """At once: its workers, which would live on for longer than the test waits, are ended by it."""
     crop = 'dataset.train.pipeline=[{"name": "RandomCrop", "size": 4}]'
-    bug = f"import train; train.Trainer._after_step = lambda self, bar: 1 / 0; train.main({tiny(tmp_path / 'run', crop)})"
-    begin = time.monotonic()
+    bug = (
+        f"import train; from training import batches; batches.GRACE = {10 * PATIENCE}; "
+        f"train.Trainer._after_step = lambda self, bar: 1 / 0; train.main({tiny(tmp_path / 'run', crop)})"
+    )
     done = subprocess.run([sys.executable, "-c", bug], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("ZeroDivisionError: division by zero")
-    assert time.monotonic() - begin < 0.9 * GRACE
 
 
 def test_under_nohup_a_closed_terminal_is_not_heeded():

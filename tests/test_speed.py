@@ -4,7 +4,6 @@ import logging
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +24,17 @@ CPU = Ranks("cpu")
 ROOT = Path(__file__).parent.parent
 
 
-def taking(bf16: float, fp32: float):
-    """A step that takes so many seconds in each precision."""
-    return lambda precision: time.sleep(bf16 if precision == "bf16" else fp32)
+@pytest.fixture
+def taking(clock):
+    """Make a step that takes so many seconds in each precision."""
+
+    def step_of(bf16: float, fp32: float):
+        def step(precision: str) -> None:
+            clock.now += bf16 if precision == "bf16" else fp32
+
+        return step
+
+    return step_of
 
 
 def never(precision: str) -> None:
@@ -35,7 +42,7 @@ def never(precision: str) -> None:
 
 
 @pytest.mark.parametrize(("bf16", "fp32", "chosen"), [(0.01, 0.05, "bf16"), (0.05, 0.01, "fp32")])
-def test_auto_takes_the_faster_precision_where_the_instructions_exist(bf16, fp32, chosen, monkeypatch):
+def test_auto_takes_the_faster_precision_where_the_instructions_exist(bf16, fp32, chosen, taking, monkeypatch):
     monkeypatch.setattr(speed, "has_bfloat16", lambda device: True)
     assert speed.choose_precision("auto", taking(bf16, fp32), CPU, "key") == chosen
 
@@ -50,12 +57,12 @@ def test_what_is_asked_for_by_name_is_taken(asked):
     assert speed.choose_precision(asked, never, CPU, "key") == asked
 
 
-def test_bf16_by_name_where_it_is_slow_is_one_warning_with_the_factor(caplog):
+def test_bf16_by_name_where_it_is_slow_is_one_warning_with_the_factor(taking, caplog):
     speed.log.propagate = True
-    assert speed.choose_precision("bf16", taking(0.08, 0.02), CPU, "train_cfg.precision") == "bf16"
+    assert speed.choose_precision("bf16", taking(0.8, 0.2), CPU, "train_cfg.precision") == "bf16"
     (record,) = (record for record in caplog.records if record.levelno == logging.WARNING)
     factor = float(record.message.split(" times")[0].split()[-1])
-    assert factor == pytest.approx(4, rel=0.3)
+    assert factor == 4
 
 
 def test_fp16_on_a_cpu_is_refused_by_its_key():

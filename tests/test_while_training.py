@@ -167,21 +167,12 @@ def test_a_data_set_too_small_for_the_distance_is_refused(here, capsys, monkeypa
     assert not (here / "small").exists()
 
 
-class Clock:
-    """What time.monotonic gives."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Slow:
     """A metric of so many seconds."""
 
     uses_model, seconds = True, 3.0
 
-    def __init__(self, clock: Clock):
+    def __init__(self, clock):
         self.clock = clock
 
     def measure(self) -> dict:
@@ -192,12 +183,10 @@ class Slow:
 
 
 @pytest.mark.parametrize(("share", "seconds"), [(0.05, 3.0), (0.2, 1.0), (0.2, 7.0)])
-def test_metrics_never_take_more_than_their_share_of_the_time(share, seconds, monkeypatch, caplog):
+def test_metrics_never_take_more_than_their_share_of_the_time(share, seconds, clock, monkeypatch, caplog):
     """Epochs of ten seconds; a batch of samples takes a fifth of a measurement, so that its time is foreseen."""
     monkeypatch.setattr(train.log, "propagate", True)
     caplog.set_level("INFO")
-    clock = Clock()
-    monkeypatch.setattr(while_training.time, "monotonic", clock)
     cfg = SimpleNamespace(metric_period=0, metric_share=share, metric_samples=5 * 64, precision="fp32")
     quality = Quality(SimpleNamespace(cfg=cfg, ranks=Ranks("cpu"), device=torch.device("cpu")))
     cfg.metric_period = 2
@@ -222,9 +211,7 @@ def test_metrics_never_take_more_than_their_share_of_the_time(share, seconds, mo
     assert len(said) == (at != list(range(2, 101, 2)))
 
 
-def test_the_time_spent_is_kept_when_a_run_goes_on(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(while_training.time, "monotonic", clock)
+def test_the_time_spent_is_kept_when_a_run_goes_on(clock):
     run = SimpleNamespace(cfg=SimpleNamespace(metric_period=0))
     quality = Quality(run)
     quality.metrics, quality.seconds, quality.best_fd = {"slow": Slow(clock)}, 4.0, 1.5
