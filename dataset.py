@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from mistakes import Mistake
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg")  # which are not read
 CLUSTER_SIDE = 16  # pixels
 FLIPS = {v2.RandomHorizontalFlip: -1, v2.RandomVerticalFlip: -2}  # the dimension that is turned round
 FIXED_TRANSFORMS = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Grayscale)  # give the same image every time
@@ -213,7 +214,9 @@ class ImageFolder(ImageDataset):
         self.background = _colour(background)
         if labels not in (None, "folders"):
             raise Mistake(f'labels = {labels!r}: must be "folders" or None')
-        self.paths = _image_paths(root)
+        self.paths, others = _image_paths(root)
+        if left_out := {name: others[name] for name in OTHER_IMAGES if others[name]}:
+            warnings.warn(f"root = {root!r}: left out {_not_read(left_out)}", stacklevel=2)
         if labels == "folders":
             self.class_names = sorted({_class_folder(path, root) for path in self.paths})
         if train is not None:
@@ -221,10 +224,10 @@ class ImageFolder(ImageDataset):
         if skip_unreadable:
             self.paths = [path for path in tqdm(self.paths, desc=f"reading {root}", unit="img") if _is_readable(path)]
         if not self.paths:
+            what = "image that can be read" if skip_unreadable else "image"
             split = "" if train is None else " for training" if train else " for validation"
-            raise Mistake(
-                f"root = {root!r}: holds no image{' that can be read' if skip_unreadable else ''}{split}{_others(root)}"
-            )
+            found = f"; there are {_not_read(others)}" if others else ""
+            raise Mistake(f"root = {root!r}: holds no {what}{split}{found}")
         if self.class_names is not None:
             number = {name: i for i, name in enumerate(self.class_names)}
             self.labels = torch.tensor([number[_class_folder(path, root)] for path in self.paths])
@@ -277,11 +280,11 @@ def find_clusters(images: ImageDataset, count: int):
 DATASETS = {cls.__name__: cls for cls in (Digits, FashionMNIST, CIFAR10, CelebA_HQ_256, ImageFolder)}
 
 
-def _image_paths(root: str) -> list[str]:
-    """Every image file below root with an extension that torchvision knows, in either case, sorted."""
+def _image_paths(root: str) -> tuple[list[str], Counter[str]]:
+    """Every image file below root with an extension that torchvision knows, in either case, sorted; how many have others."""
     if not Path(root).is_dir():
         raise Mistake(f"root = {root!r}: no such folder")
-    paths, seen = [], set()
+    paths, others, seen = [], Counter(), set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(folder)
         if real in seen:  # a link that leads back
@@ -289,17 +292,18 @@ def _image_paths(root: str) -> list[str]:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        names = (name for name in files if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."))
-        paths += [os.path.join(folder, name) for name in names]
-    return sorted(paths)
+        for name in files:
+            extension = os.path.splitext(name.lower())[1]
+            if extension in IMG_EXTENSIONS and not name.startswith("."):
+                paths.append(os.path.join(folder, name))
+            elif not name.startswith("."):
+                others[extension or "no extension"] += 1
+    return sorted(paths), others
 
 
-def _others(root: str) -> str:
-    """In words, what files below root are of extensions that are not read."""
-    names = [path.suffix.lower() or "none" for path in Path(root).rglob("[!.]*") if path.is_file()]
-    counts = Counter(name for name in names if name not in IMG_EXTENSIONS)
-    found = ", ".join(f"{count} of {name}" for name, count in counts.most_common(5))
-    return f" ({', '.join(IMG_EXTENSIONS)} are read; there are files with other extensions: {found})" if found else ""
+def _not_read(extensions: Mapping[str, int]) -> str:
+    counts = ", ".join(f"{count} of {name}" for name, count in Counter(extensions).most_common(5))
+    return f"{counts}; only {', '.join(IMG_EXTENSIONS)} are read"
 
 
 def _class_folder(path: str, root: str) -> str:

@@ -225,7 +225,7 @@ class Trainer:
             self.close_epoch(bar)
 
     def _after_step(self, bar: tqdm) -> None:
-        if self.meter.recent_bad_steps() >= self.cfg.max_bad_steps:
+        if self.meter.recent_bad_steps() >= min(self.cfg.max_bad_steps, self.total_steps):
             raise bad_numbers(self)
         self.writer.check()
         self._write(f"power_{self.step}.pth", take_snapshot(self))  # before the last.pth that counts the step

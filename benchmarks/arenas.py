@@ -1,6 +1,7 @@
 """The data sets of the race, and what samples of each are held against: features of its classifier, and its training images."""
 
 import functools
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ ARENAS = {
     "CIFAR10": Files("CIFAR10_fast.json", "CIFAR10_den.json", "race_cifar10"),
     "digits": Files("Digits_fast.json", "Digits_den.json", "race_digits", None),
 }
+OWN = ".json"  # of a path in the place of a name
 MODELS = ROOT / "models"  # of the classifiers, not in git
 FEW_IMAGES = 500  # whose distance to others of their kind is large: of the 180 valid digits to the others it is 4.7
 CLASSIFIER_IMAGES, MAX_EPOCHS = 240_000, 40  # that a classifier sees in its training: four epochs of FashionMNIST
@@ -37,9 +39,10 @@ CLASSIFIER_IMAGES, MAX_EPOCHS = 240_000, 40  # that a classifier sees in its tra
 
 @dataclass(frozen=True)
 class Arena:
-    """A data set of the race; folder is where it lies, below which is its own folder where it is not torchvision's.
+    """A data set of the race, by its name in ARENAS or by the path of our config for it.
 
-    With classes, the networks learn its labels; with a number of clusters, those of clusters of its training images.
+    folder is where those of ARENAS lie, below which is a set's own folder where it is not torchvision's. With classes, the
+    networks learn the labels; with a number of clusters, those of clusters of the training images.
     """
 
     name: str
@@ -48,18 +51,28 @@ class Arena:
     clusters: int | None = None
 
     @property
+    def files(self) -> Files:
+        own = Files(os.path.abspath(self.name), None, f"race_{Path(self.name).stem}", None)
+        return own if self.name.endswith(OWN) else ARENAS[self.name]
+
+    @property
     def config(self) -> Path:
         """Of our recipe for it."""
-        return ROOT / "configs" / ARENAS[self.name].config
+        return ROOT / "configs" / self.files.config
 
     @property
     def plain(self) -> Path:
         """Of the plain recipe for it: the noise is predicted, and the loss is the simple one."""
-        return ROOT / "configs" / ARENAS[self.name].plain
+        return ROOT / "configs" / self.files.plain
+
+    def data_of(self, config: str | Path) -> tuple:
+        """The data set of a config, and the folders of its parts."""
+        dataset = load_config(config, self.roots)["dataset"]
+        return dataset["name"], *(dataset[split].get("root") for split in ("train", "valid"))
 
     @property
     def stem(self) -> str:
-        return ARENAS[self.name].stem + ("_classes" if self.classes else "")
+        return self.files.stem + ("_classes" if self.classes else "")
 
     @property
     def settings(self) -> list[str]:
@@ -72,7 +85,7 @@ class Arena:
 
     @property
     def roots(self) -> list[str]:
-        root = ARENAS[self.name].root
+        root = self.files.root
         return [f"dataset.{split}.root={root.format(folder=self.folder, split=split)}" for split in ("train", "valid") if root]
 
     @property
@@ -91,7 +104,7 @@ class Arena:
     def classifier(self, device: torch.device) -> nn.Module:
         """Trained on its training images, once, and kept in models/."""
         images, labels = replace(self, clusters=None).images("train")
-        path = MODELS / f"classifier_{self.name}.pth"
+        path = MODELS / f"classifier_{Path(self.name).stem}.pth"
         path.parent.mkdir(exist_ok=True)
         epochs = min(MAX_EPOCHS, CLASSIFIER_IMAGES // len(images))
         return cached_classifier(path, images, labels, self.name, epochs, device=device)

@@ -7,6 +7,7 @@
     python benchmarks/race.py --data emoji                                 # which benchmarks/emoji.py makes; or both
     python benchmarks/race.py --data digits --racers ours plain            # what the fast recipe gains on a small set
     python benchmarks/race.py --data CIFAR10 --racers ours plain           # the same on a network of 35.7 million, for a GPU
+    python benchmarks/race.py --data my.json --plain other.json --racers ours plain      # two recipes of yours, on your data
     python benchmarks/race.py --quick                                      # a minute, to see that it runs
 
 The budget is of time.process_time of the racer's own process, so that a busy machine is fair (on CUDA: seconds of the
@@ -59,7 +60,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from arenas import ARENAS, Arena, Measure
+from arenas import ARENAS, OWN, Arena, Measure
 from common import (
     ROOT,
     choose_precision,
@@ -156,7 +157,7 @@ def ours(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
 
 
 def plain(args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
-    yield from _of_config(args.arena.plain, args, device)
+    yield from _of_config(args.plain or args.arena.plain, args, device)
 
 
 def _of_config(path: Path, args: argparse.Namespace, device: torch.device) -> Iterator[Finish]:
@@ -483,7 +484,7 @@ def rows_of(args: argparse.Namespace, name: str, racer: str, seed: int, measure:
                "--budget", *map(str, args.budget), "--data", measure.arena.name, "--root", args.root]
     # fmt: on
     command += ["--classes"] if args.classes else []
-    for option in ("threads", *SEARCHED):
+    for option in ("threads", "plain", *SEARCHED):
         if getattr(args, option) is not None:
             command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
     command += ["--set", *args.set] if args.set else []
@@ -533,7 +534,13 @@ def compete(args: argparse.Namespace, arena: Arena, device: torch.device) -> Non
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--racers", nargs="+", default=[name for name in RACERS if name != "plain"], choices=RACERS)
-    parser.add_argument("--data", nargs="+", default=["FashionMNIST"], choices=ARENAS)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=["FashionMNIST"],
+        help=f"{', '.join(ARENAS)}, or our config for data of your own, which have labels",
+    )
+    parser.add_argument("--plain", metavar="CONFIG", help="of the racer plain, by default that of the data")
     parser.add_argument("--root", default=str(ROOT / "data"), help="folder of the data sets")
     parser.add_argument("--budget", nargs="+", type=float, default=[1500.0], help="seconds of training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -576,15 +583,20 @@ def main(argv: list[str] | None = None) -> None:
     of_peers = [f"--{name.replace('_', '-')}" for name in SEARCHED if name not in of_all and getattr(args, name) is not None]
     if of_peers and {"ours", "plain"} & set(args.racers):
         parser.error(f"{', '.join(of_peers)}: of the peers, and ours has --set; see --racers")
-    without = [data for data in args.data if not ARENAS[data].plain]
-    if "plain" in args.racers and without:
-        parser.error(f"--racers plain: there is no plain config for {', '.join(without)}")
+    if unknown := [data for data in args.data if data not in ARENAS and not data.endswith(OWN)]:
+        parser.error(f"--data {' '.join(unknown)}: must be of {', '.join(ARENAS)}, or a config, with the extension {OWN}")
+    arenas = [Arena(data, args.root, args.classes) for data in args.data]
+    without = [arena.name for arena in arenas if not arena.files.plain]
+    if "plain" in args.racers and without and not args.plain:
+        parser.error(f"--racers plain: there is no plain config for {', '.join(without)}; give one with --plain")
+    if args.plain and any(arena.data_of(arena.config) != arena.data_of(args.plain) for arena in arenas):
+        parser.error(f"--plain {args.plain}: is of other data than --data {' '.join(args.data)}")
     if args.n <= N_FEATURES:
         parser.error(f"-n {args.n}: the distance needs more samples than features, at least {N_FEATURES + 1}")
     device = torch.device(args.device)
     set_up(args)
-    for data in args.data:
-        compete(args, Arena(data, args.root, args.classes), device)
+    for arena in arenas:
+        compete(args, arena, device)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from files import whole_file
+
 CLASSIFIER_FORMAT = "gaussian-diffusion classifier 1"
 N_FEATURES = 128  # of the classifier
 MIN_SIZE = 8  # pixels, height and width of the classifier's images
@@ -192,16 +194,10 @@ def split(n_images: int) -> tuple[Tensor, Tensor]:
 
 def _save(saved: dict, path: Path) -> None:
     """Whole or not at all, also when two processes save at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(saved, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    with whole_file(own) as file:
+        torch.save(saved, file)
+    os.replace(own, path)
 
 
 def _load(path: Path, key: dict) -> dict:

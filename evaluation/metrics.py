@@ -289,7 +289,9 @@ class BitsPerDimension:
             raise Mistake("--metrics bpd: a guided network belongs to no density, so it has no likelihood")
         if evaluation.bpd_timesteps is not None and not 1 <= evaluation.bpd_timesteps <= last:
             raise Mistake(f"--bpd-timesteps = {evaluation.bpd_timesteps}: must lie in 1..{last}, the number of KL terms")
-        build_dataset(evaluation.config, "valid")
+        images = min(evaluation.bpd_images, len(build_dataset(evaluation.config, "valid")))
+        if images < 2:
+            raise Mistake("--metrics bpd: needs at least 2 images for a standard error, of --bpd-images and of dataset.valid")
 
     def measure(self) -> dict[str, float]:
         e = self.evaluation

@@ -69,7 +69,24 @@ def test_an_option_of_the_peers_is_refused_for_ours(capsys):
 def test_no_plain_recipe_is_made_up(capsys):
     with pytest.raises(SystemExit):
         race.main(["--racers", "plain", "--data", "digits", "emoji"])
-    assert "no plain config for emoji\n" in capsys.readouterr().err
+    assert "no plain config for emoji; give one with --plain\n" in capsys.readouterr().err
+
+
+def test_a_race_on_data_of_ones_own_is_by_its_config(tmp_path, capsys):
+    ours, other = tmp_path / "mine.json", tmp_path / "other.json"
+    ours.write_text((ROOT / "configs" / "Emoji_class.json").read_text())
+    other.write_text(ours.read_text().replace("emoji/train", "others/train"))
+    arena = arenas.Arena(str(ours), "nowhere", classes=True)
+    assert (arena.config, arena.stem, arena.roots) == (ours, "race_mine_classes", [])
+    assert arena.data_of(arena.config) == ("ImageFolder", "data/emoji/train", "data/emoji/valid")
+    for flags, words in [
+        (["--data", str(ours), "--racers", "plain"], "mine.json; give one with --plain"),
+        (["--data", str(ours), "--racers", "plain", "--plain", str(other)], "other.json: is of other data than"),
+        (["--data", "mine"], "--data mine: must be of FashionMNIST, emoji, CIFAR10, digits, or a config"),
+    ]:
+        with pytest.raises(SystemExit):
+            race.main(flags)
+        assert words in capsys.readouterr().err
 
 
 def test_a_peers_batches_are_as_large_as_asked():

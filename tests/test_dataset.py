@@ -272,12 +272,19 @@ def test_a_folder_that_is_missing_or_holds_no_image_is_refused(cls, tmp_path):
         cls(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"holds no image$"):
         cls(str(tmp_path))
-    (tmp_path / "a.GIF").touch()
-    (tmp_path / "a.gif").touch()
-    with pytest.raises(
-        ValueError, match=r"holds no image for training \(\.jpg, .* are read; .* other extensions: 2 of \.gif\)"
-    ):
+    for name in ("a.GIF", "a.gif", "notes", ".hidden"):
+        (tmp_path / name).touch()
+    there = r"there are 2 of \.gif, 1 of no extension; only \.jpg, .* are read"
+    with pytest.warns(UserWarning, match=r"left out 2 of \.gif"), pytest.raises(ValueError, match=there):
         cls(str(tmp_path), train=True)
+
+
+def test_images_of_kinds_that_are_not_read_are_left_out_with_a_word(folder):
+    (folder / "moving.gif").touch()
+    (folder / "captions.txt").touch()
+    with pytest.warns(UserWarning, match=r"left out 1 of \.gif; only \.jpg, ") as said:
+        assert len(ImageFolder(str(folder))) == 7
+    assert len(said) == 1
 
 
 class OneImage(ImageDataset):

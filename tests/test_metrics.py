@@ -2,6 +2,7 @@
 
 import math
 import re
+import resource
 import sys
 import types
 
@@ -336,6 +337,18 @@ def test_the_second_use_reads_the_file(tmp_path, capsys, monkeypatch, digits):
     assert not second.training
     x = from_uint8(images[:50])
     assert torch.equal(first.features(x), second.features(x))
+
+
+def test_a_full_disk_at_the_classifier_is_one_error_of_the_systems(tmp_path, digits):
+    """The limit is 16 KiB a file; Python ignores the signal, so that a write fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*classifier\.pth"):
+            cached_classifier(tmp_path / "classifier.pth", digits[0][:100], digits[1][:100], "digits", epochs=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_held_out_images_are_not_trained_on(monkeypatch, tmp_path, digits):

@@ -132,7 +132,6 @@ TRAIN = {
     "step a tensor": put("step", torch.zeros(2)),
     "step 2^70": put("step", 2**70),
     "best_loss text": put("best_loss", "x"),
-    "best_loss nan": put("best_loss", float("nan")),
     "optimizer empty": put("optimizer", {}),
     "optimizer without state": put("optimizer", "state", {}),
     "moments of another shape": put(*MOMENT, "exp_avg", torch.zeros(3)),

@@ -137,13 +137,17 @@ def test_resume_of_a_finished_run_trains_on_only_if_epochs_were_added(tmp_path):
     assert metrics(tmp_path / "a")[-1]["step"] == 12
 
 
-def test_a_validation_loss_that_is_no_number_spoils_nothing_after_it(tmp_path, monkeypatch):
-    """Of one epoch: the run can be resumed, and best.pth is written again."""
+@pytest.mark.parametrize("older", [False, True])
+def test_a_validation_loss_that_is_no_number_spoils_nothing_after_it(older, tmp_path, monkeypatch):
+    """Of one epoch: the run can be resumed, and best.pth is written again. An older run has kept it as its best."""
     found = iter([math.nan, 0.5])
     monkeypatch.setattr(train.Trainer, "validate", lambda self: next(found))
     assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1")) == 0
     assert "valid nan" in (tmp_path / "a" / "train.log").read_text()
     assert not (tmp_path / "a" / "best.pth").exists()
+    if older:
+        state = checkpoint.load(tmp_path / "a" / "last.pth") | {"best_loss": math.nan}
+        checkpoint.save(tmp_path / "a" / "last.pth", state)
     assert train.main(tiny(tmp_path / "a", flags=("--resume",))) == 0
     assert checkpoint.load(tmp_path / "a" / "best.pth")["best_loss"] == 0.5
 
@@ -366,6 +370,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
     assert (tmp_path / "a" / "last.pth").read_bytes() == good
 
 
+def test_a_run_too_short_for_so_many_bad_steps_is_stopped_if_it_has_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        GaussianDiffusion, "forward", lambda self, x0, *_, **__: sum(p.sum() for p in self.parameters()) * torch.nan
+    )
+    assert train.main(tiny(tmp_path / "a", "train_cfg.max_bad_steps=100")) == 2
+    assert "not finite in the last 8 steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_a_bad_step_is_skipped_and_counted(optimizer, tmp_path, monkeypatch):
     forward, calls = GaussianDiffusion.forward, []
@@ -451,6 +463,7 @@ def test_another_size_and_sizes_that_do_not_fit(run, capsys):
         (["--timesteps", "21"], "must lie in 1..20"),
         (["--eta", "2", "--sampler", "ddim"], "eta = 2"),
         (["--eta", "0.5"], "only the sampler 'ddim'"),
+        (["--metrics", "bpd", "--bpd-images", "1"], "needs at least 2 images"),
     ],
 )
 def test_bad_flags_are_refused(flags, words, run, capsys):

@@ -101,7 +101,7 @@ def restore_state(run, state: dict) -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Mistake(f"{run.folder.resume_from}: is not the state of a run ({reason})") from error
     run.step, run.closed, run.records = state["step"], state["closed"], state["records"]
-    run.best_loss = state["best_loss"]
+    run.best_loss = math.inf if math.isnan(state["best_loss"]) else state["best_loss"]  # older runs kept a nan
     loss_sums = state["loss_sums"] + state.get("loss_by_t", [0] * 2 * BINS)  # older checkpoints have no loss by t
     run.meter.restore(loss_sums, state["bad_steps"], run.ranks.rank)
     run.quality.restore(state.get("quality", {}))
@@ -162,7 +162,7 @@ def _check_counters(state: dict) -> None:
     for name, least in {"step": 0, "closed": 0, "records": 0, "world": 1}.items():
         if type(state.get(name)) is not int or not least <= state[name] < 2**63:
             raise ValueError(f"{name}: must be a whole number of at least {least}")
-    if type(state.get("best_loss")) is not float or math.isnan(state["best_loss"]):
+    if type(state.get("best_loss")) is not float:
         raise ValueError("best_loss: must be a number")
     for name, count in {"loss_sums": 2, "bad_steps": 2, "loss_by_t": 2 * BINS}.items():
         values = state.get(name, [0] * count if name == "loss_by_t" else None)
