@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import random
 import re
@@ -178,7 +179,8 @@ def test_a_signal_to_the_workers_too_and_a_console_that_is_gone_lose_nothing(num
     argv = tiny(tmp_path / "run", crop, "train_cfg.save_minutes=60", "train_cfg.sample_period=0", ENDLESS)
     command = [sys.executable, str(ROOT / "train.py"), *argv]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **how)
+    heed = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=heed, **how)
     try:
         for line in iter(process.stdout.readline, b""):
             if b"step 9," in line:
