@@ -93,8 +93,7 @@ def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path, 
 
 def set_speed(diffusion: GaussianDiffusion, x0: Tensor, asked: str, compiled: bool, ranks: Ranks) -> str:
     """The precision to sample images like x0 in; the network is compiled if that is asked for."""
-    if compiled or ranks.device.type == "cuda":  # uncompiled on a CPU it is slower
-        diffusion.to(memory_format=torch.channels_last)
+    diffusion.to(memory_format=torch.channels_last)
     speed.set_flags(asked)
     precision = speed.choose_precision(asked, speed.probe_call(diffusion, x0, ranks.device), ranks, "--precision")
     speed.set_flags(precision)
