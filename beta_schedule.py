@@ -42,6 +42,26 @@ class BetaSchedule:
         return len(self.beta)
 
 
+def alpha_bar_of(schedule) -> Tensor:
+    """The alpha_bar [T] of a schedule, float64 on the CPU; ValueError unless every step adds noise, and some signal is left.
+
+    A step that adds none (beta_t = 0) has no density, and at no signal before T there is nothing for the steps after it.
+    """
+    alpha_bar = schedule.alpha_bar
+    if not isinstance(alpha_bar, Tensor) or alpha_bar.ndim != 1 or not len(alpha_bar):
+        raise ValueError("schedule: alpha_bar must be a float64 tensor [T]")
+    alpha_bar = alpha_bar.detach().double().cpu()
+    before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+    wrong = ~((before > 0) & (alpha_bar < before) & (alpha_bar >= 0))  # the last one may be 0
+    if wrong.any():
+        t = int(wrong.nonzero()[0]) + 1
+        raise ValueError(
+            f"schedule: alpha_bar_{t} = {alpha_bar[t - 1].item():g} after {before[t - 1].item():g}: alpha_bar must fall from "
+            "below 1, at every step, and be positive before its last value"
+        )
+    return alpha_bar
+
+
 def _time(timesteps: int) -> Tensor:
     """1..T as float64."""
     if isinstance(timesteps, bool) or not isinstance(timesteps, int) or not 1 <= timesteps <= MOST_TIMESTEPS:

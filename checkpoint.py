@@ -73,9 +73,9 @@ def _check_weights(state: Mapping, weights: Mapping) -> None:
     """ValueError if weights are not of the config's network, or it takes no images of the shape; takes no memory."""
     net = network_without_memory(state["config"])
     for name, expected in net.state_dict(prefix="time_aware_net.").items():
-        found = getattr(weights.get(name), "shape", None)
-        if found != expected.shape:
-            raise Mistake(f"{name}: of shape {found and list(found)}, which the config makes {list(expected.shape)}")
+        found, expected = (getattr(value, "shape", None) for value in (weights.get(name), expected))  # None of an extra state
+        if found != expected:
+            raise Mistake(f"{name}: of shape {found and list(found)}, which the config makes {expected and list(expected)}")
     check_shape(state["config"], state["shape"])
 
 

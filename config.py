@@ -148,6 +148,8 @@ def _matches(value: Any, kind: Any) -> bool:
     kind = origin or kind
     if not isinstance(kind, type):
         return False
+    if kind is tuple and args and args[-1] is not Ellipsis:
+        return isinstance(value, list) and len(value) == len(args) and all(map(_matches, value, args))
     if issubclass(kind, Sequence) and kind is not str:
         return isinstance(value, list) and all(_matches(item, args[0] if args else Any) for item in value)
     return isinstance(value, kind)
@@ -162,6 +164,8 @@ def _describe(kind: Any) -> str:
         return ("one of " if len(args) > 1 else "") + ", ".join(json.dumps(arg) for arg in args)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
+    if origin is tuple and args[-1] is not Ellipsis:
+        return f"a list of {', '.join(map(_describe, args))}"
     if origin and issubclass(origin, Sequence):
         return f"a list, each {_describe(args[0])}" if args else "a list"
     words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "an object"}
@@ -197,9 +201,12 @@ def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[s
 def _arguments(path: str, function: Callable, given: Any, without: Sequence[str] = (), untyped: Sequence[str] = ()) -> dict:
     """given with the function's defaults filled in; every key and type checked against its signature.
 
-    A default that JSON does not hold is left to the function.
+    A default fits, whatever its annotation says (`x: int = None`); one that JSON does not hold is left to the function.
     """
-    hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function, include_extras=True)
+    try:
+        hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function, include_extras=True)
+    except NameError as error:
+        raise Mistake(f"{path}: an annotation cannot be read: {error}") from error
     parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name not in without}
     named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     required = [name for name, p in named.items() if p.default is p.empty]
@@ -207,12 +214,14 @@ def _arguments(path: str, function: Callable, given: Any, without: Sequence[str]
     if any(p.kind == p.VAR_KEYWORD for p in parameters.values()) and isinstance(given, Mapping):
         optional += [name for name in given if name not in named]
     given = _object(path, given, required, optional)
+    defaults = {name: p.default for name, p in named.items() if _is_plain(p.default)}
+    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     for name, value in given.items():
         kind = hints.get(name, Any) if name in named and name not in untyped else Any
-        if not _matches(value, kind):
+        is_default = name in defaults and type(value) is type(defaults[name]) and value == defaults[name]
+        if not is_default and not _matches(value, kind):
             raise Mistake(f"{path}.{name} = {as_json_line(value)}: must be {_describe(kind)}")
-    defaults = {name: p.default for name, p in named.items() if name not in given and _is_plain(p.default)}
-    resolved = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()} | given
+    resolved = defaults | given
     return {name: resolved[name] for name in (*named, *given) if name in resolved}  # in the order of the signature
 
 
@@ -389,9 +398,6 @@ def resolve(config: Any, stored: bool = False) -> dict:
         "train_cfg": _arguments("train_cfg", TrainConfig, config["train_cfg"]),
     }
     build_train_config(resolved)
-    clusters, net = resolved["dataset"].get("clusters"), resolved["time_aware_net"]
-    if clusters is not None and not _is_own(net["name"]) and net["kwargs"].get("n_classes") != clusters:
-        raise Mistake(f"dataset.clusters = {clusters}: time_aware_net.kwargs.n_classes must be {clusters}, too")
     return resolved
 
 
@@ -491,7 +497,9 @@ def _build_split(config: Mapping, split: str) -> dataset.ImageDataset:
             _build_named(f"{path}.pipeline.{i}", transform, dataset.TRANSFORMS, Callable, (ValueError, TypeError))
             for i, transform in enumerate(section["pipeline"])
         ]
-    return _build(path, cls, section, Mistake)  # a ValueError may be of a transform of the user's own
+    images = _build(path, cls, section, Mistake)  # a ValueError may be of a transform of the user's own
+    dataset.check_labels(images, path)
+    return images
 
 
 def network_without_memory(config: Mapping) -> nn.Module:
@@ -532,4 +540,7 @@ def build_diffusion(config: Mapping, net: nn.Module | None = None) -> GaussianDi
     if net is None and not _is_own(config["time_aware_net"]["name"]):
         network_without_memory(config)  # is it too large?
     net = _build_network(config) if net is None else net
+    clusters = config["dataset"].get("clusters")
+    if clusters and getattr(net, "n_classes", None) != clusters:
+        raise Mistake(f"dataset.clusters = {clusters}: time_aware_net.kwargs.n_classes must be {clusters}, too")
     return _build("diffusion", _diffusion_class(name), settings, schedule=schedule, time_aware_net=net)

@@ -277,6 +277,13 @@ def find_clusters(images: ImageDataset, count: int):
     return MiniBatchKMeans(count, random_state=0, n_init=3).fit(small_images(images))
 
 
+def check_labels(images: ImageDataset, where: str) -> None:
+    """Mistake unless the labels are None or a long tensor [N]."""
+    labels, count = images.labels, len(images)
+    if labels is not None and (getattr(labels, "dtype", None) != torch.long or labels.shape != (count,)):
+        raise Mistake(f"{where}: labels must be a long tensor [{count}], the number of each image's class, or None")
+
+
 DATASETS = {cls.__name__: cls for cls in (Digits, FashionMNIST, CIFAR10, CelebA_HQ_256, ImageFolder)}
 
 

@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from beta_schedule import alpha_bar_of
+
 MAX_LEVELS = 2**16
 MAX_GAUSSIAN_LEVELS = 2**10  # whose matrices have n_levels^2 entries
 TABLE_BYTES = 2**25  # kept of the products of such matrices; what lies between them is multiplied when it is needed
@@ -272,7 +274,7 @@ TRANSITIONS = {
 }
 
 
-def _check(alpha_bar: Tensor, n_levels: int, transition: str, loss_mode: str, cross_entropy_weight: float) -> None:
+def _check(n_levels: int, transition: str, loss_mode: str, cross_entropy_weight: float) -> None:
     for name, value, allowed in (("transition", transition, TRANSITIONS), ("loss_mode", loss_mode, get_args(LossMode))):
         if value not in allowed:
             raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
@@ -282,9 +284,6 @@ def _check(alpha_bar: Tensor, n_levels: int, transition: str, loss_mode: str, cr
         raise ValueError(f"transition = 'binomial': is for n_levels = 2, not {n_levels}; for more it is called 'uniform'")
     if not 0 <= cross_entropy_weight < math.inf:
         raise ValueError(f"cross_entropy_weight = {cross_entropy_weight:g}: must be at least 0, and finite")
-    before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
-    if not ((before > 0) & (alpha_bar < before) & (alpha_bar >= 0)).all():  # the last one may be 0
-        raise ValueError("schedule: alpha_bar must fall from below 1, and be positive before its last value")
 
 
 class DiscreteDiffusion(nn.Module):
@@ -313,8 +312,8 @@ class DiscreteDiffusion(nn.Module):
         cross_entropy_weight: float = 0.001,
     ):
         super().__init__()
-        alpha_bar = schedule.alpha_bar.double().cpu()
-        _check(alpha_bar, n_levels, transition, loss_mode, cross_entropy_weight)
+        alpha_bar = alpha_bar_of(schedule)
+        _check(n_levels, transition, loss_mode, cross_entropy_weight)
         self.time_aware_net = time_aware_net
         self.n_levels = n_levels
         self.transition = transition

@@ -38,15 +38,16 @@ def edit(
     """x_0 noised to the time strength * T and sampled from there: Meng et al. 2022, algorithm 2. Of x_0's shape.
 
     strength   0 gives x_0 back, 1 keeps of it only what x_T holds
-    timesteps  as for GaussianDiffusion.sample, of the whole way; of these the times up to strength * T are visited
+    timesteps  as for GaussianDiffusion.sample, of the whole way; of these the times below strength * T are visited, too
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength = {strength}: must lie between 0 and 1")
-    steps = [t for t in diffusion.steps(timesteps, sampler) if t <= strength * diffusion.T]
-    if not steps:
+    start = int(strength * diffusion.T)
+    if start == 0:
         return x0
+    steps = [start, *(t for t in diffusion.steps(timesteps, sampler) if t < start)]
     noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-    xt = diffusion.q_sample(x0, steps[0], noise)
+    xt = diffusion.q_sample(x0, start, noise)
     return diffusion.sample(x0.shape, sampler, steps, 0.0, clip_x0, xt, generator, condition)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise, product
+from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from beta_schedule import alpha_bar_of
 from classify import classify
 from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
@@ -146,7 +148,7 @@ class GaussianDiffusion(nn.Module):
         self.bounded = bounded
         self.time_sampling = time_sampling
         self.last_terms: tuple[Tensor, Tensor] | None = None  # of forward
-        self._alpha_bar = schedule.alpha_bar.double().cpu()
+        self._alpha_bar = alpha_bar_of(schedule)
         self.T = len(self._alpha_bar)
         for name, table in self._tables().items():
             if not table.float().isfinite().all():
@@ -275,8 +277,9 @@ class GaussianDiffusion(nn.Module):
     def _net(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output in x's precision, whatever precision autocast let it run in."""
         out = self.time_aware_net(xt, t, **(condition or {}))
-        if out.shape != xt.shape:  # which would broadcast, and train on something else
-            raise ValueError(f"time_aware_net: gives {list(out.shape)} for xt of shape {list(xt.shape)}: must be xt's shape")
+        found = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        if found != list(xt.shape):  # which would broadcast, and train on something else
+            raise ValueError(f"time_aware_net: gives {found} for xt of shape {list(xt.shape)}: must be xt's shape")
         return out.to(xt.dtype)
 
     def _out(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -584,7 +587,8 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"eta = {eta:g}: only the sampler {those} has it, not {rule.__name__!r}")
         levels = self._levels(self.steps(timesteps, sampler), clip_x0)
         if x_T is None:
-            x_T = torch.randn(*shape, generator=generator, device=self.signal_scale.device)
+            of = {"device": self.signal_scale.device, "dtype": self.signal_scale.dtype}
+            x_T = torch.randn(*shape, generator=generator, **of)
         elif x_T.shape != torch.Size(shape):
             raise ValueError(f"x_T of shape {list(x_T.shape)}: must have the shape asked for, {list(shape)}")
         return self._states(x_T, levels, rule, clip_x0, generator, condition)
@@ -623,19 +627,19 @@ class GaussianDiffusion(nn.Module):
         """
         if timesteps is None:
             return list(range(self.T, 0, -1))
-        if isinstance(timesteps, int):
+        if isinstance(timesteps, Integral):
             if not 1 <= timesteps <= self.T:
                 raise ValueError(f"timesteps = {timesteps}: must lie in 1..{self.T}")
             return getattr(_sampler(sampler), "spacing", even_in_time)(self._alpha_bar, timesteps)
         steps = list(timesteps)
-        if not all(isinstance(t, int) for t in steps):
+        if not all(isinstance(t, Integral) for t in steps):
             raise ValueError(f"timesteps = {steps}: must be whole numbers")
         if not steps or steps[0] > self.T or steps[-1] < 1 or any(s >= t for t, s in pairwise(steps)):
             raise ValueError(f"timesteps = {steps}: must descend, without a repeat, within {self.T}..1")
         return steps
 
     def network_calls(self, timesteps: int | Sequence[int] | None, sampler: str | Sampler = "ddpm") -> int:
-        """How often a sample calls the network, counted while the sampler runs on a single number."""
+        """How often a sample calls the network, counted while the sampler runs on an image of a single number."""
         calls = []
 
         def predict_x0(x: Tensor, t: int) -> Tensor:
@@ -643,7 +647,8 @@ class GaussianDiffusion(nn.Module):
             return torch.zeros_like(x)
 
         levels = self._levels(self.steps(timesteps, sampler), clip_x0=False)
-        for _ in _sampler(sampler)(predict_x0, torch.zeros(1), levels, lambda: torch.zeros(1)):
+        x = torch.zeros(1, 1, 1, 1)
+        for _ in _sampler(sampler)(predict_x0, x, levels, lambda: torch.zeros_like(x)):
             pass
         return len(calls)
 

@@ -190,10 +190,11 @@ def refuse_for_symbols(args: argparse.Namespace) -> None:
             raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of symbols, and this is only for numbers")
 
 
-def evaluation_of(args: argparse.Namespace, diffusion: nn.Module, config: dict, ranks: Ranks) -> Evaluation:
+def evaluation_of(args: argparse.Namespace, diffusion: nn.Module, state: dict, ranks: Ranks) -> Evaluation:
     names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
     how = {name: getattr(args, name) for name in names}
-    return Evaluation(diffusion, config, ranks, **how, guided=args.guidance is not None)
+    how |= {"guided": args.guidance is not None, "class_names": state.get("class_names")}
+    return Evaluation(diffusion, state["config"], ranks, **how)
 
 
 def load_model(args: argparse.Namespace, ema_length: float | None, ranks: Ranks) -> tuple[nn.Module, dict, Path]:
@@ -236,6 +237,10 @@ def run(args: argparse.Namespace, ema_length: float | None, weight: float | None
     options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
+    if args.report:  # first, as it may find a fault of a sampler of the user's own
+        chain = [*diffusion.steps(args.timesteps, sampler), 0], diffusion.network_calls(args.timesteps, sampler)
+    if "fd" in args.metrics and shape != state["shape"]:
+        raise Mistake(f"--metrics fd: compares with images of {state['shape'][1]} x {state['shape'][2]}; leave out H W")
     labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"), state.get("class_counts"))
     if weight is not None:
         guide(diffusion, state, weight, args.interval, args.guide)
@@ -244,7 +249,7 @@ def run(args: argparse.Namespace, ema_length: float | None, weight: float | None
     if edit := edit_of(args, shape):
         edit_images(args, edit, diffusion, path, labels, sampler, ranks)
         return None
-    evaluation = evaluation_of(args, diffusion, state["config"], ranks)
+    evaluation = evaluation_of(args, diffusion, state, ranks)
     metrics = {name: find(name, METRICS, object, "--metrics")(evaluation) for name in args.metrics}
     weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
     folder = path.with_name(f"{path.stem}{weight_name}_gen")
@@ -272,7 +277,6 @@ def run(args: argparse.Namespace, ema_length: float | None, weight: float | None
     settings = vars(args) | {"ema_length": ema_length, "guidance": weight}
     results = measure(metrics, folder / "metrics.json", settings, precision, ranks)
     if report and ranks.rank == 0:
-        chain = [*diffusion.steps(args.timesteps, sampler), 0], diffusion.network_calls(args.timesteps, sampler)
         words = in_words(args, precision, weight)
         report.write(folder / "report.html", Sampled(drawn, labels, columns, *chain, seconds, words), results)
     first = args.metrics[0] if args.metrics and ranks.rank == 0 else None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from config import build_dataset, load_config
 from evaluation.features import cached_classifier, from_uint8, split
 from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
+from mistakes import Mistake
 
 
 class Files(NamedTuple):
@@ -104,10 +105,13 @@ class Arena:
     def classifier(self, device: torch.device) -> nn.Module:
         """Trained on its training images, once, and kept in models/."""
         images, labels = replace(self, clusters=None).images("train")
-        path = MODELS / f"classifier_{Path(self.name).stem}.pth"
+        if labels is None:
+            raise Mistake(f"--data {self.name}: its training images have no labels, from which the classifier learns")
+        name = Path(self.name).stem
+        path = MODELS / f"classifier_{name}.pth"
         path.parent.mkdir(exist_ok=True)
         epochs = min(MAX_EPOCHS, CLASSIFIER_IMAGES // len(images))
-        return cached_classifier(path, images, labels, self.name, epochs, device=device)
+        return cached_classifier(path, images, labels, name, epochs, device=device)
 
 
 @functools.cache

@@ -82,6 +82,7 @@ from config import load_config
 from evaluation.features import N_FEATURES, from_uint8, to_uint8
 from evaluation.sampling import labels_in_shares
 from guidance import ClassifierFreeGuidance
+from mistakes import run_script
 from samplers import SAMPLERS
 from train import Trainer
 from training.speed import autocast, has_bfloat16
@@ -170,6 +171,7 @@ def _of_config(path: Path, args: argparse.Namespace, device: torch.device) -> It
             "train_cfg.sample_period=0",
             *args.set,
             f"train_cfg.model_save_dirpath={folder}",
+            "train_cfg.max_steps=null",  # the clock ends a run
         ]
         settings += ["train_cfg.epochs=1000000", f"train_cfg.seed={args.seed}"]
         clock = Clock(device)
@@ -600,4 +602,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script("race.py", main))

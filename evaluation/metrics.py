@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from classify import Weighting
 from config import build_dataset
+from dataset import ImageDataset
 from evaluation.features import (
     InceptionFeatures,
     SmallClassifier,
@@ -245,13 +246,22 @@ class Evaluation:
     guided: bool = False  # are the samples drawn with guidance?
     samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
     check: Callable[[], object] = lambda: None  # called before each batch of images
+    class_names: list[str] | None = None  # of the checkpoint, if it says them
+
+    def dataset(self, split: str) -> ImageDataset:
+        """The data set of a split; Mistake if its classes are not those that the network has learned."""
+        images = build_dataset(self.config, split)
+        has_classes = getattr(self.diffusion.time_aware_net, "n_classes", None) is not None
+        if has_classes and self.class_names not in (None, images.class_names):
+            raise Mistake(f"dataset.{split}: has the classes {images.class_names}, and the network learned {self.class_names}")
+        return images
 
     def images(self, split: str, count: int | None = None, ranks: Ranks | None = None) -> Iterable[tuple[Tensor, dict]]:
         """Batches (images, condition) of `count` images spread evenly over a split, None for all.
 
         Those of this rank, or of the ranks given. The condition holds their labels if the network has classes.
         """
-        images, ranks = build_dataset(self.config, split), ranks or self.ranks
+        images, ranks = self.dataset(split), ranks or self.ranks
         numbers = torch.tensor(evenly(len(images) if count is None else count, len(images)))
         batches = numbers.split(self.batch_size)[ranks.rank :: ranks.world]
         for batch in tqdm(batches, desc=f"{split} images", unit="batch", leave=None, disable=ranks.rank > 0):
@@ -289,7 +299,7 @@ class BitsPerDimension:
             raise Mistake("--metrics bpd: a guided network belongs to no density, so it has no likelihood")
         if evaluation.bpd_timesteps is not None and not 1 <= evaluation.bpd_timesteps <= last:
             raise Mistake(f"--bpd-timesteps = {evaluation.bpd_timesteps}: must lie in 1..{last}, the number of KL terms")
-        images = min(evaluation.bpd_images, len(build_dataset(evaluation.config, "valid")))
+        images = min(evaluation.bpd_images, len(evaluation.dataset("valid")))
         if images < 2:
             raise Mistake("--metrics bpd: needs at least 2 images for a standard error, of --bpd-images and of dataset.valid")
 
@@ -318,7 +328,7 @@ class FrechetDistance:
         if evaluation.ranks.rank:
             return
         needed = 1 + {"classifier": SmallClassifier, "inception": InceptionFeatures}[evaluation.features].n_features
-        counts = {"-n": evaluation.n, "dataset.valid": len(build_dataset(evaluation.config, "valid"))}
+        counts = {"-n": evaluation.n, "dataset.valid": len(evaluation.dataset("valid"))}
         for name, count in counts.items():
             if count < needed:
                 raise Mistake(f"{name} = {count}: the Fréchet distance needs at least {needed}, one more than features")
@@ -352,7 +362,7 @@ class Accuracy:
             raise Mistake("--metrics accuracy: this checkpoint is of symbols, and classes are told apart by numbers only")
         if getattr(diffusion.time_aware_net, "n_classes", None) is None:
             raise Mistake("--metrics accuracy: this network has no classes")
-        build_dataset(evaluation.config, "valid")
+        evaluation.dataset("valid")
 
     def measure(self) -> dict[str, Any]:
         e, found = self.evaluation, []

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import build_dataset
 from dataset import ImageDataset
 from evaluation import page
 from evaluation.charts import Series, line_chart
@@ -66,7 +65,7 @@ class Report:
         self.missing: dict[str, str] = {}  # why something is not in the report
         self.data: dict[str, ImageDataset] = {}
         try:
-            self.data = {split: build_dataset(evaluation.config, split) for split in ("train", "valid")}
+            self.data = {split: evaluation.dataset(split) for split in ("train", "valid")}
         except Mistake as mistake:
             self.missing["data"] = f"the data cannot be loaded ({mistake})"
         for name in ("bpd", "fd"):

@@ -156,6 +156,23 @@ def test_ours_ends_with_its_budget_and_its_rate_falls_with_the_clock(tmp_path, c
         assert line["lr"] == pytest.approx(2e-3 * (1 - passed / 79), abs=2e-3 * 0.03)
 
 
+def test_the_clock_ends_a_run_whatever_its_config_says(monkeypatch, tmp_path):
+    class Begun(Exception): ...
+
+    def begun(config, *_):
+        raise Begun(config["train_cfg"]["max_steps"])
+
+    monkeypatch.setattr(race, "_Timed", begun)
+    config = tmp_path / "mine.json"
+    config.write_text((ROOT / "configs" / "Digits_den.json").read_text().replace('"epochs"', '"max_steps": 8, "epochs"'))
+    arena = SimpleNamespace(seconds=0.0, stem="race", settings=[])
+    with pytest.raises(Begun) as found:
+        next(
+            race._of_config(config, SimpleNamespace(arena=arena, budget=[10.0], name="ours", seed=0, set=[], device="cpu"), CPU)
+        )
+    assert found.value.args == (None,)
+
+
 def test_a_budget_that_the_clusters_use_up_is_refused(tmp_path):
     arena = SimpleNamespace(seconds=12.0, stem="race", settings=[])
     args = SimpleNamespace(arena=arena, budget=[10.0], name="ours", seed=0, set=[])

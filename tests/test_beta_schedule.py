@@ -1,7 +1,9 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import beta_schedule
 from beta_schedule import (
@@ -13,7 +15,10 @@ from beta_schedule import (
     SigmoidSchedule,
     SineSchedule,
     SqrtSchedule,
+    alpha_bar_of,
 )
+from discrete_diffusion import DiscreteDiffusion
+from gaussian_diffusion import GaussianDiffusion
 
 SCHEDULES = (
     ConstantSchedule,
@@ -139,3 +144,31 @@ def test_the_seven_schedules_are_all_there():
     assert {name for name in vars(beta_schedule) if name.endswith("Schedule")} - {"BetaSchedule"} == {
         schedule.__name__ for schedule in SCHEDULES
     }
+
+
+@pytest.mark.parametrize(
+    ("alpha_bar", "words"),
+    [
+        ([0.9, 0.5, 0.5], "alpha_bar_3 = 0.5 after 0.5"),  # clipped from below, as is often done
+        ([1.0, 0.5], "alpha_bar_1 = 1 after 1"),
+        ([0.5, 0.9], "alpha_bar_2 = 0.9 after 0.5"),
+        ([0.5, 0.0, 0.0], "alpha_bar_3 = 0 after 0"),
+        ([0.5, -0.1], "alpha_bar_2 = -0.1 after 0.5"),
+        ([0.5, math.nan], "alpha_bar_2 = nan after 0.5"),
+        ([[0.5], [0.4]], r"must be a float64 tensor \[T\]"),
+        ([], r"must be a float64 tensor \[T\]"),
+    ],
+)
+def test_an_alpha_bar_without_a_step_or_a_signal_is_refused(alpha_bar, words):
+    schedule = SimpleNamespace(alpha_bar=torch.tensor(alpha_bar, dtype=torch.float64))
+    for process in (lambda: GaussianDiffusion(schedule, nn.Identity()), lambda: DiscreteDiffusion(schedule, nn.Identity(), 4)):
+        with pytest.raises(ValueError, match=f"^schedule: .*{words}"):
+            process()
+
+
+def test_an_alpha_bar_that_is_no_tensor_or_wants_gradients():
+    with pytest.raises(ValueError, match="must be a float64 tensor"):
+        alpha_bar_of(SimpleNamespace(alpha_bar=[0.5, 0.4]))
+    alpha_bar = torch.tensor([0.5, 0.0], requires_grad=True)  # no signal at T is fine
+    assert alpha_bar_of(SimpleNamespace(alpha_bar=alpha_bar)).tolist() == [0.5, 0.0]
+    assert not alpha_bar_of(SimpleNamespace(alpha_bar=alpha_bar)).requires_grad

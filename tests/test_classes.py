@@ -1,6 +1,7 @@
 """Classes, guidance and editing as a user runs them: train.py with labels, and the flags of test.py."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,15 @@ def test_a_run_with_labels_stopped_and_resumed_is_the_run_never_stopped(run, tmp
     assert train.main(classes(tmp_path / "parts", flags=("--resume",))) == 0
     assert losses(tmp_path / "parts") == losses(run)
     assert_same_state(checkpoint.load(run / "last.pth"), checkpoint.load(tmp_path / "parts" / "last.pth"))
+
+
+def test_data_with_other_classes_than_the_network_learned_are_not_measured(run, tmp_path, capsys):
+    state = checkpoint.load(run / "last.pth")
+    state["class_names"][3] = "tree"
+    checkpoint.save(tmp_path / "other.pth", state)
+    for metric in ("bpd", "accuracy"):
+        assert sampling.main([str(tmp_path / "other.pth"), "--device", "cpu", "--timesteps", "2", "--metrics", metric]) == 2
+        assert re.search(r"dataset\.valid: has the classes \[.*, and the network learned \[.*'tree'", capsys.readouterr().err)
 
 
 def test_the_labels_reach_the_network_and_a_checkpoint_knows_their_names(run):

@@ -1,6 +1,7 @@
 """Configs: what is refused, in which words, and what a resolved config holds."""
 
 import json
+import math
 import sys
 import traceback
 import types
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import checkpoint
 import config as config_module
 from config import Range, build_dataset, build_diffusion, build_train_config, find, load_config, network_without_memory, resolve
 from mistakes import Mistake
@@ -230,6 +232,7 @@ def test_the_background_of_a_folder_is_set_from_the_command_line(tmp_path):
 # One's own classes
 
 OWN = """
+import math
 from subprocess import Popen
 
 import torch
@@ -243,7 +246,10 @@ from mistakes import Mistake
 
 
 class Net(nn.Module):
-    def __init__(self, width: int = 4, activation=nn.SiLU, fault: str = "", **more):
+    def __init__(
+        self, width: int = 4, activation=nn.SiLU, fault: str = "", depth: int = None, sizes: tuple[int, str] = (3, "a"),
+        limit: float = math.inf, **more
+    ):
         super().__init__()
         if fault == "bug":
             raise ValueError("width = 4: mine")
@@ -254,6 +260,14 @@ class Net(nn.Module):
 
     def forward(self, xt, t):
         return self.conv(xt)
+
+
+class Remembering(Net):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        self.seen = state["seen"]
 
 
 class Steps:
@@ -318,7 +332,8 @@ def good(own) -> dict:
 def test_ones_own_network_schedule_data_set_and_transform_are_used(good):
     resolved = resolve(good)
     assert resolve(json.loads(json.dumps(resolved))) == resolved
-    assert resolved["time_aware_net"]["kwargs"] == {"width": 6, "fault": ""}  # not the default that JSON does not hold
+    defaults = {"fault": "", "depth": None, "sizes": [3, "a"], "limit": math.inf}  # not the one that JSON does not hold
+    assert resolved["time_aware_net"]["kwargs"] == {"width": 6, **defaults}
     diffusion = build_diffusion(resolved)
     assert len(diffusion.time_aware_net.table) == 6
     assert diffusion.T == 7
@@ -338,6 +353,13 @@ def test_ones_own_data_set_needs_no_pipeline(good, own):
     ("section", "kwargs", "words"),
     [
         ("time_aware_net", {"width": 1.5}, "time_aware_net.kwargs.width = 1.5: must be a whole number"),
+        ("time_aware_net", {"width": None}, "time_aware_net.kwargs.width = null: must be a whole number"),
+        (
+            "time_aware_net",
+            {"sizes": [3, 4]},
+            "time_aware_net.kwargs.sizes = [3, 4]: must be a list of a whole number, a string",
+        ),
+        ("time_aware_net", {"sizes": [3]}, "time_aware_net.kwargs.sizes = [3]: must be a list of a whole number, a string"),
         ("schedule", {"timestep": 5}, "schedule.kwargs.timestep: unknown key; did you mean 'timesteps'"),
         ("schedule", {}, "schedule.kwargs.timesteps: missing"),
     ],
@@ -347,6 +369,30 @@ def test_the_arguments_of_ones_own_are_checked_against_its_signature(section, kw
     with pytest.raises(Mistake) as error:
         resolve(good)
     assert str(error.value).startswith(words)
+
+
+def test_ones_own_network_with_an_extra_state_comes_back_from_its_checkpoint(good, own, tmp_path):
+    good["time_aware_net"]["name"] = f"{own}.Remembering"
+    diffusion = build_diffusion(resolve(good))
+    checkpoint.save(tmp_path / "a.pth", {"config": resolve(good), "shape": [1, 8, 8], "ema": diffusion.state_dict()})
+    assert checkpoint.load_diffusion(tmp_path / "a.pth")[0].time_aware_net.seen == 3
+
+
+def test_clusters_need_a_network_with_as_many_classes_also_of_ones_own(good):
+    good["dataset"]["clusters"] = 2
+    with pytest.raises(Mistake, match=r"dataset\.clusters = 2: time_aware_net\.kwargs\.n_classes must be 2"):
+        build_diffusion(resolve(good))
+
+
+def test_an_annotation_that_cannot_be_read_is_named(good, own, tmp_path):
+    (tmp_path / "my_types.py").write_text("class Net:\n    def __init__(self, x: 'Unknown' = 3): ...\n")
+    good["time_aware_net"] = {"name": "my_types.Net"}
+    with pytest.raises(Mistake, match="subclass of"):
+        resolve(good)
+    good["schedule"] = {"name": "my_types.Net"}
+    good["time_aware_net"] = {"name": f"{own}.Net"}
+    with pytest.raises(Mistake, match=r"schedule\.kwargs: an annotation cannot be read: name 'Unknown' is not defined"):
+        resolve(good)
 
 
 def test_a_bug_in_ones_own_network_keeps_its_traceback(good, own):

@@ -75,6 +75,9 @@ def test_an_edit_visits_the_times_up_to_its_strength():
 
     edit(GaussianDiffusion(SCHEDULE, Watch()), torch.zeros(1, 2), 0.35, "ddim", [900, 351, 350, 200, 1])
     assert seen == [350, 200, 1]
+    seen.clear()
+    edit(GaussianDiffusion(SCHEDULE, Watch()), torch.zeros(1, 2), 0.5, "ddim", [1000, 400, 1])  # from 500, as it says
+    assert seen == [500, 400, 1]
 
 
 # Encodings

@@ -670,3 +670,19 @@ def test_a_network_that_changes_the_shape_is_refused_where_broadcasting_would_hi
     diffusion = GaussianDiffusion(LinearSchedule(10), Says(torch.zeros(shape)))
     with pytest.raises(ValueError, match=rf"time_aware_net: gives {re.escape(str(list(shape)))} for xt of shape \[4, 3\]"):
         diffusion(torch.zeros(4, 3))
+
+
+def test_a_diffusion_of_float64_samples_in_float64():
+    diffusion = GaussianDiffusion(LinearSchedule(20), TimeAwareMLP(2)).double()
+    x0 = diffusion.sample((4, 2), "dpm", 5)
+    assert x0.dtype == torch.float64
+    assert x0.isfinite().all()
+
+
+def test_what_a_network_gives_that_is_no_tensor_is_named():
+    class Pair(nn.Module):
+        def forward(self, xt, t):
+            return xt, t
+
+    with pytest.raises(ValueError, match=r"time_aware_net: gives a tuple for xt of shape \[4, 2\]"):
+        GaussianDiffusion(LinearSchedule(20), Pair())(torch.zeros(4, 2))

@@ -1,6 +1,7 @@
 """Labels: from the data set to the network, and never to where a label was dropped."""
 
 import itertools
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,14 @@ from torch import nn
 from torchvision.transforms import v2
 
 import convert
+from beta_schedule import LinearSchedule
 from config import TrainConfig, load_config
-from dataset import ArrayDataset
+from dataset import ArrayDataset, ImageFolder, check_labels
+from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
 from time_aware_module import TimeAwareMLP, TimeAwareUNet
 from training.batches import Batches, drop_labels
-from training.checks import _check_labels
+from training.checks import _check_labels, check_fit
 from training.optimizers import build_optimizer
 from training.ranks import Ranks
 
@@ -311,14 +314,53 @@ def test_of_some_images_no_others_are_decoded():
         (np.zeros(50, int), r"must be a long tensor \[50\]"),
         (torch.zeros(50), r"must be a long tensor \[50\]"),
         (torch.zeros(50, 10).long(), r"must be a long tensor \[50\]"),
-        (torch.arange(50) % 4 - 1, "n_classes = 4: dataset.train has labels from -1 to 2"),
     ],
 )
 def test_labels_of_another_kind_are_refused_by_name(labels, words):
     images = Numbered(50)
     images.labels = labels
     with pytest.raises(Mistake, match=words):
+        check_labels(images, "dataset.train")
+
+
+def test_labels_of_other_classes_are_refused():
+    images = Numbered(50)
+    images.labels = torch.arange(50) % 4 - 1
+    with pytest.raises(Mistake, match=r"n_classes = 4: dataset\.train has labels from -1 to 2"):
         _check_labels(4, {"train": images})
+
+
+class Trembling(Numbered):
+    def image(self, i):
+        return super().image(i).point(lambda _: int(torch.randint(256, ())))
+
+
+class Same(nn.Module):
+    def forward(self, xt, t):
+        return xt
+
+
+def test_what_is_wrong_with_data_or_network_is_said_before_the_first_step(tmp_path, caplog):
+    logging.getLogger("train").propagate = True
+    diffusion = GaussianDiffusion(LinearSchedule(1000), Same())
+    check_fit(diffusion, {"train": Numbered(9), "valid": Numbered(9)})
+    assert caplog.text == ""
+    check_fit(diffusion, {"train": Trembling(9), "valid": Numbered(9)})
+    assert "dataset.train: image 0 of Trembling changes from call to call" in caplog.text
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    check_fit(diffusion, {"train": ImageFolder(str(tmp_path), "L"), "valid": ImageFolder(str(tmp_path), "L")})
+    assert "dataset.valid: has the same files as dataset.train" in caplog.text
+    check_fit(diffusion, {"train": Numbered(9), "valid": Numbered(9, [v2.CenterCrop(2)])})
+    assert "dataset.valid: its images have the shape [1, 2, 2], and those to train on [1, 4, 4]" in caplog.text
+    with pytest.raises(Mistake, match="has lazy layers"):
+        check_fit(GaussianDiffusion(LinearSchedule(10), nn.LazyConv2d(1, 1)), {"train": Numbered(9), "valid": Numbered(9)})
+
+
+def test_the_network_is_tried_with_a_label_before_the_first_step():
+    net = Same()
+    net.n_classes = 7
+    with pytest.raises(TypeError, match="unexpected keyword argument 'label'"):
+        check_fit(GaussianDiffusion(LinearSchedule(10), net), {"train": Numbered(9), "valid": Numbered(9)})
 
 
 def test_a_data_set_without_labels_has_batches_without():

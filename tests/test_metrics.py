@@ -426,13 +426,6 @@ def test_a_file_that_is_no_classifier_is_refused_and_kept(cache, digits, content
     assert cache.read_bytes() == before
 
 
-def test_a_failed_save_leaves_nothing(tmp_path, digits, monkeypatch):
-    monkeypatch.setattr(features.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        cached_classifier(tmp_path / "c.pth", digits[0][:20], digits[1][:20], "digits", epochs=1)
-    assert not list(tmp_path.iterdir())
-
-
 def test_bad_training_data_is_refused_before_any_work(tmp_path, digits, monkeypatch):
     images, labels = digits
     monkeypatch.setattr(features, "train_classifier", lambda *_: pytest.fail("trained"))

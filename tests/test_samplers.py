@@ -1,6 +1,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 from closed_form import GAUSSIAN, MIXTURE, PREDICTIONS, OptimalNet, Textbook, even_in_log_snr
@@ -484,6 +485,13 @@ def test_a_bad_argument_is_refused_at_the_call(bad, message):
             call((4, 2), **bad)
 
 
+def test_times_may_be_numpys():
+    diffusion = optimal("denoising")
+    assert diffusion.steps(np.int64(5)) == diffusion.steps(5)
+    assert diffusion.steps(np.array([50, 7, 1])) == [50, 7, 1]
+    assert diffusion.sample((4, 2), "dpm", np.array([50, 7, 1])).isfinite().all()
+
+
 # A sampler of one's own
 
 
@@ -506,6 +514,16 @@ def test_a_function_is_a_sampler_too():
         assert level.alpha_bar == SHORT.alpha_bar[level.t - 1].item()
         assert level.x0_error == pytest.approx(1 - level.alpha_bar if level.t == 1 else 0)  # what sigma_bar_square assumes
     assert diffusion.network_calls(3, own) == 3
+
+
+def test_the_network_calls_of_a_sampler_that_looks_at_whole_images_are_counted():
+    def clipped(predict_x0, x, levels, normal):
+        for level in levels[:-1]:
+            x = predict_x0(x, level.t)
+            x = x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+            yield x
+
+    assert GaussianDiffusion(SHORT, nn.Identity()).network_calls(5, clipped) == 5
 
 
 def test_a_registered_sampler_is_known_by_its_name_and_spreads_its_steps_itself(monkeypatch):

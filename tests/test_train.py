@@ -177,6 +177,20 @@ def test_resume_takes_a_folder_and_names_what_is_not_there(tmp_path, capsys):
     assert f"--resume {tmp_path / 'b'}: no such checkpoint" in capsys.readouterr().err
 
 
+def test_resume_where_no_checkpoint_was_written_starts_anew_and_deletes_no_other(tmp_path, capsys):
+    """As after a kill, or a full disk, before the first one: a script that always says --resume is not stuck."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "train.log").write_text("begun\n")
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1", "train_cfg.save_period=1", flags=("--resume",))) == 0
+    assert checkpoint.load(tmp_path / "a" / "last.pth")["step"] == 4
+    for name in ("last.pth", "best.pth"):
+        (tmp_path / "a" / name).unlink()
+    capsys.readouterr()
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1", flags=("--resume",))) == 2
+    assert "last.pth is not there: give --resume one of epoch_1.pth in its folder" in capsys.readouterr().err
+    assert (tmp_path / "a" / "epoch_1.pth").exists()
+
+
 def test_a_home_is_a_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert train.main(tiny(Path("~/run"), "train_cfg.epochs=1")) == 0
@@ -463,6 +477,7 @@ def test_another_size_and_sizes_that_do_not_fit(run, capsys):
         (["--timesteps", "21"], "must lie in 1..20"),
         (["--eta", "2", "--sampler", "ddim"], "eta = 2"),
         (["--eta", "0.5"], "only the sampler 'ddim'"),
+        (["12", "16", "--metrics", "fd"], "--metrics fd: compares with images of 4 x 4"),
         (["--metrics", "bpd", "--bpd-images", "1"], "needs at least 2 images"),
     ],
 )

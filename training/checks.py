@@ -4,9 +4,10 @@ import logging
 import math
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from config import TrainConfig
-from dataset import ImageDataset
+from dataset import DATASETS, ImageDataset
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
 from training.ranks import Ranks
@@ -31,8 +32,6 @@ def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> Non
     for split, data in images.items():
         if data.labels is None:
             raise Mistake(f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has no labels")
-        if getattr(data.labels, "dtype", None) != torch.long or data.labels.shape != (len(data),):
-            raise Mistake(f"dataset.{split}: labels must be a long tensor [{len(data)}], the number of each image's class")
         least, largest = int(data.labels.min()), int(data.labels.max())
         if not 0 <= least <= largest < n_classes:
             raise Mistake(
@@ -46,12 +45,24 @@ def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> Non
 
 
 def check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None:
-    """Try the network on one image of each data set; warn of a prior that is not pure noise."""
-    _check_labels(getattr(model.time_aware_net, "n_classes", None), images)
+    """Try the network on one image of each data set; warn of images that are no validation, and of a prior that is no noise."""
+    n_classes = getattr(model.time_aware_net, "n_classes", None)
+    _check_labels(n_classes, images)
+    if any(map(is_lazy, model.parameters())):
+        raise Mistake("time_aware_net: has lazy layers, whose shapes its config does not say: no checkpoint could be read")
+    condition = None if n_classes is None else {"label": torch.zeros(1, dtype=torch.long)}
     for split, data in images.items():
         with torch.no_grad(), as_mistake(f"time_aware_net: does not fit the images of dataset.{split}: "):
-            model.eval().predict(model.x0_of(torch.zeros(1, *data.shape)), 1)
+            model.eval().predict(model.x0_of(torch.zeros(1, *data.shape)), 1, condition)
+        is_own = type(data) not in DATASETS.values()
+        if is_own and not data.is_random and not torch.equal(data.pixels(0), data.pixels(0)):
+            log.warning(f"dataset.{split}: {data.name_of(0)} changes from call to call, and may be read once: set is_random")
     model.train()
+    train, valid = images["train"], images["valid"]
+    if getattr(train, "paths", None) == getattr(valid, "paths", ()):
+        log.warning("dataset.valid: has the same files as dataset.train, so that nothing is measured on unseen images")
+    if train.shape != valid.shape:
+        log.warning(f"dataset.valid: its images have the shape {list(valid.shape)}, and those to train on {list(train.shape)}")
     if model.n_levels:  # what is left of x_0 at T is part of p(x_T)
         return
     alpha_bar = model.signal_scale[-1].item() ** 2

@@ -51,8 +51,10 @@ class RunFolder:
             self._refuse_a_second()
         self.resume_from = None if resume is None else Path(resume) if resume else path / "last.pth"
         if resume == "" and not any((path / name).exists() for name in ("last.pth", "best.pth")):
+            if others := [each.name for each in self.files() if each.suffix == ".pth"]:
+                raise Mistake(f"{self.resume_from} is not there: give --resume one of {', '.join(others)} in its folder")
             log.warning(f"{self.resume_from} is not there: starting at step 0")
-            self.resume_from = None
+            self.resume_from, self.overwrite = None, path.exists()  # with no more of a run than its log, and locked
 
     def _refuse_a_second(self) -> None:
         """Mistake if there is a run that a new one would delete unasked."""
