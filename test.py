@@ -34,7 +34,7 @@ from checkpoint import MAX_VALUES, diffusion_of, load_diffusion, save
 from classify import Weighting
 from config import check_shape, find
 from evaluation.edits import EDITS, Edit
-from evaluation.metrics import METRICS, Evaluation
+from evaluation.metrics import METRICS, Evaluation, measured
 from evaluation.pictures import grid, save_gif, save_png
 from evaluation.report import Report, Sampled
 from evaluation.sampling import Drawn, draw, labels_by_row, labels_in_shares
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace, ema_length: float | None, weight: float | None
         words = in_words(args, precision, weight)
         report.write(folder / "report.html", Sampled(drawn, labels, columns, *chain, seconds, words), results)
     first = args.metrics[0] if args.metrics and ranks.rank == 0 else None
-    return results[first][metrics[first].figure] if first in results and hasattr(metrics[first], "figure") else None
+    return results[first].get(getattr(metrics[first], "figure", None)) if first in results else None
 
 
 def in_words(args: argparse.Namespace, precision: str, weight: float | None) -> str:
@@ -300,7 +300,7 @@ def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ra
         if ranks.rank and not metric.uses_model:
             continue
         with speed.autocast(ranks.device, precision if metric.uses_model else "fp32"):
-            results[name] = metric.measure()
+            results[name] = measured(metric)
         if ranks.rank == 0:
             with whole_file(path) as file:
                 file.write(json.dumps(results | {"settings": settings}, indent=4).encode())

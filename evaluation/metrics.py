@@ -383,4 +383,9 @@ class Accuracy:
         return f"classified rightly  {shares}, with {found['calls']:.0f} network calls each (weighting {found['weighting']!r})"
 
 
+def measured(metric: Any) -> dict[str, Any]:
+    """What a metric finds, with tensors and numpy's numbers as the plain ones that JSON holds."""
+    return json.loads(json.dumps(metric.measure(), default=lambda number: number.tolist()))
+
+
 METRICS = {"bpd": BitsPerDimension, "fd": FrechetDistance, "accuracy": Accuracy}

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from config import find
-from evaluation.metrics import METRICS, Accuracy, BitsPerDimension, Evaluation
+from evaluation.metrics import METRICS, Accuracy, BitsPerDimension, Evaluation, measured
 from evaluation.pictures import grid, save_png
 from evaluation.sampling import draw, evenly, labels_by_row
 from mistakes import Mistake
@@ -131,7 +131,7 @@ class Quality:
         for name, metric in self.metrics.items():
             if self.run.ranks.rank == 0 or metric.uses_model:
                 with speed.autocast(self.run.device, cfg.precision if metric.uses_model else "fp32"):
-                    found[name] = metric.measure()
+                    found[name] = measured(metric)
                 if self.run.ranks.rank == 0:
                     log.info(metric.describe(found[name]))
         self.evaluation.samples = None

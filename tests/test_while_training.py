@@ -29,7 +29,7 @@ class Brightness:
         self.evaluation = evaluation
 
     def measure(self):
-        return {"mean": self.evaluation.samples.mean().item(), "samples": len(self.evaluation.samples)}
+        return {"mean": self.evaluation.samples.mean(), "samples": len(self.evaluation.samples)}
 
     @staticmethod
     def describe(found):
