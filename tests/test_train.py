@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import files
 from PIL import Image
 from runs import ROOT, TINY, assert_same_state, losses, metrics, stop_at, tiny, torchrun
 
@@ -183,12 +184,15 @@ def test_resume_where_no_checkpoint_was_written_starts_anew_and_deletes_no_other
     (tmp_path / "a" / "train.log").write_text("begun\n")
     assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1", "train_cfg.save_period=1", flags=("--resume",))) == 0
     assert checkpoint.load(tmp_path / "a" / "last.pth")["step"] == 4
-    for name in ("last.pth", "best.pth"):
-        (tmp_path / "a" / name).unlink()
-    capsys.readouterr()
-    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1", flags=("--resume",))) == 2
-    assert "last.pth is not there: give --resume one of epoch_1.pth in its folder" in capsys.readouterr().err
-    assert (tmp_path / "a" / "epoch_1.pth").exists()
+    for gone in ("last.pth", "best.pth"), ("epoch_1.pth", "epoch_1.png"):
+        for name in gone:
+            (tmp_path / "a" / name).unlink()
+        left = files(tmp_path / "a")
+        assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1", flags=("--resume",))) == 2
+        said = capsys.readouterr().err
+        assert "last.pth is not there, and" in said
+        assert "metrics.jsonl would be lost" in said
+        assert files(tmp_path / "a") == left
 
 
 def test_a_home_is_a_home(tmp_path, monkeypatch):

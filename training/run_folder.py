@@ -51,8 +51,11 @@ class RunFolder:
             self._refuse_a_second()
         self.resume_from = None if resume is None else Path(resume) if resume else path / "last.pth"
         if resume == "" and not any((path / name).exists() for name in ("last.pth", "best.pth")):
-            if others := [each.name for each in self.files() if each.suffix == ".pth"]:
-                raise Mistake(f"{self.resume_from} is not there: give --resume one of {', '.join(others)} in its folder")
+            if kept := [each.name for each in self.files() if each.suffix in (".pth", ".png", ".jsonl")]:
+                raise Mistake(
+                    f"{self.resume_from} is not there, and {', '.join(kept[:5])} would be lost: give --resume a checkpoint, or "
+                    "--overwrite to start anew"
+                )
             log.warning(f"{self.resume_from} is not there: starting at step 0")
             self.resume_from, self.overwrite = None, path.exists()  # with no more of a run than its log, and locked
 
