@@ -30,6 +30,7 @@ from config import load_config, network_without_memory
 from dataset import ImageFolder
 from evaluation import features
 from gaussian_diffusion import GaussianDiffusion
+from mistakes import Mistake
 
 CPU = torch.device("cpu")
 
@@ -87,6 +88,12 @@ def test_a_race_on_data_of_ones_own_is_by_its_config(tmp_path, capsys):
         with pytest.raises(SystemExit):
             race.main(flags)
         assert words in capsys.readouterr().err
+
+
+def test_data_of_ones_own_without_labels_are_refused(monkeypatch):
+    monkeypatch.setattr(arenas, "_images", lambda arena, split: (torch.zeros(3, 1, 8, 8), None, 0.0))
+    with pytest.raises(Mistake, match=r"--data mine\.json: its training images have no labels"):
+        arenas.Arena("mine.json", "nowhere").classifier(CPU)
 
 
 def test_a_peers_batches_are_as_large_as_asked():

@@ -292,6 +292,10 @@ class Plain(Stripes):
         super().__init__(count)
 
 
+class Listed(Plain):
+    labels = [0, 1, 0]
+
+
 class Invert:
     def __init__(self, by: int = 255):
         self.by = by
@@ -382,6 +386,12 @@ def test_clusters_need_a_network_with_as_many_classes_also_of_ones_own(good):
     good["dataset"]["clusters"] = 2
     with pytest.raises(Mistake, match=r"dataset\.clusters = 2: time_aware_net\.kwargs\.n_classes must be 2"):
         build_diffusion(resolve(good))
+
+
+def test_labels_that_are_no_tensor_are_refused_where_the_data_are_built(good, own):
+    good["dataset"] = {"name": f"{own}.Listed", "train": {}, "valid": {}}
+    with pytest.raises(Mistake, match=r"dataset\.train: labels must be a long tensor \[3\]"):
+        build_dataset(resolve(good), "train")
 
 
 def test_an_annotation_that_cannot_be_read_is_named(good, own, tmp_path):
