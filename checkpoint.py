@@ -59,12 +59,15 @@ def load(path: str | Path) -> dict:
 def _check_archive(path: str | Path) -> None:
     """ValueError if a part is packed, damaged, or names what save never writes."""
     with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        pickled = [name for name in names if name.lower().endswith("data.pkl")]
+        if pickled != [f"{names[0].split('/')[0]}/data.pkl"] or min(part.header_offset for part in archive.infolist()):
+            raise Mistake("torch would read another part of it than is looked at here")
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
             raise Mistake("it is packed, and could hold any amount")
         if damaged := archive.testzip():
             raise Mistake(f"its part {damaged} is damaged")
-        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        for opcode, argument, _ in pickletools.genops(archive.read(pickled)):
+        for opcode, argument, _ in pickletools.genops(archive.read(*pickled)):
             if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not SAVED.fullmatch(str(argument)):
                 raise Mistake(f"it names {argument}")
 

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from diffusion_process import mean_from
+
 Weighting = Literal["bound", "noisy"]
 PATIENCE = 4.0  # standard errors by which a class must be worse than the best one to be given up
 
@@ -27,9 +29,9 @@ def classify(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Long [B]: of x0 [B, ...], the class 0..n_classes - 1 of the least bound; Bayes' rule for classes equally likely.
 
-    Only sum_t weight_t ||eps_hat - eps||^2 of the bound depends on the class (README, equations 6, 8 and 12). It is estimated
-    at times drawn with probability in proportion to weight_t alpha_bar_t, one from each of `trials` equal parts of it in a
-    round: alpha_bar_t is the error that data of unit variance would leave, so that each draw counts about the same. All
+    Only sum_t weight_t ||x_0_hat - x_0||^2 of the bound depends on the class (README, equations 6, 8 and 12). It is estimated
+    at times drawn with probability in proportion to weight_t (1 - alpha_bar_t), one from each of `trials` equal parts of it in
+    a round: 1 - alpha_bar_t is the error that data of unit variance would leave, so that each draw counts about the same. All
     classes get the same times and noise, so that what they share cancels. After each round a class is given up for a sample
     where it is worse than the best one by PATIENCE standard errors of their difference.
 
@@ -73,17 +75,17 @@ def _check(diffusion: nn.Module, n_classes: int, weighting: str, rounds: int, tr
 
 def _times(diffusion: nn.Module, weighting: str, size: int, trials: int, generator) -> Tensor:
     """Times [size, trials], one from each of as many parts of equal probability."""
-    alpha_bar = diffusion.signal_scale**2
-    probability = _weight(diffusion) * alpha_bar * (1 - alpha_bar if weighting == "noisy" else 1)
-    part = torch.arange(trials, device=alpha_bar.device).expand(size, trials)
-    u = (part + torch.rand(part.shape, generator=generator, device=alpha_bar.device)) / trials
+    unit_error = diffusion.noise_scale**2  # 1 - alpha_bar
+    probability = _weight(diffusion) * unit_error * (unit_error if weighting == "noisy" else 1)
+    part = torch.arange(trials, device=unit_error.device).expand(size, trials)
+    u = (part + torch.rand(part.shape, generator=generator, device=unit_error.device)) / trials
     below = probability.cumsum(0)
     return torch.searchsorted(below, u * below[-1]).clamp(max=diffusion.T - 1) + 1
 
 
 def _errors(diffusion: nn.Module, x0: Tensor, alive: Tensor, times: Tensor, chunk_size: int, generator) -> Tensor:
-    """||eps_hat - eps||^2 / (n alpha_bar_t) [B, n_classes, trials] of the classes alive, nan for the others."""
-    trials, alpha_bar = times.shape[1], diffusion.signal_scale**2
+    """||x_0_hat - x_0||^2 / (n (1 - alpha_bar_t)) [B, n_classes, trials] of the classes alive, nan for the others."""
+    trials, unit_error = times.shape[1], diffusion.noise_scale**2
     samples = torch.arange(len(x0), device=x0.device).repeat_interleave(trials)
     errors = torch.full((len(samples), alive.shape[1]), math.nan, device=x0.device)
     pairs = max(1, chunk_size // int(alive.sum(1).max()))  # of a sample and a time, in one call with all their classes
@@ -91,15 +93,14 @@ def _errors(diffusion: nn.Module, x0: Tensor, alive: Tensor, times: Tensor, chun
         noise = torch.randn(len(i), *x0.shape[1:], generator=generator, device=x0.device, dtype=x0.dtype)
         xt = diffusion.q_sample(x0[i], t, noise)
         row, label = alive[i].nonzero(as_tuple=True)
-        eps = diffusion.predict(xt[row], t[row], {"label": label}).eps
-        error[row, label] = ((eps - noise[row]).square().flatten(1).mean(1) / alpha_bar[t - 1][row]).float()
+        wrong = diffusion.predict(xt[row], t[row], {"label": label}).x0 - x0[i][row]
+        error[row, label] = (mean_from(1, wrong.square()) / unit_error[t - 1][row]).float()
     return errors.view(len(x0), trials, -1).transpose(1, 2)
 
 
 def _weight(diffusion: nn.Module) -> Tensor:
-    """Of ||eps_hat - eps||^2 / n in the bound per dimension, [T]: ||mu - mu_bar||^2 / (2 sigma^2), with mu's share of eps."""
-    mu_from_eps = diffusion.mu_bar_from_x0 * diffusion.noise_scale / diffusion.signal_scale
-    return mu_from_eps**2 / (2 * diffusion.sigma_square)
+    """Of ||x_0_hat - x_0||^2 / n in the bound per dimension, [T]: ||mu - mu_bar||^2 / (2 sigma^2), with mu's share of x_0."""
+    return diffusion.mu_bar_from_x0**2 / (2 * diffusion.sigma_square)
 
 
 def _means(errors: Tensor, alive: Tensor) -> Tensor:

@@ -170,7 +170,8 @@ def _describe(kind: Any) -> str:
         return f"a list, each {_describe(args[0])}" if args else "a list"
     words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "an object"}
     words[type(None)] = "null"
-    return words.get(kind, getattr(kind, "__name__", str(kind)))
+    name = getattr(kind, "__name__", str(kind))
+    return words.get(kind, name if kind in (list, tuple) else f"a {name}, which JSON does not have; annotate what it has")
 
 
 def as_json_line(value: Any) -> str:
@@ -498,7 +499,7 @@ def _build_split(config: Mapping, split: str) -> dataset.ImageDataset:
             for i, transform in enumerate(section["pipeline"])
         ]
     images = _build(path, cls, section, Mistake)  # a ValueError may be of a transform of the user's own
-    dataset.check_labels(images, path)
+    dataset.check_dataset(images, path)
     return images
 
 

@@ -94,7 +94,7 @@ class ImageDataset(Dataset):
         if not self.is_random:
             return self.pixels(i)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(i)
+            torch.default_generator.manual_seed(i)  # and no card's
             return self.pixels(i)
 
     def _transformed(self, image: Image.Image, where: str, transform: Callable, i: int) -> Image.Image:
@@ -258,7 +258,7 @@ def small_images(images: ImageDataset) -> np.ndarray:
     size = [min(CLUSTER_SIDE, side) for side in images.shape[1:]]
     parts = []
     with torch.random.fork_rng(devices=[]):  # of random transforms, always the same
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         for first in tqdm(range(0, len(images), 256), desc="reading for clusters", unit="batch", leave=None):
             pixels = torch.stack([images.pixels(i) for i in range(first, min(first + 256, len(images)))])
             parts.append(torch.nn.functional.adaptive_avg_pool2d(pixels / 255, size).flatten(1))
@@ -277,8 +277,10 @@ def find_clusters(images: ImageDataset, count: int):
     return MiniBatchKMeans(count, random_state=0, n_init=3).fit(small_images(images))
 
 
-def check_labels(images: ImageDataset, where: str) -> None:
-    """Mistake unless the labels are None or a long tensor [N]."""
+def check_dataset(images: ImageDataset, where: str) -> None:
+    """Mistake unless it was set up by ImageDataset, with labels that are None or a long tensor [N]."""
+    if getattr(images, "shape", None) is None:
+        raise Mistake(f"{where}: {type(images).__name__}.__init__ must end with super().__init__(pipeline)")
     labels, count = images.labels, len(images)
     if labels is not None and (getattr(labels, "dtype", None) != torch.long or labels.shape != (count,)):
         raise Mistake(f"{where}: labels must be a long tensor [{count}], the number of each image's class, or None")

@@ -7,36 +7,23 @@ Sohl-Dickstein et al. 2015. Equation numbers are those of the README, section "T
 """
 
 import math
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from beta_schedule import alpha_bar_of
+from diffusion_process import Bound, Condition, DiffusionProcess, choice, mean_from, repeat_condition
+from samplers import even_in_time
 
 MAX_LEVELS = 2**16
 MAX_GAUSSIAN_LEVELS = 2**10  # whose matrices have n_levels^2 entries
 TABLE_BYTES = 2**25  # kept of the products of such matrices; what lies between them is multiplied when it is needed
-CHUNK_ROWS = 128  # rows of one network call in the bound, unless the caller gives a chunk size
 
 TransitionName = Literal["uniform", "absorbing", "gaussian", "binomial"]
 LossMode = Literal["bound", "hybrid"]
-Condition = Mapping[str, Any] | None
-
-
-class Bound(NamedTuple):
-    """The parts of -ELBO and their sum, nats per dimension, each [B]."""
-
-    prior: Tensor
-    kl: Tensor
-    reconstruction: Tensor
-    total: Tensor
-
 
 # Kernels: b stochastic matrices M, each acting on a row x[i] of x [b, ...]. S states: n_levels, one more where there is a mask.
 #
@@ -275,9 +262,8 @@ TRANSITIONS = {
 
 
 def _check(n_levels: int, transition: str, loss_mode: str, cross_entropy_weight: float) -> None:
-    for name, value, allowed in (("transition", transition, TRANSITIONS), ("loss_mode", loss_mode, get_args(LossMode))):
-        if value not in allowed:
-            raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
+    choice("transition", transition, TRANSITIONS)
+    choice("loss_mode", loss_mode, get_args(LossMode))
     if isinstance(n_levels, bool) or not isinstance(n_levels, int) or not 2 <= n_levels <= MAX_LEVELS:
         raise ValueError(f"n_levels = {n_levels!r}: must be a whole number in 2..{MAX_LEVELS}")
     if transition == "binomial" and n_levels != 2:
@@ -286,7 +272,7 @@ def _check(n_levels: int, transition: str, loss_mode: str, cross_entropy_weight:
         raise ValueError(f"cross_entropy_weight = {cross_entropy_weight:g}: must be at least 0, and finite")
 
 
-class DiscreteDiffusion(nn.Module):
+class DiscreteDiffusion(DiffusionProcess):
     """The diffusion process of a schedule and a network, on symbols.
 
     schedule              anything with a float64 tensor `alpha_bar` [T]; beta_t is 1 - alpha_bar_t / alpha_bar_{t-1}
@@ -311,18 +297,14 @@ class DiscreteDiffusion(nn.Module):
         loss_mode: LossMode = "bound",
         cross_entropy_weight: float = 0.001,
     ):
-        super().__init__()
-        alpha_bar = alpha_bar_of(schedule)
+        super().__init__(schedule, time_aware_net)
         _check(n_levels, transition, loss_mode, cross_entropy_weight)
-        self.time_aware_net = time_aware_net
         self.n_levels = n_levels
         self.transition = transition
         self.loss_mode = loss_mode
         self.cross_entropy_weight = cross_entropy_weight
-        self.last_terms: tuple[Tensor, Tensor] | None = None  # of forward
         self.time_weight = None  # of each t in the loss: all have the same
-        self.T = len(alpha_bar)
-        self.transitions = TRANSITIONS[transition](alpha_bar, n_levels)
+        self.transitions = TRANSITIONS[transition](self._alpha_bar, n_levels)
         self.n_states = self.transitions.n_states
         uniform = torch.full((1, 1, n_levels), -math.log(n_levels))
         log_prior = self.transitions.jump(torch.tensor([self.T])).log_push(uniform)[0, 0]
@@ -338,18 +320,7 @@ class DiscreteDiffusion(nn.Module):
         """What x_0 or x_t looks like as data in [-1, 1]: those values, and 0 for the mask."""
         return to_values(x, self.n_levels)
 
-    # Look-up of times and symbols
-
-    def _times(self, t: int | Tensor, x: Tensor) -> Tensor:
-        """t as a long tensor [B] on x's device; ValueError if it is not one, or leaves 1..T."""
-        if isinstance(t, int):
-            t = torch.full((len(x),), t, device=x.device)
-        if t.shape != x.shape[:1] or t.dtype != torch.long:
-            raise ValueError(f"t: {t.dtype} of shape {list(t.shape)}: must be an int or a long tensor [{len(x)}], one a sample")
-        # on another device the look-up itself checks the range, without waiting for the result
-        if t.device.type == "cpu" and len(t) and (t.min() < 1 or t.max() > self.T):
-            raise ValueError(f"t = {t.tolist()}: every t must lie in 1..{self.T}")
-        return t
+    # Look-up of symbols
 
     @staticmethod
     def _symbols(name: str, x: Tensor, count: int) -> Tensor:
@@ -388,12 +359,10 @@ class DiscreteDiffusion(nn.Module):
         """log p_hat(x_0 | x_t) [B, ..., n_levels], the network's logits normalised, by one call of it."""
         t = self._times(t, self._symbols("xt", xt, self.n_states))
         logits = self.time_aware_net(xt, t, **(condition or {}))
-        if logits.shape != (*xt.shape, self.n_levels):
-            raise ValueError(
-                f"time_aware_net: its logits have the shape {list(logits.shape)} where n_levels = {self.n_levels} asks for "
-                f"{[*xt.shape, self.n_levels]}"
-            )
-        return logits.float().log_softmax(-1)
+        found, wanted = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__, [*xt.shape, self.n_levels]
+        if found != wanted:
+            raise ValueError(f"time_aware_net: gives {found}, where n_levels = {self.n_levels} asks for logits of {wanted}")
+        return logits.to(self.log_prior.dtype).log_softmax(-1)
 
     def _log_p(self, xt: Tensor, t: int | Tensor, condition: Condition) -> Tensor:
         """log p(x_{t-1} | x_t) [B, ..., S], not normalised (equation 28)."""
@@ -436,7 +405,7 @@ class DiscreteDiffusion(nn.Module):
         loss = self._kl(x0, xt, t, log_p)
         if self.loss_mode == "hybrid":
             loss = loss - self.cross_entropy_weight * log_p.gather(-1, x0[..., None])[..., 0]
-        return loss.flatten(1).mean(1)
+        return mean_from(1, loss)
 
     def forward(self, x0: Tensor, chunk_size: int | None = None, condition: Condition = None) -> Tensor:
         """Scalar: T times the loss at random times, batch mean, which estimates its sum over t = 1..T.
@@ -449,30 +418,14 @@ class DiscreteDiffusion(nn.Module):
         self.last_terms = t, self.T * loss.detach()
         return self.T * loss.mean()
 
-    def _random_times(self, x0: Tensor) -> Tensor:
-        """[B] times, each uniform on 1..T, spread evenly over the batch (Kingma et al. 2021, appendix I.1)."""
-        u = torch.rand((), device=x0.device) + torch.arange(len(x0), device=x0.device) / len(x0)
-        return (u % 1 * self.T).long().clamp(max=self.T - 1) + 1
-
     # Variational bound
-
-    @contextmanager
-    def _evaluating(self):
-        """Dropout off inside; afterwards every module is in the mode it was in."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _prior(self, x0: Tensor) -> Tensor:
         """D(q(x_T | x_0) || p(x_T)) per dimension, [B]."""
         last = torch.full((1,), self.T, device=x0.device)
         log_q = self.transitions.jump(last).log_from(x0[None])[0]
         ratio = torch.where(log_q > -math.inf, log_q - self.log_prior, 0.0)
-        return (log_q.exp() * ratio).sum(-1).flatten(1).mean(1)
+        return mean_from(1, (log_q.exp() * ratio).sum(-1))
 
     @torch.no_grad()
     def variational_bound(
@@ -510,59 +463,23 @@ class DiscreteDiffusion(nn.Module):
         prior = self._prior(self._x0(x0))
         times, length = self._strata(timesteps, x0.device, generator)
         first = torch.ones(1, dtype=torch.long, device=x0.device)
-        chunk_size = max(1, CHUNK_ROWS // len(x0)) if chunk_size is None else chunk_size
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size = {chunk_size}: must be at least 1")
         terms = []
         with self._evaluating():
-            for t in (first, *times.split(chunk_size)):
+            for t in (first, *self._chunks(x0, times, chunk_size)):
                 terms.append(self._terms(x0, t, generator, condition) if len(t) else prior.new_zeros(0, len(x0)))
         reconstruction, terms = terms[0][0], torch.cat(terms[1:])
         kl = (terms * length[:, None]).sum(0)
         return Bound(prior, kl, reconstruction, prior + kl + reconstruction), times, length, terms
 
     def _terms(self, x0: Tensor, t: Tensor, generator: torch.Generator | None, condition: Condition) -> Tensor:
-        """[k, B]: the bound's terms of x_0 [B, ...] at the times t [k], per dimension, each with its own draw of x_t.
-
-        Of the condition, every tensor [B, ...] holds a value for each sample, and is repeated as x_0 is; the rest stays.
-        """
-
-        def rows(value: object) -> object:
-            each = isinstance(value, Tensor) and value.shape[:1] == x0.shape[1:2]
-            return value.repeat(len(t), *[1] * (value.ndim - 1)) if each else value
-
+        """[k, B]: the bound's terms of x_0 [B, ...] at the times t [k], per dimension, each with its own draw of x_t."""
+        condition = repeat_condition(condition, len(x0), len(t))
         x0 = x0.expand(len(t), *x0.shape)
         xt = self.transitions.jump(t).draw(x0, _noise(x0, None, generator))
-        condition = condition and {name: rows(value) for name, value in condition.items()}
         log_p = self.predict(xt.flatten(0, 1), t.repeat_interleave(x0.shape[1]), condition).unflatten(0, x0.shape[:2])
-        return self._kl(x0, xt, t, log_p).flatten(2).mean(2)
-
-    def _strata(self, timesteps: int | None, device: torch.device, generator) -> tuple[Tensor, Tensor]:
-        """Times of 2..T [k], and how many times each stands for [k]."""
-        if timesteps is None:
-            return torch.arange(2, self.T + 1, device=device), torch.ones(self.T - 1, device=device)
-        if not 1 <= timesteps <= self.T - 1:
-            raise ValueError(f"timesteps = {timesteps}: must be None or lie in 1..{self.T - 1}, the number of KL terms")
-        edges = torch.linspace(2, self.T + 1, timesteps + 1, device=device).round().long()
-        width = edges.diff()
-        return edges[:-1] + (torch.rand(timesteps, generator=generator, device=device) * width).long(), width.float()
+        return mean_from(2, self._kl(x0, xt, t, log_p))
 
     # Samples
-
-    def sample(
-        self,
-        shape: Sequence[int],
-        sampler: Literal["ddpm"] = "ddpm",
-        timesteps: int | Sequence[int] | None = None,
-        eta: float = 0.0,
-        clip_x0: bool = False,
-        x_T: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        condition: Condition = None,
-    ) -> Tensor:
-        """x_0 of the given shape: the last state of trajectory, which see for the arguments."""
-        states = self.trajectory(shape, sampler, timesteps, eta, clip_x0, x_T, generator, condition)
-        return deque(states, maxlen=1)[0][1]  # keeps one state at a time
 
     def trajectory(
         self,
@@ -592,35 +509,22 @@ class DiscreteDiffusion(nn.Module):
             x_T = _categorical(self.log_prior.expand(*shape, -1), u)
         elif x_T.shape != torch.Size(shape):
             raise ValueError(f"x_T of shape {list(x_T.shape)}: must have the shape asked for, {list(shape)}")
-        return self._states(self._symbols("x_T", x_T, self.n_states), [*steps, 0], generator, condition)
+        x_T = self._symbols("x_T", x_T, self.n_states)
+        return self._each_evaluating(self._states(x_T, [*steps, 0], generator, condition))
 
-    @torch.no_grad()
     def _states(self, x: Tensor, steps: list[int], generator, condition: Condition) -> Iterator[tuple[int, Tensor]]:
         yield steps[0], x
-        with self._evaluating():
-            for t, s in pairwise(steps):
-                log_p = self.predict(x, t, condition)[None]
-                into = self.transitions.between(s, t).log_into(x[None])
-                before = self.transitions.jump(torch.full((1,), s, device=x.device))
-                x = _categorical(into + before.log_push(log_p), _noise(x[None], None, generator))[0]
-                yield s, x
+        for t, s in pairwise(steps):
+            log_p = self.predict(x, t, condition)[None]
+            into = self.transitions.between(s, t).log_into(x[None])
+            before = self.transitions.jump(torch.full((1,), s, device=x.device))
+            x = _categorical(into + before.log_push(log_p), _noise(x[None], None, generator))[0]
+            yield s, x
 
-    def steps(self, timesteps: int | Sequence[int] | None, sampler: str = "ddpm") -> list[int]:
-        """The times that a sample visits, descending; ValueError for times that are not in 1..T, or not descending."""
+    def _spacing(self, sampler: str) -> Callable[[Tensor, int], list[int]]:
         if sampler != "ddpm":
             raise ValueError(f"sampler = {sampler!r}: of symbols there is only 'ddpm'")
-        if timesteps is None:
-            return list(range(self.T, 0, -1))
-        if isinstance(timesteps, int):
-            if not 1 <= timesteps <= self.T:
-                raise ValueError(f"timesteps = {timesteps}: must lie in 1..{self.T}")
-            return torch.linspace(self.T, 1, timesteps, dtype=torch.float64).round().int().tolist()
-        steps = list(timesteps)
-        if not all(isinstance(t, int) for t in steps):
-            raise ValueError(f"timesteps = {steps}: must be whole numbers")
-        if not steps or steps[0] > self.T or steps[-1] < 1 or any(s >= t for t, s in pairwise(steps)):
-            raise ValueError(f"timesteps = {steps}: must descend, without a repeat, within {self.T}..1")
-        return steps
+        return even_in_time
 
     def network_calls(self, timesteps: int | Sequence[int] | None, sampler: str = "ddpm") -> int:
         """How often a sample calls the network."""

@@ -18,7 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gaussian_diffusion import Condition, GaussianDiffusion
+from diffusion_process import Condition, repeat_condition
+from gaussian_diffusion import GaussianDiffusion
 from samplers import SAMPLERS, Level, Normal, PredictX0, ddpm
 
 Operator = Callable[[Tensor], Tensor]
@@ -42,7 +43,7 @@ def edit(
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength = {strength}: must lie between 0 and 1")
-    start = int(strength * diffusion.T)
+    start = round(strength * diffusion.T)
     if start == 0:
         return x0
     steps = [start, *(t for t in diffusion.steps(timesteps, sampler) if t < start)]
@@ -60,7 +61,7 @@ def interpolate(
     clip_x0: bool = False,
     condition: Condition = None,
 ) -> Tensor:
-    """`count` x_0 from x0_a to x0_b, both [B, ...]: [count, B, ...], by "ddim" from between their encodings.
+    """`count` x_0 from x0_a to x0_b, both [B, ...]: [count, B, ...], by "ddim" from between their encodings, in one batch.
 
     The encodings are joined by an arc: a straight line would pass through x_T shorter than noise is.
     """
@@ -69,10 +70,9 @@ def interpolate(
     if count < 2:
         raise ValueError(f"count = {count}: must be at least 2, the two ends")
     a, b = (diffusion.encode(x0, timesteps, clip_x0, condition) for x0 in (x0_a, x0_b))
-    shares = torch.linspace(0, 1, count).tolist()
-    return torch.stack(
-        [diffusion.sample(a.shape, "ddim", timesteps, 0.0, clip_x0, slerp(a, b, share), None, condition) for share in shares]
-    )
+    x_T = torch.cat([slerp(a, b, share) for share in torch.linspace(0, 1, count).tolist()])
+    condition = repeat_condition(condition, len(a), count)
+    return diffusion.sample(x_T.shape, "ddim", timesteps, 0.0, clip_x0, x_T, None, condition).unflatten(0, (count, len(a)))
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -195,6 +195,8 @@ def posterior_sample(
         raise ValueError(f"iterations = {iterations}: must be at least 1")
     adjoint = _adjoint(operator, y, shape)
     steps = diffusion.steps(timesteps, sampler)
+    if diffusion.signal_scale[steps[0] - 1] == 0:
+        raise ValueError(f"timesteps: at t = {steps[0]} no signal is left, so no covariance is known there; begin below it")
 
     def rule(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -> Iterator[Tensor]:
         alpha_bar = {level.t: level.alpha_bar for level in levels}
@@ -237,7 +239,7 @@ def _conjugate_gradients(matrix: Operator, b: Tensor, iterations: int) -> Tensor
     """u with matrix(u) = b, each sample of [B, ...] by itself; a sample that is done, or meets no curvature, stays as it is."""
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
+        return (a * b)[..., None].flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
 
     u, residual, direction = torch.zeros_like(b), b, b
     square = enough = dot(b, b)

@@ -13,12 +13,9 @@ import inspect
 import math
 import statistics
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise, product
-from numbers import Integral
+from itertools import product
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -26,13 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from beta_schedule import alpha_bar_of
 from classify import classify
+from diffusion_process import Bound, Condition, DiffusionProcess, choice, mean_from, repeat_condition
 from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
 IMPORTANCE_SHARE = 0.5  # of equation 15c; the rest is even, so that no weight is more than 2
-CHUNK_ROWS = 128  # rows of one network call in the sums over t, unless the caller gives a chunk size
 
 
 class Process(NamedTuple):
@@ -76,7 +72,6 @@ PREDICTIONS = {
     "velocity": lambda q: (-q.noise_scale, q.signal_scale),  # v of Salimans & Ho 2022
 }
 
-Condition = Mapping[str, object] | None
 ReverseVariance = Literal["beta", "sigma_bar_square", "learnable"]
 PredictionName = Literal[tuple(PREDICTIONS)]
 LossMode = Literal["simple", "full", "min_snr"]
@@ -91,21 +86,7 @@ class Prediction(NamedTuple):
     eps: Tensor
 
 
-class Bound(NamedTuple):
-    """The parts of -ELBO and their sum, nats per dimension, each [B]."""
-
-    prior: Tensor
-    kl: Tensor
-    reconstruction: Tensor
-    total: Tensor
-
-
-def _choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
-
-
-class GaussianDiffusion(nn.Module):
+class GaussianDiffusion(DiffusionProcess):
     """The diffusion process of a schedule and a network.
 
     schedule          beta_1..beta_T: anything with a float64 tensor `alpha_bar` [T]
@@ -134,22 +115,18 @@ class GaussianDiffusion(nn.Module):
         bounded: bool = False,
         time_sampling: TimeSampling = "uniform",
     ):
-        super().__init__()
-        _choice("reverse_variance", reverse_variance, get_args(ReverseVariance))
-        _choice("prediction", prediction, PREDICTIONS)
-        _choice("loss_mode", loss_mode, get_args(LossMode))
-        _choice("time_sampling", time_sampling, get_args(TimeSampling))
+        choice("reverse_variance", reverse_variance, get_args(ReverseVariance))
+        choice("prediction", prediction, PREDICTIONS)
+        choice("loss_mode", loss_mode, get_args(LossMode))
+        choice("time_sampling", time_sampling, get_args(TimeSampling))
         if loss_mode == "full" and time_sampling != "uniform":
             raise ValueError(f"time_sampling = {time_sampling!r}: the full loss draws no t, it sums over all")
-        self.time_aware_net = time_aware_net
+        super().__init__(schedule, time_aware_net)
         self.reverse_variance = reverse_variance
         self.prediction = prediction
         self.loss_mode = loss_mode
         self.bounded = bounded
         self.time_sampling = time_sampling
-        self.last_terms: tuple[Tensor, Tensor] | None = None  # of forward
-        self._alpha_bar = alpha_bar_of(schedule)
-        self.T = len(self._alpha_bar)
         for name, table in self._tables().items():
             if not table.float().isfinite().all():
                 raise ValueError(
@@ -163,7 +140,7 @@ class GaussianDiffusion(nn.Module):
         self._register_variance()
 
     def _tables(self) -> dict[str, Tensor]:
-        """Every coefficient that is looked up by t, float64 [T]."""
+        """The coefficients of q and of what an output implies, float64 [T]."""
         q = _process(self._alpha_bar)
         u, w = PREDICTIONS[self.prediction](q)
         # equation 11: x_t and the target, solved for x_0 and eps
@@ -228,17 +205,6 @@ class GaussianDiffusion(nn.Module):
         return x
 
     # Look-up of times
-
-    def _times(self, t: int | Tensor, x: Tensor) -> Tensor:
-        """t as a long tensor [B] on x's device; ValueError if it is not one, or leaves 1..T."""
-        if isinstance(t, int):
-            t = torch.full((len(x),), t, device=x.device)
-        if t.shape != x.shape[:1] or t.dtype != torch.long:
-            raise ValueError(f"t: {t.dtype} of shape {list(t.shape)}: must be an int or a long tensor [{len(x)}], one a sample")
-        # on another device the look-up itself checks the range, without waiting for the result
-        if t.device.type == "cpu" and len(t) and (t.min() < 1 or t.max() > self.T):
-            raise ValueError(f"t = {t.tolist()}: every t must lie in 1..{self.T}")
-        return t
 
     @staticmethod
     def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
@@ -330,13 +296,23 @@ class GaussianDiffusion(nn.Module):
         """What the network's output at q_sample(x_0, t, noise) should be (equation 10)."""
         return self._mix(self.target_from_x0, x0, self.target_from_eps, noise, t)
 
-    def _residual(self, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> Tensor:
-        """The network's output less its target; of a bounded x_0 the loss's: 0 beyond the end where x_0 is (equation 15b)."""
-        residual = self._net(self.q_sample(x0, t, noise), t, condition) - self._target(x0, t, noise)
+    def _errors(self, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """[B] twice: the mean squared error of the network's output, and the same without gradient, for a learnable variance.
+
+        Of a bounded x_0 the first one counts nothing beyond the end where x_0 is (equation 15b), and the second, which is the
+        bound's, takes x_0_hat as the nearest one in [-1, 1].
+        """
+        xt = self.q_sample(x0, t, noise)
+        residual = self._net(xt, t, condition) - self._target(x0, t, noise)
         if not self.bounded:
-            return residual
-        error = self._at(self.x0_from_out, t, x0) * residual.detach()  # x_0_hat - x_0
-        return residual.masked_fill((x0.abs() >= 1) & (x0 * error > 0), 0)
+            error = mean_from(1, residual.square())
+            return error, error.detach()
+        from_out = self._at(self.x0_from_out, t, x0)
+        x0_error = from_out * residual.detach()  # x_0_hat - x_0
+        error = mean_from(1, residual.masked_fill((x0.abs() >= 1) & (x0 * x0_error > 0), 0).square())
+        if self.reverse_variance != "learnable":
+            return error, error.detach()
+        return error, mean_from(1, (((x0 + x0_error).clamp(-1, 1) - x0) / from_out).square())
 
     def _bound_term(self, t: Tensor, error: Tensor) -> Tensor:
         """[B]: the term of L_2 / n or L_1 / n (equations 13 and 8) at t, of the network's mean squared error [B]."""
@@ -347,12 +323,12 @@ class GaussianDiffusion(nn.Module):
         return term
 
     def _loss(self, mode: LossMode, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> Tensor:
-        error = self._residual(x0, t, noise, condition).square().flatten(1).mean(1)
-        if mode == "full":
-            return self._bound_term(t, error)
+        error, fixed_error = self._errors(x0, t, noise, condition)
+        if mode == "full":  # with the value of the one and the gradient of the other
+            return self._bound_term(t, error + (fixed_error - error.detach()))
         loss = self._at(self.min_snr_weight, t, error) * error if mode == "min_snr" else error
         if self.reverse_variance == "learnable":  # the bound trains the variance, and only that
-            loss = loss + self._bound_term(t, error.detach())
+            loss = loss + self._bound_term(t, fixed_error)
         return loss
 
     def loss(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None, condition: Condition = None) -> Tensor:
@@ -369,10 +345,10 @@ class GaussianDiffusion(nn.Module):
         return self._loss(self.loss_mode, x0, self._times(t, x0), noise, condition)
 
     def _random_times(self, x0: Tensor) -> Tensor:
-        """[B] times of time_sampling's density on 1..T, spread evenly over the batch (Kingma et al. 2021, appendix I.1)."""
-        u = (torch.rand((), device=x0.device) + torch.arange(len(x0), device=x0.device) / len(x0)) % 1
-        before = (u * self.T).long() if self.time_sampling == "uniform" else torch.searchsorted(self.time_cdf, u, right=True)
-        return before.clamp(max=self.T - 1) + 1
+        """[B] times of time_sampling's density on 1..T, spread evenly over the batch."""
+        if self.time_sampling == "uniform":
+            return super()._random_times(x0)
+        return torch.searchsorted(self.time_cdf, self._even_draws(x0), right=True).clamp(max=self.T - 1) + 1
 
     def loss_simple(self, x0: Tensor, condition: Condition = None) -> Tensor:
         """[B]: the simple loss (equation 14) at random times, weighted to be that of uniform ones in expectation."""
@@ -407,26 +383,7 @@ class GaussianDiffusion(nn.Module):
         self.last_terms = t, loss.detach()
         return (self._at(self.time_weight, t, loss) * loss).mean()
 
-    def _chunks(self, x0: Tensor, times: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
-        """times in pieces of chunk_size."""
-        if chunk_size is None:
-            chunk_size = max(1, CHUNK_ROWS // len(x0))
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size = {chunk_size}: must be at least 1")
-        return times.split(chunk_size)
-
     # Variational bound
-
-    @contextmanager
-    def _evaluating(self):
-        """Dropout off inside; afterwards every module is in the mode it was in."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _residuals(
         self, x0: Tensor, times: Tensor, chunk_size: int | None, generator, condition: Condition
@@ -478,36 +435,27 @@ class GaussianDiffusion(nn.Module):
         the KL terms there [k, B], nats per dimension. With `timesteps`, a term is an unbiased estimate of the mean over its
         part of 2..T.
         """
-        if discretized and not x0.abs().max() <= 1:  # nor is nan
+        n_levels = 256 if discretized is True else int(discretized)
+        if n_levels != 0 and n_levels < 2:
+            raise ValueError(f"discretized = {discretized}: must be False, True, or a number of levels, at least 2")
+        if n_levels and not (x0.abs() <= 1).all():  # nor is nan
             raise ValueError(f"x0 from {x0.min():g} to {x0.max():g}: the discretized likelihood is of data in [-1, 1]")
         times, length = self._strata(timesteps, x0.device, generator)
         alpha_bar_T = self._alpha_bar[-1].item()
-        prior = 0.5 * (alpha_bar_T * x0.square().flatten(1).mean(1) - alpha_bar_T - math.log1p(-alpha_bar_T))
-        kl = torch.zeros_like(prior)
+        prior = 0.5 * (alpha_bar_T * mean_from(1, x0.square()) - alpha_bar_T - math.log1p(-alpha_bar_T))
         sigma_square, terms = self.sigma_square, [prior.new_zeros(0, len(x0))]
         with self._evaluating():
             residuals = self._residuals(x0, times, chunk_size, generator, condition)
             mu = x0 + self.mu_from_out[0] * next(residuals)[1][0]  # mu_bar_1 is x_0
-            reconstruction = _gaussian_nll(x0, mu, sigma_square[0], 256 if discretized is True else int(discretized))
+            reconstruction = _gaussian_nll(x0, mu, sigma_square[0], n_levels)
             for t, residual in residuals:
-                mu_error = self.mu_from_out[t - 1, None] ** 2 * residual.square().flatten(2).mean(2)  # [k, B]
+                mu_error = self.mu_from_out[t - 1, None] ** 2 * mean_from(2, residual.square())  # [k, B]
                 ratio = (self.sigma_bar_square / sigma_square)[t - 1, None]
                 term = 0.5 * (ratio - 1 - ratio.log() + mu_error / sigma_square[t - 1, None])
-                kl += (length[t - 1, None] * term).sum(0)
                 terms.append(term)
-        bound = Bound(prior, kl, reconstruction, prior + kl + reconstruction)
-        return bound, times, length[times - 1], torch.cat(terms)
-
-    def _strata(self, timesteps: int | None, device: torch.device, generator) -> tuple[Tensor, Tensor]:
-        """Times of 2..T [k], and how many times each stands for, as a table [T]."""
-        if timesteps is not None and not 1 <= timesteps <= self.T - 1:
-            raise ValueError(f"timesteps = {timesteps}: must be None or lie in 1..{self.T - 1}, the number of KL terms")
-        if timesteps is None:  # draws nothing, so that the noise is that of fit_reverse_variance
-            return torch.arange(2, self.T + 1, device=device), torch.ones(self.T, device=device)
-        edges = torch.linspace(2, self.T + 1, timesteps + 1, device=device).round().long()
-        width = edges.diff()
-        times = edges[:-1] + (torch.rand(timesteps, generator=generator, device=device) * width).long()
-        return times, torch.zeros(self.T, device=device).index_copy(0, times - 1, width.float())
+        terms = torch.cat(terms)
+        kl = (length[:, None] * terms).sum(0)
+        return Bound(prior, kl, reconstruction, prior + kl + reconstruction), times, length, terms
 
     @torch.no_grad()
     def fit_reverse_variance(
@@ -526,7 +474,7 @@ class GaussianDiffusion(nn.Module):
                 x0, condition = (batch, None) if isinstance(batch, Tensor) else batch
                 times, pieces = torch.arange(2, self.T + 1, device=x0.device), []
                 for t, residual in self._residuals(x0, times, chunk_size, generator, condition):
-                    pieces.append(residual.square().flatten(2).mean(2).sum(1))
+                    pieces.append(mean_from(2, residual.square()).sum(1))
                     bar.update(len(t))
                 errors.append(torch.cat(pieces))  # [T]; stays on the device, so that nothing waits for it
                 count += len(x0)
@@ -541,21 +489,6 @@ class GaussianDiffusion(nn.Module):
             self.x0_error.copy_(x0_error)
 
     # Samples
-
-    def sample(
-        self,
-        shape: Sequence[int],
-        sampler: str | Sampler = "ddpm",
-        timesteps: int | Sequence[int] | None = None,
-        eta: float = 0.0,
-        clip_x0: bool = False,
-        x_T: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        condition: Condition = None,
-    ) -> Tensor:
-        """x_0 of the given shape: the last state of trajectory, which see for the arguments."""
-        states = self.trajectory(shape, sampler, timesteps, eta, clip_x0, x_T, generator, condition)
-        return deque(states, maxlen=1)[0][1]  # keeps one state at a time
 
     def trajectory(
         self,
@@ -591,9 +524,8 @@ class GaussianDiffusion(nn.Module):
             x_T = torch.randn(*shape, generator=generator, **of)
         elif x_T.shape != torch.Size(shape):
             raise ValueError(f"x_T of shape {list(x_T.shape)}: must have the shape asked for, {list(shape)}")
-        return self._states(x_T, levels, rule, clip_x0, generator, condition)
+        return self._each_evaluating(self._states(x_T, levels, rule, clip_x0, generator, condition))
 
-    @torch.no_grad()
     def _states(
         self, x: Tensor, levels: list[Level], rule: Sampler, clip_x0: bool, generator, condition: Condition
     ) -> Iterator[tuple[int, Tensor]]:
@@ -606,10 +538,9 @@ class GaussianDiffusion(nn.Module):
             return x0.clamp_(-1, 1) if clip_x0 or self.bounded else x0
 
         yield levels[0].t, x
-        with self._evaluating():
-            states = rule(predict_x0, x, levels, lambda: noise.normal_(generator=generator))
-            for level, x in zip(levels[1:], states, strict=True):
-                yield level.t, x
+        states = rule(predict_x0, x, levels, lambda: noise.normal_(generator=generator))
+        for level, x in zip(levels[1:], states, strict=True):
+            yield level.t, x
 
     def encode(
         self, x0: Tensor, timesteps: int | Sequence[int] | None = None, clip_x0: bool = False, condition: Condition = None
@@ -620,23 +551,8 @@ class GaussianDiffusion(nn.Module):
         """
         return self.sample(x0.shape, ddim_upwards, timesteps, 0.0, clip_x0, x0, None, condition)
 
-    def steps(self, timesteps: int | Sequence[int] | None, sampler: str | Sampler = "ddpm") -> list[int]:
-        """The times that a sampler visits, descending; ValueError for times that are not in 1..T, or not descending.
-
-        A number of them is spread from T to 1 with the sampler's own spacing (`samplers.register`), even in t if it has none.
-        """
-        if timesteps is None:
-            return list(range(self.T, 0, -1))
-        if isinstance(timesteps, Integral):
-            if not 1 <= timesteps <= self.T:
-                raise ValueError(f"timesteps = {timesteps}: must lie in 1..{self.T}")
-            return getattr(_sampler(sampler), "spacing", even_in_time)(self._alpha_bar, timesteps)
-        steps = list(timesteps)
-        if not all(isinstance(t, Integral) for t in steps):
-            raise ValueError(f"timesteps = {steps}: must be whole numbers")
-        if not steps or steps[0] > self.T or steps[-1] < 1 or any(s >= t for t, s in pairwise(steps)):
-            raise ValueError(f"timesteps = {steps}: must descend, without a repeat, within {self.T}..1")
-        return steps
+    def _spacing(self, sampler: str | Sampler) -> Callable[[Tensor, int], list[int]]:
+        return getattr(_sampler(sampler), "spacing", even_in_time)
 
     def network_calls(self, timesteps: int | Sequence[int] | None, sampler: str | Sampler = "ddpm") -> int:
         """How often a sample calls the network, counted while the sampler runs on an image of a single number."""
@@ -674,7 +590,7 @@ def _sampler(sampler: str | Sampler) -> Sampler:
     """The sampler of that name, or the one given."""
     if callable(sampler):
         return sampler
-    _choice("sampler", sampler, SAMPLERS)
+    choice("sampler", sampler, SAMPLERS)
     return SAMPLERS[sampler]
 
 
@@ -692,23 +608,16 @@ def _noise(x: Tensor, noise: Tensor | None) -> Tensor:
 
 
 def _every_pair(x0: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Condition]:
-    """Rows [k * B, ...] and times [k * B]: all of x0 [B, ...] at the first of the times t [k], then at the second, ...
-
-    Of the condition, every tensor [B, ...] holds a value for each sample, and is repeated as x0 is; the rest stays as it is.
-    """
-
-    def rows(value: object) -> object:
-        each = isinstance(value, Tensor) and value.shape[:1] == x0.shape[:1]
-        return value.repeat(len(t), *[1] * (value.ndim - 1)) if each else value
-
-    return rows(x0), t.repeat_interleave(len(x0)), condition and {name: rows(value) for name, value in condition.items()}
+    """Rows [k * B, ...] and times [k * B]: all of x0 [B, ...] at the first of the times t [k], then at the second, ..."""
+    rows = x0.repeat(len(t), *[1] * (x0.ndim - 1))
+    return rows, t.repeat_interleave(len(x0)), repeat_condition(condition, len(x0), len(t))
 
 
 def _gaussian_nll(x: Tensor, mean: Tensor, variance: Tensor, n_levels: int) -> Tensor:
     """-log N(x; mean, variance) per dimension in nats, [B]; of n_levels > 0: of the interval of x's level instead."""
     z = (x - mean) / variance.sqrt()
     if not n_levels:
-        return 0.5 * ((2 * math.pi * variance).log() + z.square().flatten(1).mean(1))
+        return 0.5 * ((2 * math.pi * variance).log() + mean_from(1, z.square()))
     reach = 1 / (n_levels - 1)  # half the distance of two levels
     half = reach / variance.sqrt()
     lower = torch.where(x < -1 + reach, -math.inf, z - half)
@@ -716,7 +625,7 @@ def _gaussian_nll(x: Tensor, mean: Tensor, variance: Tensor, n_levels: int) -> T
     right = lower > 0  # there the two probabilities are close to 1: take their complements
     lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
     log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
-    return -(log_upper + torch.log(-torch.expm1(log_lower - log_upper))).flatten(1).mean(1)
+    return -mean_from(1, log_upper + torch.log(-torch.expm1(log_lower - log_upper)))
 
 
 def _measure(diffusion: GaussianDiffusion, x0: Tensor, chunk_size: int | None, iterations: int) -> tuple[float, float, float]:

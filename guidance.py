@@ -8,7 +8,8 @@ network's output, whatever its prediction is: at given x_t, the mean, x_0_hat an
 equation 11), and weights that add up to 1 pass through an affine map. So guiding the output guides them all.
 Of a network of symbols it is the logits that are guided: p_hat is then proportional to p_worse^(1 - weight) p_better^weight.
 
-A guided network is for samples. It belongs to no density, so it has no likelihood, and training does not go through it.
+A guided network is for samples, and training does not go through it. Its outputs at the different t belong to no one density
+of x_0, so the bound of its chain says nothing of the network that was trained.
 """
 
 import math
@@ -74,8 +75,9 @@ class ClassifierFreeGuidance(_Guidance):
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, **condition) -> Tensor:
         if label is None:
             return self.net(xt, t, **condition)
-        if label.dtype != torch.long or label.shape != t.shape:  # the network itself checks the range
-            raise ValueError(f"label: {label.dtype} of shape {list(label.shape)}: must be a long tensor [{len(xt)}]")
+        if not isinstance(label, Tensor) or label.dtype != torch.long or label.shape != t.shape:  # the network checks the range
+            found = f"{label.dtype} of shape {list(label.shape)}" if isinstance(label, Tensor) else repr(label)
+            raise ValueError(f"label: {found}: must be a long tensor [{len(xt)}], one a sample")
         rows, size = self._rows(t), len(xt)
         again = {name: torch.cat([value, value[rows]]) for name, value in _each(condition, size).items()}
         none = torch.full_like(label[rows], self.n_classes)

@@ -45,14 +45,24 @@ def even_in_time(alpha_bar: Tensor, count: int) -> list[int]:
 
 
 def even_in_log_snr(alpha_bar: Tensor, count: int) -> list[int]:
-    """The times nearest to even steps in log snr from T down to 1, moved apart by as little as makes them distinct."""
-    return _nearest(torch.logit(alpha_bar), count)
+    """The times nearest to even steps in log snr from T down to 1, moved apart by as little as makes them distinct.
+
+    Where x_T holds no signal, its log snr is -inf: T, and then the others as if T - 1 were the last.
+    """
+    if alpha_bar[-1] > 0:
+        return _nearest(torch.logit(alpha_bar), count)
+    return [len(alpha_bar), *_nearest(torch.logit(alpha_bar[:-1]), count - 1)]
 
 
 def _nearest(coordinate: Tensor, count: int) -> list[int]:
-    """Distinct descending times whose coordinates [T] are nearest to even steps from that of T to that of 1."""
+    """Distinct descending times whose coordinates [T], which fall, are nearest to even steps from that of T to that of 1."""
+    if count == 0:
+        return []
     targets = torch.linspace(coordinate[-1], coordinate[0], count, dtype=torch.float64)
-    nearest = (coordinate[:, None] - targets).abs().argmin(0) + 1
+    rising = coordinate.flip(0)  # of T, ..., 1
+    after = torch.searchsorted(rising, targets).clamp(max=len(rising) - 1)
+    before = (after - 1).clamp(min=0)
+    nearest = len(rising) - torch.where(targets - rising[before] < rising[after] - targets, before, after)
     times = []
     for i, t in enumerate(nearest.tolist()):
         most = times[-1] - 1 if times else len(coordinate)
@@ -113,7 +123,7 @@ def dpm(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -
         h = _half_log_snr(alpha_bar_s) - _half_log_snr(alpha_bar_t)
         from_xt = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t))
         from_x0 = -sqrt(alpha_bar_s) * expm1(-h)
-        extrapolation = 0.5 * h / h_before if s > 0 else 0.0  # 1 / (2 r) of the paper
+        extrapolation = 0.5 * h / h_before if s > 0 and h_before < inf else 0.0  # 1 / (2 r) of the paper
         x0 = predict_x0(x, t)
         x = (from_xt * x).add_(x0, alpha=from_x0 * (1 + extrapolation))
         if extrapolation > 0:
@@ -123,8 +133,10 @@ def dpm(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -
 
 
 def _half_log_snr(alpha_bar: float) -> float:
-    """lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), infinite at t = 0."""
-    return 0.5 * log(alpha_bar / (1 - alpha_bar)) if alpha_bar < 1 else inf
+    """lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), infinite at t = 0, and -inf where there is no signal."""
+    if 0 < alpha_bar < 1:
+        return 0.5 * log(alpha_bar / (1 - alpha_bar))
+    return inf if alpha_bar else -inf
 
 
 @register(even_in_log_snr)
@@ -137,6 +149,10 @@ def heun(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) 
         if s == 0:
             yield predict_x0(x, t)
             return
+        if alpha_bar_t == 0:  # nu is infinite: Euler's step alone, which is that of ddim
+            x = sqrt(1 - alpha_bar_s) * x + sqrt(alpha_bar_s) * predict_x0(x, t)
+            yield x
+            continue
         nu_t, nu_s = (sqrt((1 - alpha_bar) / alpha_bar) for alpha_bar in (alpha_bar_t, alpha_bar_s))
         y_t = x / sqrt(alpha_bar_t)
         slope_t = (y_t - predict_x0(x, t)).div_(nu_t)
@@ -153,27 +169,28 @@ def heun(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) 
 def ddim_upwards(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -> Iterator[Tensor]:
     """From x = x_0 to x_T, the inverse of ddim with eta = 0 on the same levels, but for an error of second order.
 
-    In y = x / sqrt(alpha_bar) and nu = sqrt((1 - alpha_bar) / alpha_bar) ddim's step (equation 17) from t to s is
-    y_s = y_t + (nu_s - nu_t) eps_hat(x_t, t). Its inverse has x_t on both sides. Here the network is asked at a guess of x_t,
-    made with what it said the step before, which is off by the square of the step; asked at x_s itself (Song et al. 2021,
-    section 4.3), the error would be of first order.
+    ddim's step (equation 17) from t to s keeps eps_hat(x_t, t) and x_0_hat(x_t, t). Its inverse has x_t on both sides. Here the
+    network is asked at a guess of x_t, made with what it said the step before, which is off by the square of the step; asked at
+    x_s itself (Song et al. 2021, section 4.3), the error would be of first order.
     """
-    y, x0, eps = x, x, torch.zeros_like(x)
+    x0, eps = x, torch.zeros_like(x)
     for (_, alpha_bar_s, _), (t, alpha_bar_t, _) in pairwise(reversed(levels)):
-        nu_s, nu_t = (sqrt((1 - alpha_bar) / alpha_bar) for alpha_bar in (alpha_bar_s, alpha_bar_t))
-        guess = _step_upwards(y, x0, eps, nu_s, nu_t)
-        x0 = predict_x0(sqrt(alpha_bar_t) * guess, t)
-        eps = (guess - x0) / nu_t
-        y = _step_upwards(y, x0, eps, nu_s, nu_t)
-        yield sqrt(alpha_bar_t) * y
+        guess = _step_upwards(x, x0, eps, alpha_bar_s, alpha_bar_t)
+        x0 = predict_x0(guess, t)
+        eps = (guess - sqrt(alpha_bar_t) * x0) / sqrt(1 - alpha_bar_t)
+        x = _step_upwards(x, x0, eps, alpha_bar_s, alpha_bar_t)
+        yield x
 
 
-def _step_upwards(y: Tensor, x0: Tensor, eps: Tensor, nu_s: float, nu_t: float) -> Tensor:
-    """y_t, with eps_hat or with x_0_hat: the same if both are of y_t itself, else with what differs less at a guess of it.
+def _step_upwards(x: Tensor, x0: Tensor, eps: Tensor, alpha_bar_s: float, alpha_bar_t: float) -> Tensor:
+    """x_t of x_s, by eps_hat or by x_0_hat: the same if both are of x_t itself, else by what differs less at a guess of it.
 
-    A wrong guess is passed on by (nu_t - nu_s) deps/dy, or by (nu_t - nu_s) / nu_s dx0/dy. Of data of unit variance these
-    are as nu_s nu_t to 1, so eps_hat serves where there is little noise and x_0_hat where there is much.
+    With nu = sqrt((1 - alpha_bar) / alpha_bar), a wrong guess of y_t = x_t / sqrt(alpha_bar_t) is passed on by
+    (nu_t - nu_s) deps/dy, or by (nu_t - nu_s) / nu_s dx0/dy. Of data of unit variance these are as nu_s nu_t to 1, so eps_hat
+    serves where there is little noise, nu_s nu_t < 1 or alpha_bar_s + alpha_bar_t > 1, and x_0_hat where there is much.
     """
-    if nu_s * nu_t < 1:
-        return y + (nu_t - nu_s) * eps
-    return (nu_t * y - (nu_t - nu_s) * x0) / nu_s
+    if alpha_bar_s == 1 or alpha_bar_s + alpha_bar_t > 1:
+        x0 = (x - sqrt(1 - alpha_bar_s) * eps) / sqrt(alpha_bar_s)
+    else:
+        eps = (x - sqrt(alpha_bar_s) * x0) / sqrt(1 - alpha_bar_s)
+    return sqrt(alpha_bar_t) * x0 + sqrt(1 - alpha_bar_t) * eps

@@ -95,7 +95,9 @@ def set_speed(diffusion: GaussianDiffusion, x0: Tensor, asked: str, compiled: bo
     """The precision to sample images like x0 in; the network is compiled if that is asked for."""
     diffusion.to(memory_format=torch.channels_last)
     speed.set_flags(asked)
-    precision = speed.choose_precision(asked, speed.probe_call(diffusion, x0, ranks.device), ranks, "--precision")
+    has_classes = getattr(diffusion.time_aware_net, "n_classes", None) is not None
+    condition = {"label": torch.zeros(len(x0), dtype=torch.long, device=x0.device)} if has_classes else {}
+    precision = speed.choose_precision(asked, speed.probe_call(diffusion, x0, condition), ranks, "--precision")
     speed.set_flags(precision)
     if compiled:
         speed.check_compiler(ranks.device, "--compile")

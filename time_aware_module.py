@@ -57,9 +57,17 @@ class TimeEmbedding(nn.Module):
         if n_classes is not None:  # no random numbers are drawn for it
             self.label = nn.Embedding.from_pretrained(torch.zeros(n_classes + 1, t_channels), freeze=False)
 
+    def _apply(self, fn, recurse=True):
+        """As any module, but the frequencies stay in float32 at least: three digits of them tell no time from the next."""
+        frequency = self.frequency
+        super()._apply(fn, recurse)
+        if self.frequency.dtype in (torch.bfloat16, torch.float16):
+            self.frequency = frequency.to(self.frequency.device)
+        return self
+
     def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
         angle = (t - 1)[:, None] * self.frequency
-        time = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
+        time = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1).to(self.mlp[0].weight.dtype))
         if self.n_classes is not None:
             return time + self.label(self._labels(label, t))
         if label is not None:
@@ -361,7 +369,7 @@ class TimeAwareUNet(nn.Module):
                 "patch_size * 2^(levels - 1)"
             )
         time = F.silu(self.time_embedding(t, label))
-        x = xt if self.n_levels is None else _as_values(xt, self.n_levels)
+        x = xt if self.n_levels is None else _as_values(xt, self.n_levels).to(self.conv_in.weight.dtype)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         skips = [] if self.adds_skips else [h]
         for stage in self.down:

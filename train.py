@@ -7,8 +7,8 @@
 
     Trainer(load_config("configs/Digits_den.json")).run()                      # the same from Python
 
-A run's state is a function of (seed, rank, step): each step draws its data order, flips, t, eps and dropout from a generator
-seeded by these three alone. So a run that was stopped and resumed does what the run that never stopped does.
+A run's state is a function of (seed, rank, step): by these each step draws its flips, t, eps and dropout, each epoch its order.
+So a run that was stopped and resumed does what the run that never stopped does.
 
 In its folder: last.pth, best.pth, best_fd.pth, epoch_N.pth, power_STEP.pth, epoch_N.png (samples), metrics.jsonl, train.log.
 """
@@ -37,7 +37,7 @@ from training.batches import Batches, drop_labels
 from training.checks import bad_numbers, check_batch, check_fit
 from training.graph import Launcher
 from training.loggers import Loggers
-from training.meter import Meter, end_time
+from training.meter import Meter, end_time, rounded
 from training.optimizers import build_optimizer, lr_schedule
 from training.ranks import Ranks, leave_ranks
 from training.run_folder import RunFolder
@@ -185,11 +185,11 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step. A signal ends it early: everything is saved, and Stopped raised."""
         folder = self.folder
-        folder.open(self.records if self.resumed else None, self.step)
-        self.loggers.open(folder.path)
         self.writer, self.begun = Writer(), (time.monotonic(), self.step)
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
         try:
+            folder.open(self.records if self.resumed else None, self.step)
+            self.loggers.open(folder.path)
+            bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
             with self.stopper, bar, logging_redirect_tqdm([log]):
                 if folder.resume_from is None or folder.resume_from.resolve() != (folder.path / "last.pth").resolve():
                     self.save_last(take_state(self))  # so that --resume always finds one
@@ -279,7 +279,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.epoch,
             "time": round(time.time(), 3),
-            "valid_loss": None if valid_loss is None else float(f"{valid_loss:.8g}"),
+            "valid_loss": rounded(valid_loss),
             "lr": self.optimizer.param_groups[0]["lr"],
             **self.meter.record(self.ranks, seconds),
         } | ({"metrics": metrics} if metrics else {})

@@ -20,7 +20,8 @@ import torch
 from common import NETWORKS, options, set_up, start, synchronize, write
 
 from beta_schedule import LinearSchedule
-from gaussian_diffusion import CHUNK_ROWS, GaussianDiffusion
+from diffusion_process import CHUNK_ROWS
+from gaussian_diffusion import GaussianDiffusion
 from time_aware_module import TimeAwareUNet
 
 

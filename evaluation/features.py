@@ -96,8 +96,8 @@ def train_classifier(
     labels = _check_labelled(images, labels)
     if epochs < 1 or batch_size < 2:
         raise ValueError(f"epochs = {epochs}, batch_size = {batch_size}: must be at least 1 and 2")
-    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the weights are drawn on the CPU
         classifier = SmallClassifier(images.shape[1], int(labels.max()) + 1).to(device)
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, len(images))

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from classify import Weighting
 from config import build_dataset
 from dataset import ImageDataset
+from diffusion_process import Bound
 from evaluation.features import (
     InceptionFeatures,
     SmallClassifier,
@@ -33,10 +34,12 @@ from evaluation.features import (
     to_uint8,
 )
 from evaluation.sampling import evenly
-from gaussian_diffusion import Bound, GaussianDiffusion
+from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
 from training.ranks import Ranks
 from training.seeds import VALIDATION, mixed_seed
+
+MAX_CLASSIFIER_BYTES = 4 * 10**9  # of training images that a classifier is made of; of more, evenly spread ones
 
 # The Fréchet distance
 
@@ -216,8 +219,8 @@ def bits_by_time(
         bound, _, length, kl = diffusion.bound_by_time(diffusion.x0_of(x0), **kind, **how)
         bounds.append(torch.stack(bound).cpu() / math.log(2))
         terms.append(torch.stack([length.double(), kl.double().sum(1) / math.log(2)]).cpu())
-    bounds = torch.cat(ranks.gather(bounds) if ranks else bounds, dim=1)  # [4, images]
-    length, kl = torch.stack(ranks.gather(terms) if ranks else terms).unbind(1)  # [batches, k]
+    bounds = torch.cat(ranks.gather_everywhere(bounds) if ranks else bounds, dim=1)  # [4, images]
+    length, kl = torch.stack(ranks.gather_everywhere(terms) if ranks else terms).unbind(1)  # [batches, k]
     means = dict(zip(Bound._fields, bounds.mean(1).tolist(), strict=True))
     found = means | {"standard_error": bounds[-1].std().item() / bounds.shape[1] ** 0.5, "images": bounds.shape[1]}
     last = 1 + length[0].cumsum(0)
@@ -247,14 +250,17 @@ class Evaluation:
     samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
     check: Callable[[], object] = lambda: None  # called before each batch of images
     class_names: list[str] | None = None  # of the checkpoint, if it says them
+    datasets: dict[str, ImageDataset] = field(default_factory=dict)  # that were built, by split
 
     def dataset(self, split: str) -> ImageDataset:
         """The data set of a split; Mistake if its classes are not those that the network has learned."""
+        if split in self.datasets:
+            return self.datasets[split]
         images = build_dataset(self.config, split)
         has_classes = getattr(self.diffusion.time_aware_net, "n_classes", None) is not None
         if has_classes and self.class_names not in (None, images.class_names):
             raise Mistake(f"dataset.{split}: has the classes {images.class_names}, and the network learned {self.class_names}")
-        return images
+        return self.datasets.setdefault(split, images)
 
     def images(self, split: str, count: int | None = None, ranks: Ranks | None = None) -> Iterable[tuple[Tensor, dict]]:
         """Batches (images, condition) of `count` images spread evenly over a split, None for all.
@@ -282,8 +288,9 @@ def build_extractor(e: Evaluation) -> nn.Module:
     mark = hashlib.sha256(json.dumps(dataset["train"], sort_keys=True).encode()).hexdigest()[:8]  # not of another ImageFolder
     path = Path(e.classifier or f"models/classifier_{name}_{mark}.pth")
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = torch.stack([train.fixed_pixels(i) for i in range(len(train))])
-    return cached_classifier(path, images, train.labels, name, device=e.ranks.device)
+    numbers = evenly(min(len(train), MAX_CLASSIFIER_BYTES // math.prod(train.shape)), len(train))
+    images = torch.stack([train.fixed_pixels(i) for i in tqdm(numbers, desc="reading for the classifier", leave=None)])
+    return cached_classifier(path, images, train.labels[numbers], name, device=e.ranks.device)
 
 
 class BitsPerDimension:
@@ -371,7 +378,7 @@ class Accuracy:
             how = {"weighting": e.weighting, "generator": generator, "return_calls": True}
             label, calls = e.diffusion.classify(x0, e.diffusion.time_aware_net.n_classes, **how)
             found.append(torch.stack([label == condition["label"], calls]).double().cpu())
-        right, calls = torch.cat(e.ranks.gather(found), dim=1)
+        right, calls = torch.cat(e.ranks.gather_everywhere(found), dim=1)
         accuracy, images = right.mean().item(), len(right)
         error = (accuracy * (1 - accuracy) / images) ** 0.5
         how = {"images": images, "weighting": e.weighting, "calls": calls.mean().item()}

@@ -239,3 +239,21 @@ def test_what_cannot_be_is_refused(argv, words, run, capsys):
     assert sampling.main([str(run[0] / argv[0]), *argv[1:], "-n", "1", "--device", "cpu"]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert set(run[0].iterdir()) == before
+
+
+def test_the_buffers_of_a_network_are_those_of_its_last_step():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.time_aware_net = nn.BatchNorm1d(2)
+
+    model, ema = Model(), Model()
+    cfg = SimpleNamespace(ema_decay=0.9, power_ema=[], power_ema_snapshots=1)
+    averages = Averages(SimpleNamespace(cfg=cfg, model=model, ema=ema, total_steps=10))
+    data = 3 + 2 * torch.randn(4000, 2)
+    for step in range(1, 101):
+        model.time_aware_net(data)
+        averages.update(step)
+    torch.testing.assert_close(ema.time_aware_net.running_mean, data.mean(0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(ema.time_aware_net.running_var, data.var(0), rtol=1e-3, atol=0)
+    assert ema.time_aware_net.num_batches_tracked == 100

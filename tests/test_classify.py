@@ -40,7 +40,7 @@ def test_times_are_drawn_by_their_weight_and_noisy_ones_find_means_far_apart_too
     diffusion = model()
     times = {weighting: _times(diffusion, weighting, 20_000, 16, None) for weighting in ("bound", "noisy")}
     alpha_bar = SCHEDULE.alpha_bar
-    weight = _weight(diffusion).double() * alpha_bar
+    weight = _weight(diffusion).double() * (1 - alpha_bar)
     for weighting, expected in (("bound", weight), ("noisy", weight * (1 - alpha_bar))):
         counts = torch.bincount(times[weighting].flatten(), minlength=SCHEDULE.beta.numel() + 1)[1:] / times[weighting].numel()
         expected = expected / expected.sum()
@@ -71,8 +71,7 @@ def test_the_samples_of_a_batch_do_not_change_each_others_class():
 @pytest.mark.parametrize("reverse_variance", ["beta", "sigma_bar_square"])
 def test_the_weights_are_those_of_the_bound(reverse_variance):
     book = Textbook(SCHEDULE.beta)
-    mu_from_eps = book.mu_from_x0 / book.error_from_x0["denoising"]
-    expected = mu_from_eps**2 / (2 * book.sigma_square(reverse_variance))
+    expected = book.mu_from_x0**2 / (2 * book.sigma_square(reverse_variance))
     torch.testing.assert_close(_weight(model(reverse_variance)).double(), expected[1:], rtol=1e-4, atol=0)
 
 
@@ -132,3 +131,16 @@ def test_the_metric_accuracy_is_that_of_bayes_rule():
     assert 3 * 16 <= found["calls"] < 3 * 16 * 16
     with pytest.raises(Mistake, match="a guided network belongs to no density"):
         Accuracy(dataclasses.replace(measured, guided=True))
+
+
+def test_where_no_signal_is_left_at_T_the_classes_are_found_as_well():
+    class ZeroTerminal:
+        alpha_bar = SCHEDULE.alpha_bar * torch.linspace(1, 0, 300, dtype=torch.float64) ** 2
+
+    beta = 1 - ZeroTerminal.alpha_bar / torch.cat([torch.ones(1).double(), ZeroTerminal.alpha_bar[:-1]])
+    net = LabelNet(CLASSES.components(), CLASSES, beta, "velocity")
+    x = CLASSES.sample(300)
+    probability, label = bayes(x).max(1)
+    for weighting in ("bound", "noisy"):
+        found = GaussianDiffusion(ZeroTerminal(), net, prediction="velocity").classify(x, 3, weighting)
+        assert torch.equal(found[probability > 0.9], label[probability > 0.9])

@@ -4,6 +4,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -564,7 +565,7 @@ def test_symbols_that_are_refused():
         "x_T from 0 to 9": lambda: next(diffusion.trajectory((1, 2), x_T=torch.tensor([[0, 9]]))),
         "x_T of shape": lambda: next(diffusion.trajectory((1, 3), x_T=good)),
         "noise of shape": lambda: diffusion.q_sample(good, 1, torch.rand(2, 1)),
-        "t = .5.: every t": lambda: diffusion.loss(good, 5),
+        "t = 5: every t": lambda: diffusion.loss(good, 5),
         "sampler = 'dpm'": lambda: next(diffusion.trajectory((1, 2), "dpm")),
         "eta = 0.5": lambda: next(diffusion.trajectory((1, 2), eta=0.5)),
         "timesteps = 9": lambda: next(diffusion.trajectory((1, 2), timesteps=9)),
@@ -579,5 +580,36 @@ def test_symbols_that_are_refused():
 
 def test_a_network_of_another_number_of_levels_is_refused():
     diffusion, _ = build("uniform", net=lambda chain: Table(4, chain.S))
-    with pytest.raises(ValueError, match=r"time_aware_net: its logits have the shape \[1, 2, 4\] where n_levels = 3"):
+    with pytest.raises(ValueError, match=r"time_aware_net: gives \[1, 2, 4\], where n_levels = 3"):
         diffusion.loss(torch.tensor([[0, 1]]), 1)
+
+
+class Logits(nn.Module):
+    def forward(self, xt, t):
+        return torch.zeros(*xt.shape, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("transition", ["uniform", "absorbing", "gaussian"])
+def test_in_float64_it_is_the_same_process(transition):
+    x0 = torch.randint(0, 4, (3, 5))
+    bounds = []
+    for dtype in (torch.float32, torch.float64):
+        diffusion = DiscreteDiffusion(LinearSchedule(8, 0.1, 0.3), Logits(), 4, transition).to(dtype)
+        bounds.append(diffusion.variational_bound(x0, generator=torch.Generator().manual_seed(0)).total.double())
+        assert diffusion.sample((2, 5)).shape == (2, 5)
+    torch.testing.assert_close(*bounds, rtol=1e-4, atol=0)
+
+
+def test_a_network_that_gives_no_tensor_is_named():
+    class Pair(nn.Module):
+        def forward(self, xt, t):
+            return xt, t
+
+    diffusion = DiscreteDiffusion(LinearSchedule(8, 0.1, 0.3), Pair(), 4)
+    with pytest.raises(ValueError, match="time_aware_net: gives tuple, where n_levels = 4 asks for logits"):
+        diffusion.predict(torch.zeros(2, 3, dtype=torch.long), 1)
+
+
+def test_a_number_of_steps_may_be_one_of_numpys():
+    diffusion = DiscreteDiffusion(LinearSchedule(8, 0.1, 0.3), Logits(), 4)
+    assert diffusion.steps(np.int64(5)) == diffusion.steps(5)

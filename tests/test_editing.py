@@ -308,3 +308,38 @@ def test_gradients_stay_off_outside_and_the_network_gets_its_condition():
 def test_a_bad_argument_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(images_model(), torch.zeros(2, *SHAPE))
+
+
+def test_where_no_signal_is_left_the_posterior_is_refused_and_below_it_is_exact():
+    class ZeroTerminal:
+        alpha_bar = torch.cat([SCHEDULE.alpha_bar[:-1], torch.zeros(1, dtype=torch.float64)])
+        beta = torch.cat([SCHEDULE.beta[:-1], torch.ones(1, dtype=torch.float64)])
+
+    diffusion = GaussianDiffusion(ZeroTerminal(), CorrelatedNet(IMAGES, ZeroTerminal.beta), prediction="reconstruction")
+    operator = OPERATORS["colouring"]
+    y, exact = measured(operator, 0.1)
+    y, shape = y.expand(SIZE, *y.shape[1:]), (SIZE, *SHAPE)
+    with pytest.raises(ValueError, match="at t = 1000 no signal is left"):
+        posterior_sample(diffusion, y, operator, 0.1, shape, timesteps=60)
+    steps = diffusion.steps(60, "dpm")[1:]
+    assert_drawn_from(posterior_sample(diffusion, y, operator, 0.1, shape, timesteps=steps, iterations=8), exact, bias=0.02)
+
+
+def test_a_measurement_may_be_one_number_a_sample():
+    diffusion = images_model()
+    y = torch.full((2000,), 1.5)
+    x0 = posterior_sample(diffusion, y, lambda x: x.flatten(1).sum(1), 0.05, (2000, *SHAPE), timesteps=20)
+    assert (x0.flatten(1).sum(1) - 1.5).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("strength", [0.29, 0.57, 0.58])
+def test_an_edit_starts_at_that_part_of_T(strength):
+    seen = []
+
+    class Seen(nn.Module):
+        def forward(self, xt, t):
+            seen.append(int(t[0]))
+            return xt
+
+    edit(GaussianDiffusion(LinearSchedule(100), Seen()), torch.zeros(1, 2), strength)
+    assert seen[0] == round(100 * strength)

@@ -448,3 +448,16 @@ def test_a_file_system_without_locks_is_warned_of(work, monkeypatch, caplog):
     folder.lock()
     folder.close()
     assert "cannot be locked (No locks available)" in caplog.text
+
+
+def test_a_second_trainer_of_this_process_leaves_the_first_one_its_lock(work):
+    first, second = RunFolder(str(work), writes=True), RunFolder(str(work), writes=True)
+    first.lock()
+    second.lock()
+    second.close()
+    taken = os.open(work, os.O_RDONLY)  # as another process would
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    first.close()
+    fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(taken)

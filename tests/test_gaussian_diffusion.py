@@ -686,3 +686,91 @@ def test_what_a_network_gives_that_is_no_tensor_is_named():
 
     with pytest.raises(ValueError, match=r"time_aware_net: gives a tuple for xt of shape \[4, 2\]"):
         GaussianDiffusion(LinearSchedule(20), Pair())(torch.zeros(4, 2))
+
+
+# What is refused, and what is not
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("t", [0, -5, 11])
+def test_an_int_outside_1_to_T_is_refused_on_any_device(t, device):
+    diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity()).to(device)
+    with pytest.raises(ValueError, match=rf"t = {t}: every t must lie in 1\.\.10"):
+        diffusion.q_sample(torch.zeros(2, 3, device=device), t)
+
+
+def test_a_time_that_is_no_whole_number_is_refused():
+    diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity())
+    with pytest.raises(ValueError, match="t: a float: must be an int or a long tensor"):
+        diffusion.q_sample(torch.zeros(2, 3), 1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_tables_are_not_rounded_to_three_digits(dtype):
+    with pytest.raises(ValueError, match="the tables of a diffusion need float32"):
+        GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity()).to(dtype)
+
+
+@pytest.mark.parametrize("levels", [1, -5])
+def test_a_number_of_levels_below_two_is_refused(levels):
+    diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity())
+    with pytest.raises(ValueError, match=f"discretized = {levels}: must be"):
+        diffusion.variational_bound(torch.zeros(2, 3), discretized=levels)
+
+
+class Elementwise(nn.Module):
+    def forward(self, xt, t):
+        return xt / 2
+
+
+@pytest.mark.parametrize("reverse_variance", VARIANCES)
+@pytest.mark.parametrize("loss_mode", ["simple", "min_snr", "full"])
+def test_a_sample_may_be_a_single_number(loss_mode, reverse_variance):
+    """x of shape [B] has the losses and the bound of the same numbers as [B, 1]."""
+    diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), Elementwise(), reverse_variance, loss_mode=loss_mode)
+    x0 = torch.rand(5) * 2 - 1
+    for method in (diffusion.loss_simple, diffusion.loss_full, diffusion, diffusion.variational_bound):
+        results = []
+        for x in (x0, x0[:, None]):
+            torch.manual_seed(0)
+            results.append(method(x))
+        torch.testing.assert_close(*results)
+
+
+def test_no_sample_at_all_has_no_loss():
+    diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), Elementwise())
+    assert diffusion.loss_full(torch.zeros(0, 3)).shape == (0,)
+    assert diffusion.variational_bound(torch.zeros(0, 3)).total.shape == (0,)
+
+
+class Constant(nn.Module):
+    """The same x_0_hat everywhere."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, xt, t):
+        return self.value.expand_as(xt)
+
+
+@pytest.mark.parametrize("loss_mode", ["simple", "min_snr", "full"])
+def test_a_learnt_variance_of_bounded_data_is_that_of_the_bound(loss_mode):
+    """x_0 is 0.5 and the network says 1.5, which counts as 1: the best variance assumes the error 0.25, and not 1."""
+    schedule = LinearSchedule(10, 0.1, 0.2)
+    kind = {"prediction": "reconstruction", "loss_mode": loss_mode, "bounded": True}
+    diffusion = GaussianDiffusion(schedule, Constant(1.5), "learnable", **kind)
+    x0 = torch.full((200, 2), 0.5)
+    book = Textbook(schedule.beta)
+    best = (book.posterior_variance + book.mu_from_x0.square() * 0.25)[1:]
+    with torch.no_grad():
+        diffusion.log_sigma_square.copy_(best.log())
+    sum(diffusion.loss(x0, t).mean() for t in range(1, 11)).backward()
+    gradient = diffusion.log_sigma_square.grad
+    assert gradient.abs().max() < 1e-5
+    assert diffusion.time_aware_net.value.grad > 0  # it learns that 1.5 is too much
+
+
+def test_the_tables_and_the_network_may_be_float64():
+    diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), Elementwise()).double()
+    assert diffusion.sample((3, 2)).dtype == torch.float64

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 import convert
 from beta_schedule import LinearSchedule
 from config import TrainConfig, load_config
-from dataset import ArrayDataset, ImageFolder, check_labels
+from dataset import ArrayDataset, ImageFolder, check_dataset
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
 from time_aware_module import TimeAwareMLP, TimeAwareUNet
@@ -320,7 +320,7 @@ def test_labels_of_another_kind_are_refused_by_name(labels, words):
     images = Numbered(50)
     images.labels = labels
     with pytest.raises(Mistake, match=words):
-        check_labels(images, "dataset.train")
+        check_dataset(images, "dataset.train")
 
 
 def test_labels_of_other_classes_are_refused():

@@ -9,7 +9,7 @@ from runs import ROOT, metrics, tiny
 
 import checkpoint
 import train
-from training.meter import Meter, end_time
+from training.meter import Meter, end_time, rounded
 from training.ranks import Ranks
 
 
@@ -76,3 +76,12 @@ def test_a_checkpoint_of_before_it_is_gone_on_with(tmp_path):
 )
 def test_the_time_at_which_a_run_ends(seconds, done, left, words):
     assert end_time(datetime(2026, 11, 24, 14, 32), seconds, done, left) == words  # a Tuesday
+
+
+def test_a_run_without_a_foreseeable_end_is_told_so():
+    assert end_time(datetime(2026, 11, 24), 1.0, 1, 3 * 10**11) == "in 9513 years or so"
+
+
+def test_a_record_holds_what_json_has():
+    assert rounded(0.123456789012) == 0.12345679
+    assert rounded(float("nan")) is rounded(float("inf")) is rounded(None) is None

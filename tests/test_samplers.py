@@ -8,7 +8,7 @@ from closed_form import GAUSSIAN, MIXTURE, PREDICTIONS, OptimalNet, Textbook, ev
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from beta_schedule import LinearSchedule
+from beta_schedule import CosineSchedule, LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
 from samplers import SAMPLERS, Level, register
 
@@ -585,3 +585,71 @@ def test_the_bound_waits_for_no_device_and_the_fit_only_at_its_end():
         with pytest.raises(DataDependentOutputException):  # is the error finite?
             diffusion.fit_reverse_variance(batches())
     assert fitted == [0, 1, 2]
+
+
+# No signal at T (Lin et al. 2023, arXiv:2305.08891)
+
+
+class ZeroTerminal:
+    """A cosine schedule of 200 steps, rescaled so that sqrt(alpha_bar) ends at 0 exactly."""
+
+    def __init__(self):
+        scale = CosineSchedule(200).alpha_bar.sqrt()
+        self.alpha_bar = ((scale - scale[-1]) * scale[0] / (scale[0] - scale[-1])).square()
+        self.beta = 1 - self.alpha_bar / torch.cat([torch.ones(1).double(), self.alpha_bar[:-1]])
+
+
+@pytest.mark.parametrize("timesteps", [None, 40])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_without_signal_at_T_samples_have_the_moments_of_the_data(sampler, timesteps):
+    schedule = ZeroTerminal()
+    assert schedule.alpha_bar[-1] == 0
+    diffusion = optimal("velocity", schedule=schedule)
+    diffusion.fit_reverse_variance([GAUSSIAN.sample(500)])
+    steps = diffusion.steps(timesteps, sampler)
+    assert steps[0] == 200
+    assert steps[-1] == 1
+    assert len(set(steps)) == (timesteps or 200)
+    x0 = diffusion.sample((20_000, 2), sampler, timesteps).double()
+    deviation = GAUSSIAN.variances.sqrt().item()
+    assert (x0.mean(0) - GAUSSIAN.means[0]).abs().max() < 5 * deviation / math.sqrt(len(x0)) + 2e-3
+    assert (x0.std(0) / deviation - 1).abs().max() < 0.04
+
+
+def test_without_signal_at_T_an_encoding_leads_back():
+    diffusion = optimal("velocity", schedule=ZeroTerminal())
+    x0 = GAUSSIAN.sample(500)
+    x_T = diffusion.encode(x0)
+    torch.testing.assert_close(diffusion.sample(x0.shape, "ddim", x_T=x_T), x0, rtol=0, atol=2e-2)
+    # of a Gaussian the flow keeps (x - mean) / deviation
+    expected = (x0.double() - GAUSSIAN.means[0]) / GAUSSIAN.variances.sqrt()
+    assert (x_T - expected).abs().mean() < 0.05
+
+
+# States that are looked at one at a time
+
+
+class Dropping(nn.Module):
+    """A network that says whether dropout is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.modes = nn.Dropout(), []
+
+    def forward(self, xt, t):
+        self.modes.append(self.dropout.training)
+        return xt
+
+
+def test_between_two_states_every_module_is_in_the_mode_it_was_in():
+    net = Dropping()
+    diffusion = GaussianDiffusion(SHORT, net).train()
+    first, second = (diffusion.trajectory((2, 2), timesteps=count) for count in (3, 6))
+    for _ in range(4):
+        next(first, None), next(second)
+        assert diffusion.training
+        assert net.dropout.training
+    next(second)  # where the first one has ended
+    assert not any(net.modes)
+    assert len(net.modes) == 3 + 4
+    torch.testing.assert_close(torch.is_grad_enabled(), True)

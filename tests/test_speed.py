@@ -181,3 +181,25 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 10_000
+
+
+def test_other_work_on_the_machine_does_not_decide_the_precision(clock, monkeypatch):
+    """bf16 takes 1 s and fp32 2 s, but the first of each is slow, and most of bf16's turns are disturbed."""
+    taken = {"bf16": iter([9, 5, 4, 1, 5, 5, 5, 5]), "fp32": iter([9, 2, 2, 2, 3, 2, 2, 2])}
+    monkeypatch.setattr(speed, "PROBE_SECONDS", 1000)
+
+    def step(precision):
+        clock.now += next(taken[precision])
+
+    assert speed._slowdown(step) == 0.5
+
+
+def test_where_a_step_takes_long_one_turn_decides(clock):
+    turns = []
+
+    def step(precision):
+        turns.append(precision)
+        clock.now += {"bf16": 60, "fp32": 20}[precision]
+
+    assert speed._slowdown(step) == 3
+    assert turns == ["bf16", "fp32"]

@@ -7,7 +7,7 @@ from beta_schedule import LinearSchedule
 from convert import unet_options
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
-from time_aware_module import ResidualBlock, SelfAttention, TimeAwareMLP, TimeAwareUNet, Upsample
+from time_aware_module import ResidualBlock, SelfAttention, TimeAwareMLP, TimeAwareUNet, TimeEmbedding, Upsample
 
 
 def small_unet(**kwargs):
@@ -293,3 +293,18 @@ def test_under_autocast_normalisation_and_attention_stay_in_float32(norm):
     assert set(seen) == {torch.float32}
     exact = net(x, t)
     assert (low - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_a_time_is_told_from_the_next(dtype):
+    embedding = TimeEmbedding(64, 64)
+    exact = embedding(torch.tensor([500, 501, 502])).double()
+    low = embedding.to(dtype)(torch.tensor([500, 501, 502])).double()
+    assert (low - exact).norm() / exact.norm() < 0.02
+    assert not torch.equal(low[0], low[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_of_symbols_takes_any_precision(dtype):
+    net = TimeAwareUNet(1, 32, ch_mult=(1,), num_res_blocks=1, n_levels=4).to(dtype)
+    assert net(torch.zeros(2, 1, 8, 8, dtype=torch.long), torch.ones(2, dtype=torch.long)).dtype == dtype

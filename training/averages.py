@@ -40,7 +40,7 @@ def gamma_of(length: float) -> float:
 
 
 class Averages:
-    """The averages of a Trainer's weights, on their device.
+    """The averages of a Trainer's weights, on their device. A network's buffers, as those of BatchNorm, are copied.
 
     weights, ema    the parameters of its model, and their average with the decay train_cfg.ema_decay, in its model `ema`
     power           a model with the power-function average of each length in train_cfg.power_ema
@@ -53,6 +53,9 @@ class Averages:
         self.power = [copy.deepcopy(run.ema) for _ in cfg.power_ema]
         self._gammas = [gamma_of(length) for length in cfg.power_ema]
         self._parameters = [list(average.parameters()) for average in self.power]
+        self._models = run.model, run.ema
+        saved = {name for name in run.model.state_dict() if name.startswith("time_aware_net.")}
+        self._buffers = [name for name, _ in run.model.named_buffers() if name in saved]
         count = cfg.power_ema_snapshots if self.power else 0
         self.snapshot_steps = {round(run.total_steps * i / count) for i in range(1, count + 1)}
 
@@ -63,6 +66,10 @@ class Averages:
         torch._foreach_lerp_(self.ema, self.weights, 1 - decay)
         for gamma, average in zip(self._gammas, self._parameters, strict=True):
             torch._foreach_lerp_(average, self.weights, 1 - (1 - 1 / step) ** (gamma + 1))
+        if self._buffers:  # none of our own networks
+            now, kept = (dict(model.named_buffers()) for model in self._models)
+            for name in self._buffers:
+                kept[name].copy_(now[name])
 
     def tensors(self) -> list[Tensor]:
         """The weights and all averages of them."""

@@ -77,7 +77,9 @@ def check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None
 def bad_numbers(run) -> Mistake:
     """What a Trainer knows of its last steps, whose loss or gradient was not finite."""
     t = torch.randint(1, run.model.T + 1, (len(run.x0),), device=run.device)
-    losses = run.model.loss(run.x0, t).nan_to_num(nan=math.inf)
+    parts = zip(run.x0.chunk(run.cfg.grad_accum), t.chunk(run.cfg.grad_accum), strict=True)
+    losses = torch.cat([run.model.loss(x0, t, condition=run.condition(torch.zeros_like(t))) for x0, t in parts])
+    losses = losses.nan_to_num(nan=math.inf)
     return Mistake(
         f"loss or gradient was not finite in the last {int(run.meter.bad_in_row)} steps, up to step {run.step}: gradient norm "
         f"{run.norm.item():g}, loss scale {run.scaler.get_scale():g}, largest loss {losses.max():g} at t = "

@@ -1,5 +1,6 @@
 """What happened since the last record: losses, steps that were skipped, images, seconds."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from training.ranks import Ranks
 
 Batch = TypeVar("Batch")
 LEAD = 10  # steps that the host may be ahead of a GPU: enough for it never to wait, and a signal is heard soon
+YEAR = 365 * 24 * 3600  # seconds
 BINS = 8  # of equal width in t, for the loss by noise level
 
 
@@ -107,11 +109,18 @@ class Meter:
 
 
 def _mean(total: float, count: float) -> float | None:
-    return float(f"{total / count:.8g}") if count else None
+    return rounded(total / count) if count else None
+
+
+def rounded(value: float | None) -> float | None:
+    """To eight digits; None for what JSON does not have."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.8g}")
 
 
 def end_time(now: datetime, seconds: float, done: int, left: int) -> str:
     """When so many steps that are left will be done, if `done` took these seconds: "14:32", "Wed 14:32", "24 Nov 14:32"."""
-    end = now + timedelta(seconds=seconds / done * left)
+    if (more := seconds / done * left) > YEAR:
+        return f"in {more / YEAR:.0f} years or so"
+    end = now + timedelta(seconds=more)
     days = (end.date() - now.date()).days
     return end.strftime("%H:%M" if days == 0 else "%a %H:%M" if days < 7 else "%d %b %H:%M")

@@ -58,6 +58,14 @@ class Ranks:
         dist.gather_object(items, gathered, group=self.cpu_group)
         return [item for part in gathered for item in part] if self.rank == 0 else items
 
+    def gather_everywhere(self, items: list) -> list:
+        """The items of all ranks, on every rank."""
+        if self.world == 1:
+            return items
+        gathered = [None] * self.world
+        dist.all_gather_object(gathered, items, group=self.cpu_group)
+        return [item for part in gathered for item in part]
+
     def gather_tensor(self, x: Tensor) -> Tensor:
         """x of every rank, one after the other, on every rank; all of one shape."""
         if self.world == 1:

@@ -17,12 +17,12 @@ log = logging.getLogger("train")
 PATTERNS = ("last.pth", "best.pth", "best_fd.pth", "epoch_*.pth", "power_*.pth", "epoch_*.png", "metrics.jsonl", "train.log")
 PATTERNS += (".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
 
-_locked: dict[Path, int] = {}  # folders that this process has locked, and their handles
+_locked: dict[int, Path] = {}  # the handles by which this process has locked folders, and the folders
 
 
 def _unlock_all() -> None:
     while _locked:
-        os.close(_locked.popitem()[1])
+        os.close(_locked.popitem()[0])
 
 
 os.register_at_fork(after_in_child=_unlock_all)  # or a worker process would keep the lock for a while after this one is killed
@@ -33,6 +33,7 @@ class RunFolder:
 
     def __init__(self, path: str, writes: bool):
         self.path, self.writes, self.log_file, self.resume_from = Path(path).expanduser(), writes, None, None
+        self.handle: int | None = None  # by which it is locked
 
     def claim(self, resume: str | None, overwrite: bool) -> None:
         """Lock it, if it is there, and refuse what would harm the run in it. resume and overwrite are the Trainer's."""
@@ -71,10 +72,15 @@ class RunFolder:
         return [path for pattern in PATTERNS for path in self.path.glob(pattern)]
 
     def lock(self) -> None:
-        """Keep every other process out until unlock, or the end of this one; Mistake if one is in."""
-        if self.path.resolve() in _locked:
+        """Keep every other process out until `close`, or the end of this one; Mistake if one is in.
+
+        Where another Trainer of this process has the folder, both have it, and the lock lasts until both are closed.
+        """
+        if self.handle is not None:
             return
-        handle = os.open(self.path, os.O_RDONLY)
+        path = self.path.resolve()
+        held = [handle for handle, folder in _locked.items() if folder == path]
+        handle = os.dup(held[0]) if held else os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -82,7 +88,7 @@ class RunFolder:
             raise Mistake(f"{self.path}: another process trains there") from None
         except OSError as error:
             log.warning(f"{self.path}: cannot be locked ({error.strerror}): nothing keeps a second process from training there")
-        _locked[self.path.resolve()] = handle
+        self.handle, _locked[handle] = handle, path
 
     def open(self, records: int | None, step: int) -> None:
         """Make it ready: empty for a new run (records None); metrics.jsonl cut back to so many lines, and the snapshots of the
@@ -133,8 +139,9 @@ class RunFolder:
             log.removeHandler(self.log_file)
             with contextlib.suppress(OSError):
                 self.log_file.close()
-        if handle := _locked.pop(self.path.resolve(), None):
-            os.close(handle)
+        if _locked.pop(self.handle, None):
+            os.close(self.handle)
+        self.handle = None
 
 
 class _LogFile(logging.FileHandler):

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaussian_diffusion import CHUNK_ROWS, GaussianDiffusion
+from diffusion_process import CHUNK_ROWS
+from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
 from time_aware_module import TimeAwareMLP, TimeAwareUNet
 from training.ranks import Ranks
@@ -28,7 +29,8 @@ from training.ranks import Ranks
 log = logging.getLogger("train")
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what the network runs in
 PROBE_ROWS = 16  # images in a step of the probe on a CPU; on CUDA it is a whole step's, which decide what takes the time
-PROBE_SECONDS = 2.0  # after which it takes no further turn
+PROBE_TURNS = 8
+PROBE_SECONDS = 3.0  # after which it takes no further turn
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT_MEMORY, LARGE_TENSOR = 2**30, 2**25  # bytes; of the latter no more, which some versions of glibc refuse
 FEW_ROWS = 2  # images whose pass takes what launching takes
@@ -77,17 +79,21 @@ def prepare(run, deterministic: bool) -> None:
     cfg, net, device = run.cfg, run.model.time_aware_net, run.device
     rows, calls = _network_calls(run)
     x0 = run.model.x0_of(torch.rand(rows if device.type == "cuda" else min(PROBE_ROWS, rows), *run.shape, device=device))
-    step = probe_step(run.model, x0, device)
+    labels = torch.zeros(len(x0), dtype=torch.long, device=device)
+    step, few = (probe_step(run.model, x0[:count], run.condition(labels[:count])) for count in (len(x0), FEW_ROWS))
+    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]  # which BatchNorm, say, changes
     set_flags("bf16", deterministic)
     precision = choose_precision(cfg.precision, step, run.ranks, "train_cfg.precision")
     set_flags(precision, deterministic)
     net.activation_checkpointing = cfg.activation_checkpointing
-    recording = choose_cuda_graph(cfg.cuda_graph, probe_step(run.model, x0[:FEW_ROWS], device), step, precision, run)
+    recording = choose_cuda_graph(cfg.cuda_graph, few, step, precision, run)
     compiling = choose_compile(cfg.compile, step, precision, run.total_steps * calls, run.ranks)
     if compiling:
         check_compiler(device, "train_cfg.compile")
         compile_for(net, rows)
         run.ema.time_aware_net.compile()
+    for buffer, before in buffers:
+        buffer.copy_(before)
     run.cfg = replace(cfg, precision=precision, compile=compiling, cuda_graph=recording)
     run.config["train_cfg"] |= {"precision": precision, "compile": compiling}
 
@@ -147,44 +153,49 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def _slowdown(step: Callable[[str], object]) -> float:
-    """Seconds of a step in bf16 over those in fp32: the median of at most three turns after one to warm up."""
-    ratios, begin = [], time.perf_counter()
-    while len(ratios) < 4 and (not ratios or time.perf_counter() - begin < PROBE_SECONDS):
-        seconds = []
-        for precision in ("bf16", "fp32"):
+    """Seconds of a step in bf16 over those in fp32. They take turns, and the least of each counts, after one to warm up.
+
+    Other work on the machine can only add seconds.
+    """
+    seconds, begin = {"bf16": [], "fp32": []}, time.perf_counter()
+    for turn in range(PROBE_TURNS):
+        if turn and time.perf_counter() - begin > PROBE_SECONDS:
+            break
+        for precision, taken in seconds.items():
             start = time.perf_counter()
             step(precision)
-            seconds.append(time.perf_counter() - start)
-        ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios[1:] or ratios)
+            taken.append(time.perf_counter() - start)
+    bf16, fp32 = (min(taken[1:] or taken) for taken in seconds.values())
+    return bf16 / fp32
 
 
-def probe_step(model: nn.Module, x0: Tensor, device: torch.device) -> Callable[[str], None]:
-    """A step of choose_precision: forward and backward pass of the model's loss, which leaves no trace in it."""
+def probe_step(model: nn.Module, x0: Tensor, condition: dict[str, Tensor] | None = None) -> Callable[[str], None]:
+    """A step of choose_precision: forward and backward pass of the model's loss, of which no gradient and no draw is left."""
 
     def step(precision: str) -> None:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            with autocast(device, precision):
-                loss = model.loss(x0, _spread(len(x0), model.T, device)).mean()
+            with autocast(x0.device, precision):
+                loss = model.loss(x0, _spread(x0, model.T), condition=condition).mean()
             loss.backward()
         model.zero_grad()
 
     return step
 
 
-def probe_call(model: nn.Module, x0: Tensor, device: torch.device) -> Callable[[str], None]:
+def probe_call(model: nn.Module, x0: Tensor, condition: dict[str, Tensor] | None = None) -> Callable[[str], None]:
     """A step of choose_precision for sampling: one call of the network."""
 
     @torch.no_grad()
     def step(precision: str) -> None:
-        with autocast(device, precision):
-            model.predict(x0, _spread(len(x0), model.T, device))
+        with autocast(x0.device, precision):
+            model.predict(x0, _spread(x0, model.T), condition)
 
     return step
 
 
-def _spread(count: int, T: int, device: torch.device) -> Tensor:
-    return torch.linspace(1, T, count, device=device).long()
+def _spread(x0: Tensor, T: int) -> Tensor:
+    """A time for each of x0, from 1 to T."""
+    return torch.linspace(1, T, len(x0), device=x0.device).long()
 
 
 # Launching and compiling

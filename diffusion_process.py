@@ -1,0 +1,179 @@
+"""What a process of numbers and one of symbols share: their times, their samples, the times of their bound.
+
+`DiffusionProcess` is the base of `GaussianDiffusion` and `DiscreteDiffusion`. It knows T, the schedule's alpha_bar and the
+network, and not what x is. Equation numbers are those of the README, section "The mathematics".
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from beta_schedule import alpha_bar_of
+
+CHUNK_ROWS = 128  # rows of one network call in the sums over t, unless the caller gives a chunk size
+
+Condition = Mapping[str, Any] | None
+
+
+class Bound(NamedTuple):
+    """The parts of -ELBO and their sum, nats per dimension, each [B]."""
+
+    prior: Tensor
+    kl: Tensor
+    reconstruction: Tensor
+    total: Tensor
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """ValueError unless value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
+
+
+def mean_from(dim: int, x: Tensor) -> Tensor:
+    """The mean over the dimension dim and all after it, of which there may be none."""
+    return x[..., None].flatten(dim).mean(dim)
+
+
+def repeat_condition(condition: Condition, batch: int, times: int) -> Condition:
+    """The condition of `batch` samples, so many times over: every tensor [batch, ...] in it is repeated, the rest stays."""
+
+    def rows(value: object) -> object:
+        each = isinstance(value, Tensor) and value.shape[:1] == (batch,)
+        return value.repeat(times, *[1] * (value.ndim - 1)) if each else value
+
+    return condition and {name: rows(value) for name, value in condition.items()}
+
+
+class DiffusionProcess(nn.Module):
+    """A forward process of T steps, and a network net(xt, t, **condition) that undoes them."""
+
+    def __init__(self, schedule, time_aware_net: nn.Module):
+        super().__init__()
+        self.time_aware_net = time_aware_net
+        self._alpha_bar = alpha_bar_of(schedule)
+        self.T = len(self._alpha_bar)
+        self.last_terms: tuple[Tensor, Tensor] | None = None  # of forward
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        """As any module; ValueError where the tables over t are left with fewer digits than those of float32."""
+        super()._apply(fn, recurse)
+        for table in self.buffers(recurse=False):
+            if table.dtype in (torch.bfloat16, torch.float16):
+                raise ValueError(f"{table.dtype}: the tables of a diffusion need float32; run the network alone under autocast")
+        return self
+
+    # Times
+
+    def _times(self, t: int | Tensor, x: Tensor) -> Tensor:
+        """t as a long tensor [B] on x's device; ValueError if it is not one, or leaves 1..T."""
+        if isinstance(t, Integral):
+            if not 1 <= t <= self.T:
+                raise ValueError(f"t = {t}: every t must lie in 1..{self.T}")
+            return torch.full((len(x),), int(t), device=x.device)
+        if not isinstance(t, Tensor) or t.shape != x.shape[:1] or t.dtype != torch.long:
+            found = f"{t.dtype} of shape {list(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+            raise ValueError(f"t: {found}: must be an int or a long tensor [{len(x)}], one a sample")
+        # on another device the look-up itself checks the range, without waiting for the result
+        if t.device.type == "cpu" and len(t) and (t.min() < 1 or t.max() > self.T):
+            raise ValueError(f"t = {t.tolist()}: every t must lie in 1..{self.T}")
+        return t
+
+    @staticmethod
+    def _even_draws(x0: Tensor) -> Tensor:
+        """[B] numbers, each uniform on [0, 1), spread evenly over the batch (Kingma et al. 2021, appendix I.1)."""
+        return (torch.rand((), device=x0.device) + torch.arange(len(x0), device=x0.device) / len(x0)) % 1
+
+    def _random_times(self, x0: Tensor) -> Tensor:
+        """[B] times, each uniform on 1..T."""
+        return (self._even_draws(x0) * self.T).long().clamp(max=self.T - 1) + 1
+
+    def _chunks(self, x0: Tensor, times: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
+        """times in pieces of chunk_size, None for as many as make CHUNK_ROWS rows."""
+        if chunk_size is None:
+            chunk_size = max(1, CHUNK_ROWS // max(1, len(x0)))
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size = {chunk_size}: must be at least 1")
+        return times.split(chunk_size)
+
+    def _strata(self, timesteps: int | None, device: torch.device, generator) -> tuple[Tensor, Tensor]:
+        """The times of a bound's KL terms, of 2..T [k], and how many times each stands for [k]."""
+        if timesteps is None:  # draws nothing, so that the noise is that of fit_reverse_variance
+            return torch.arange(2, self.T + 1, device=device), torch.ones(self.T - 1, device=device)
+        if not 1 <= timesteps <= self.T - 1:
+            raise ValueError(f"timesteps = {timesteps}: must be None or lie in 1..{self.T - 1}, the number of KL terms")
+        edges = torch.linspace(2, self.T + 1, timesteps + 1, device=device).round().long()
+        width = edges.diff()
+        return edges[:-1] + (torch.rand(timesteps, generator=generator, device=device) * width).long(), width.float()
+
+    # The network's mode
+
+    @contextmanager
+    def _evaluating(self):
+        """Dropout off inside; afterwards every module is in the mode it was in."""
+        training = [module for module in self.modules() if module.training]
+        if training:
+            self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _each_evaluating(self, states: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        """states, each computed with dropout off; what is done between them finds every module in the mode it was in."""
+        while True:
+            with self._evaluating(), torch.no_grad():
+                state = next(states, None)
+            if state is None:
+                return
+            yield state
+
+    # Samples
+
+    def trajectory(self, *args: Any, **kwargs: Any) -> Iterator[tuple[int, Tensor]]:
+        raise NotImplementedError
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        sampler: str | Callable = "ddpm",
+        timesteps: int | Sequence[int] | None = None,
+        eta: float = 0.0,
+        clip_x0: bool = False,
+        x_T: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        condition: Condition = None,
+    ) -> Tensor:
+        """x_0 of the given shape: the last state of trajectory, which see for the arguments."""
+        states = self.trajectory(shape, sampler, timesteps, eta, clip_x0, x_T, generator, condition)
+        return deque(states, maxlen=1)[0][1]  # keeps one state at a time
+
+    def _spacing(self, sampler: str | Callable) -> Callable[[Tensor, int], list[int]]:
+        """How a sampler spreads a number of steps (samplers.py); ValueError if there is no such sampler."""
+        raise NotImplementedError
+
+    def steps(self, timesteps: int | Sequence[int] | None, sampler: str | Callable = "ddpm") -> list[int]:
+        """The times that a sampler visits, descending; ValueError for times that are not in 1..T, or not descending.
+
+        A number of them is spread from T to 1 with the sampler's own spacing (`samplers.register`), even in t if it has none.
+        """
+        spacing = self._spacing(sampler)
+        if timesteps is None:
+            return list(range(self.T, 0, -1))
+        if isinstance(timesteps, Integral):
+            if not 1 <= timesteps <= self.T:
+                raise ValueError(f"timesteps = {timesteps}: must lie in 1..{self.T}")
+            return spacing(self._alpha_bar, int(timesteps))
+        steps = list(timesteps)
+        if not all(isinstance(t, Integral) for t in steps):
+            raise ValueError(f"timesteps = {steps}: must be whole numbers")
+        if not steps or steps[0] > self.T or steps[-1] < 1 or any(s >= t for t, s in pairwise(steps)):
+            raise ValueError(f"timesteps = {steps}: must descend, without a repeat, within {self.T}..1")
+        return steps
