@@ -6,7 +6,7 @@
     python test.py models/CelebA_HQ_256_den/last.pth 128 192                   # another height and width
     python test.py models/FashionMNIST_class/last.pth -n 80 --class all --guidance 2            # a row a class
     python test.py models/FashionMNIST_class/last.pth -n 1000 --class data --guidance 1,1.5,2 --metrics fd
-    python test.py models/FashionMNIST_fast/last.pth -n 1000 --ema-length 0.05 0.1 0.2 --metrics fd    # which average is best?
+    python test.py models/FashionMNIST_fast/last.pth -n 1000 --ema-length 0.05 0.1 0.2 --metrics fd    # of train_cfg.power_ema
     python test.py models/FashionMNIST_class/last.pth --inpaint shoe.png --mask mask.png        # white: known
     python test.py models/Digits_den/last.pth --report                         # everything on one page, to read in a browser
     torchrun --nproc_per_node=4 test.py models/CIFAR10_den/last.pth -n 50000 --batch-size 512 --pictures 64

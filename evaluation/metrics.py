@@ -39,6 +39,7 @@ from mistakes import Mistake, as_mistake
 from training.ranks import Ranks
 from training.seeds import VALIDATION, mixed_seed
 
+OF_GUIDED = "the bound of guided samples says nothing of the network; measure it without guidance"
 MAX_CLASSIFIER_BYTES = 4 * 10**9  # of training images that a classifier is made of; of more, evenly spread ones
 
 # The Fréchet distance
@@ -303,7 +304,7 @@ class BitsPerDimension:
         """Refuse what cannot be measured, before the first network call."""
         self.evaluation, last = evaluation, evaluation.diffusion.T - 1
         if evaluation.guided:
-            raise Mistake("--metrics bpd: a guided network belongs to no density, so it has no likelihood")
+            raise Mistake(f"--metrics bpd: {OF_GUIDED}")
         if evaluation.bpd_timesteps is not None and not 1 <= evaluation.bpd_timesteps <= last:
             raise Mistake(f"--bpd-timesteps = {evaluation.bpd_timesteps}: must lie in 1..{last}, the number of KL terms")
         images = min(evaluation.bpd_images, len(evaluation.dataset("valid")))
@@ -364,7 +365,7 @@ class Accuracy:
         """Refuse what cannot be measured, before the first network call."""
         self.evaluation, diffusion = evaluation, evaluation.diffusion
         if evaluation.guided:
-            raise Mistake("--metrics accuracy: a guided network belongs to no density, so it has no likelihood")
+            raise Mistake(f"--metrics accuracy: {OF_GUIDED}")
         if diffusion.n_levels:
             raise Mistake("--metrics accuracy: this checkpoint is of symbols, and classes are told apart by numbers only")
         if getattr(diffusion.time_aware_net, "n_classes", None) is None:

@@ -174,7 +174,7 @@ def test_an_edit_writes_its_samples_and_keeps_what_it_must(flags, kind, run):
         (["--guidance", "2,1", "--metrics", "fd", "--upscale", "small.png"], ["and --upscale has none"]),
         (["--guide", "last.pth"], ["need --guidance"]),
         (["--guidance", "2", "--guide", "none.pth"], ["none.pth: no such checkpoint"]),
-        (["--guidance", "2", "--class", "3", "--metrics", "bpd"], ["no likelihood"]),
+        (["--guidance", "2", "--class", "3", "--metrics", "bpd"], ["without guidance"]),
         (["--guidance", "2"], ["--guidance", "add --class"]),
         (["--from", "a.png", "--precision", "bf16", "--eta", "0.5"], ["--from: leave out --eta, --precision"]),
         (["--upscale", "small.png", "--metrics", "bpd", "--fit-variance", "5"], ["leave out --metrics, --fit-variance"]),

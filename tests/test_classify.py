@@ -129,7 +129,7 @@ def test_the_metric_accuracy_is_that_of_bayes_rule():
     assert abs(found["accuracy"] - best) < 0.03
     assert found["standard_error"] == pytest.approx((found["accuracy"] * (1 - found["accuracy"]) / 400) ** 0.5)
     assert 3 * 16 <= found["calls"] < 3 * 16 * 16
-    with pytest.raises(Mistake, match="a guided network belongs to no density"):
+    with pytest.raises(Mistake, match="measure it without guidance"):
         Accuracy(dataclasses.replace(measured, guided=True))
 
 

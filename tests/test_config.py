@@ -504,3 +504,11 @@ def test_a_range_holds_its_closed_ends_and_not_its_open_ones(values, inside, out
     assert all(value in values for value in inside)
     assert not any(value in values for value in outside)
     assert str(values) == words
+
+
+def test_an_annotation_that_json_cannot_meet_is_named():
+    def build(root: Path, names: str | None = None):
+        pass
+
+    with pytest.raises(Mistake, match=r'root = "a": must be a Path, which JSON does not have; annotate what it has'):
+        config_module._arguments("dataset.train", build, {"root": "a"})

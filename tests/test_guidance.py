@@ -245,3 +245,9 @@ def test_a_bad_argument_is_refused(make, message):
 def test_a_bad_label_is_refused(mlp, label):
     with pytest.raises(ValueError, match="label"):
         ClassifierFreeGuidance(mlp, 2)(torch.zeros(5, 3), T, label)
+
+
+def test_a_label_that_is_no_tensor_is_named():
+    net = ClassifierFreeGuidance(TimeAwareMLP(2, n_classes=3), 2.0)
+    with pytest.raises(ValueError, match="label: 1: must be a long tensor"):
+        net(torch.zeros(4, 2), torch.ones(4, dtype=torch.long), label=1)

@@ -8,18 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import tiny
 from torch import nn
 from torchvision.transforms import v2
 
+import config
 import convert
+import train
 from beta_schedule import LinearSchedule
 from config import TrainConfig, load_config
-from dataset import ArrayDataset, ImageFolder, check_dataset
+from dataset import ArrayDataset, ImageDataset, ImageFolder, check_dataset
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
 from time_aware_module import TimeAwareMLP, TimeAwareUNet
+from training import speed
 from training.batches import Batches, drop_labels
-from training.checks import _check_labels, check_fit
+from training.checks import _check_labels, bad_numbers, check_fit
 from training.optimizers import build_optimizer
 from training.ranks import Ranks
 
@@ -399,3 +403,42 @@ def test_a_config_with_classes_is_one_without_but_for_them(names):
 def test_a_share_of_dropped_labels_out_of_range_is_refused(share):
     with pytest.raises(Mistake, match=r"^train_cfg\.label_dropout = .*: must be a number of at least 0 and below 1"):
         load_config("configs/Digits_class.json", [f"train_cfg.label_dropout={share}"])
+
+
+def test_a_data_set_that_was_not_set_up_is_named():
+    class Forgetful(ImageDataset):
+        def __init__(self):
+            self.files = ["a"]
+
+        def __len__(self):
+            return 1
+
+    with pytest.raises(Mistake, match=r"dataset\.train: Forgetful\.__init__ must end with super\(\)\.__init__\(pipeline\)"):
+        check_dataset(Forgetful(), "dataset.train")
+
+
+class AsksForLabels(nn.Module):
+    """A network that cannot be called without labels, with buffers that each call changes."""
+
+    n_classes = 10
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.shift = nn.BatchNorm2d(1), nn.Embedding(11, 1)
+
+    def forward(self, xt, t, label):
+        return self.norm(xt) + self.shift(label)[:, :, None, None]
+
+
+def test_a_network_that_asks_for_labels_is_probed_with_some_and_keeps_its_buffers(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(train, "build_diffusion", lambda config: GaussianDiffusion(LinearSchedule(20), AsksForLabels()))
+    argv = tiny(tmp_path / "run", "train_cfg.precision=auto", "train_cfg.max_steps=1")
+    trainer = train.Trainer(config.load_config(argv[0], argv[argv.index("--set") + 1 :]), "cpu")
+    net = trainer.model.time_aware_net
+    assert net.norm.num_batches_tracked == 0
+    assert torch.equal(net.norm.running_mean, torch.zeros(1))
+    trainer.run()
+    assert net.norm.num_batches_tracked == trainer.ema.time_aware_net.norm.num_batches_tracked == 1
+    trainer.x0, trainer.norm = torch.zeros(6, 1, 4, 4), torch.tensor(1.0)
+    assert "gradient norm 1" in str(bad_numbers(trainer))

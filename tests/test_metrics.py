@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
 
+from beta_schedule import LinearSchedule
 from evaluation import features
 from evaluation.features import (
     cached_classifier,
@@ -20,7 +22,9 @@ from evaluation.features import (
     to_uint8,
     train_classifier,
 )
-from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
+from evaluation.metrics import FeatureStatistics, bits_by_time, frechet_distance, image_statistics
+from gaussian_diffusion import GaussianDiffusion
+from training.ranks import Ranks
 
 
 def statistics_of(features: torch.Tensor, sizes: list[int] | None = None) -> FeatureStatistics:
@@ -513,3 +517,23 @@ def test_inception_with_damaged_weights_says_which_file(torch_fidelity):
     (torch_fidelity / "weights-inception-0123abcd.pth").write_bytes(b"bad")
     with pytest.raises(ValueError, match=r"weights-inception-0123abcd.pth: not the weights of the Inception, delete it"):
         inception_features()
+
+
+def test_a_rank_that_has_no_images_gets_what_the_others_measured():
+    diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity())
+    sent = []
+
+    class First(Ranks):
+        def gather_everywhere(self, items):
+            sent.append(items)
+            return items
+
+    class Second(Ranks):
+        def gather_everywhere(self, items):
+            assert items == []
+            return sent.pop(0)
+
+    batches = list((torch.rand(6, 1, 4, 4) * 2 - 1).split(3))
+    found = bits_by_time(diffusion, batches, 3, ranks=First(alone=True))
+    assert bits_by_time(diffusion, [], 3, ranks=Second(alone=True)) == found
+    assert found[0]["images"] == 6

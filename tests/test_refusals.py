@@ -183,14 +183,33 @@ CRAFTED = {
 }
 
 
+def save_behind(path: str, state: dict) -> None:
+    """A file of torch's older format, which is read from its start, before an archive, which is found from its end."""
+    torch.save({**state, "config": CRAFTED["an array of bytes"]}, path, _use_new_zipfile_serialization=False)
+    torch.save(state, "../good.pth")
+    with open(path, "ab") as file:
+        file.write(Path("../good.pth").read_bytes())
+
+
+def save_beside(path: str, state: dict) -> None:
+    """An archive with a harmless pickle in the folder of the one that torch reads."""
+    torch.save({**state, "config": CRAFTED["an array of bytes"]}, "../bad.pth")
+    with zipfile.ZipFile("../bad.pth") as bad, zipfile.ZipFile(path, "w") as both:
+        both.writestr("bad/more/data.pkl", pickle.dumps({}))
+        for name in bad.namelist():
+            both.writestr(name, bad.read(name))
+
+
 @pytest.mark.parametrize("script", ["train", "test"])
-@pytest.mark.parametrize("kind", [*CRAFTED, "bare", "packed"])
+@pytest.mark.parametrize("kind", [*CRAFTED, "bare", "packed", "behind", "beside"])
 def test_a_crafted_pickle_is_refused_and_does_nothing(kind, script, refuse, state):
     os.mkdir("run")
     if kind == "bare":
         Path("run/last.pth").write_bytes(pickle.dumps(CRAFTED["a command"]))
     elif kind == "packed":
         save_packed("run/last.pth", state)
+    elif kind in ("behind", "beside"):
+        {"behind": save_behind, "beside": save_beside}[kind]("run/last.pth", state)
     else:
         torch.save({**state, "config": CRAFTED[kind]}, "run/last.pth")
     refuse(script, RESUME if script == "train" else SAMPLE, "run/last.pth")

@@ -228,9 +228,10 @@ def test_the_time_spent_is_kept_when_a_run_goes_on(clock):
 
 
 @pytest.mark.slow
-def test_two_ranks_measure_together(measured, here):
+@pytest.mark.parametrize("ranks", [2, 4])  # of 3 batches, the fourth rank has none
+def test_ranks_measure_together(ranks, measured, here):
     argv = tiny(here / "two", *OFTEN)
-    torchrun(str(train.__file__), *argv)
+    torchrun(str(train.__file__), *argv, ranks=ranks)
     for line in metrics(here / "two"):
         if found := line.get("metrics"):
             assert found["fd"]["samples"] == 150
