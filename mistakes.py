@@ -12,8 +12,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
-LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "gaussian_diffusion", "discrete_diffusion", "dataset", "config"}
-LIBRARY |= {"checkpoint", "guidance", "editing", "evaluation", "training", "mistakes"}  # whose ValueErrors are of arguments
+# Whose ValueErrors are of arguments
+LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "diffusion_process", "gaussian_diffusion", "discrete_diffusion"}
+LIBRARY |= {"classify", "guidance", "editing", "mistakes", "dataset", "config", "checkpoint", "evaluation", "training"}
 
 
 class Mistake(ValueError):

@@ -290,7 +290,7 @@ def build_extractor(e: Evaluation) -> nn.Module:
     path = Path(e.classifier or f"models/classifier_{name}_{mark}.pth")
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = evenly(min(len(train), MAX_CLASSIFIER_BYTES // math.prod(train.shape)), len(train))
-    images = torch.stack([train.fixed_pixels(i) for i in tqdm(numbers, desc="reading for the classifier", leave=None)])
+    images = torch.stack([train.fixed_pixels(i) for i in tqdm(numbers, desc="reading for the classifier", leave=None, delay=1)])
     return cached_classifier(path, images, train.labels[numbers], name, device=e.ranks.device)
 
 

@@ -28,6 +28,7 @@ from runs import ROOT, losses
 import checkpoint
 import config
 import train
+from mistakes import LIBRARY
 
 SAMPLE = ["run/last.pth", "--device", "cpu", "-n", "1"]
 
@@ -479,3 +480,8 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(work, monkeypatch,
         saved = checkpoint.load(path)
         assert saved["step"] < 3
         assert all(weights.isfinite().all() for part in ("model", "ema") for weights in saved[part].values()), path
+
+
+def test_the_errors_of_every_file_but_the_scripts_are_said_in_one_line():
+    files = {path.stem for path in ROOT.glob("*.py")} - {"train", "test", "convert", "files"}
+    assert files | {"evaluation", "training"} == LIBRARY
