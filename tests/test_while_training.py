@@ -230,10 +230,10 @@ def test_the_time_spent_is_kept_when_a_run_goes_on(clock):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])  # of 3 batches, the fourth rank has none
 def test_ranks_measure_together(ranks, measured, here):
-    argv = tiny(here / "two", *OFTEN)
+    argv = tiny(here / f"{ranks} ranks", *OFTEN)
     torchrun(str(train.__file__), *argv, ranks=ranks)
-    for line in metrics(here / "two"):
+    for line in metrics(here / f"{ranks} ranks"):
         if found := line.get("metrics"):
             assert found["fd"]["samples"] == 150
             assert found["bpd"]["images"] == 150
-    assert checkpoint.load(here / "two" / "best_fd.pth")["quality"]["best_fd"] > 0
+    assert checkpoint.load(here / f"{ranks} ranks" / "best_fd.pth")["quality"]["best_fd"] > 0
