@@ -7,6 +7,7 @@ import math
 import pickletools
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,15 +20,27 @@ from mistakes import Mistake, as_mistake
 
 FORMAT = "pytorch-gaussian-diffusion"
 VERSION = 1
+PLAIN = (type(None), bool, int, float, str, torch.Tensor)
 MAX_VALUES = 2**28  # in the images worked on at a time: 1 GiB of float32
 # What torch.save writes of tensors and plain values; what torch allows beyond that may ask for any amount of memory.
 SAVED = re.compile(r"torch [A-Z]\w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
 
 
 def save(path: str | Path, state: Mapping) -> None:
-    """Write state, tensors and plain values, to path."""
+    """Write state, tensors and plain values, to path; Mistake if it holds anything else, which load would refuse."""
+    _check_plain(state, "state")
     with whole_file(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+
+
+def _check_plain(value: object, where: str) -> None:
+    if type(value) in (dict, OrderedDict, list, tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_plain(key, where)
+            _check_plain(item, f"{where}.{key}")
+    elif type(value) not in PLAIN:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise Mistake(f"{where}: is of type {kind}, which a checkpoint cannot hold: make it a plain number or text")
 
 
 def load(path: str | Path) -> dict:

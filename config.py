@@ -30,7 +30,7 @@ import dataset
 import time_aware_module
 from discrete_diffusion import DiscreteDiffusion
 from gaussian_diffusion import GaussianDiffusion
-from mistakes import Mistake, as_mistake
+from mistakes import OWN, Mistake, as_mistake
 
 
 def _public(module: types.ModuleType, base: type, prefix: str = "") -> dict[str, type]:
@@ -227,10 +227,10 @@ def _arguments(path: str, function: Callable, given: Any, without: Sequence[str]
 
 
 def _is_plain(value: Any) -> bool:
-    """Can JSON hold it?"""
-    if isinstance(value, list | tuple):
+    """Can JSON hold it, and a checkpoint? Neither numpy's float64 nor a member of an Enum, which are a float and a str, too."""
+    if type(value) in (list, tuple):
         return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)
+    return type(value) in (types.NoneType, bool, int, float, str)
 
 
 def find(name: Any, registry: Mapping[str, Callable], base: type, where: str = "name") -> Callable:
@@ -242,8 +242,8 @@ def find(name: Any, registry: Mapping[str, Callable], base: type, where: str = "
 
     The name may come from a checkpoint, which must not choose what runs. So the file is looked for before anything is imported,
     a module that Python would find elsewhere (os, torch, what is in site-packages) is refused, and so is what the file itself
-    has only imported (subprocess.Popen). A checkpoint can have a file of the current folder imported and a class that it
-    defines built, and nothing else: start the scripts in a folder whose Python files are your own.
+    has only imported from there (subprocess.Popen). A checkpoint can have a file of the current folder imported and a class
+    that such a file defines built, and nothing else: start the scripts in a folder whose Python files are your own.
     """
     if isinstance(name, str) and name in registry:
         return registry[name]
@@ -253,15 +253,17 @@ def find(name: Any, registry: Mapping[str, Callable], base: type, where: str = "
     module, _, attribute = name.rpartition(".")
     where = f"{where} = {as_json_line(name)}"
     _check_is_in_this_folder(module, where)
+    OWN.add(module.split(".")[0])
     found = vars(importlib.import_module(module)).get(attribute)
     if found is None:
         raise Mistake(f"{where}: {module} has no {attribute}")
     fits = issubclass(found, base) if isinstance(found, type) else base is types.FunctionType and isinstance(found, base)
     if not fits:
-        kind = "a function" if base is types.FunctionType else f"a subclass of {base.__module__}.{base.__qualname__}"
-        raise Mistake(f"{where}: must be {kind}")
-    if found.__module__.split(".")[0] != module.split(".")[0]:
-        raise Mistake(f"{where}: comes from {found.__module__}; name it by the file that defines it")
+        kinds = {types.FunctionType: "a function", object: "a class", Callable: "a class whose objects can be called"}
+        raise Mistake(f"{where}: must be {kinds.get(base, f'a subclass of {base.__module__}.{base.__qualname__}')}")
+    if found.__module__.split(".")[0] != module.split(".")[0]:  # as what has moved, and is imported where it was
+        _check_is_in_this_folder(found.__module__, f"{where}: comes from {found.__module__}, and not from a file of yours")
+        OWN.add(found.__module__.split(".")[0])
     return found
 
 

@@ -54,6 +54,7 @@ class ImageDataset(Dataset):
 
     labels: Tensor | None = None
     class_names: list[str] | None = None
+    is_random = False
 
     def __init__(self, pipeline: Sequence[Callable] = ()):
         pipeline = list(pipeline)
@@ -62,8 +63,10 @@ class ImageDataset(Dataset):
             flip = pipeline.pop()
             self.flips.append((FLIPS[type(flip)], flip.p))
         self.pipeline = pipeline
-        self.is_random = any(type(transform) not in FIXED_TRANSFORMS for transform in pipeline)
+        self.is_random |= any(type(transform) not in FIXED_TRANSFORMS for transform in pipeline)
         self.shape: torch.Size | None = None
+        if not len(self):
+            raise Mistake(f"{type(self).__name__}: has no image")
         self.shape = self.pixels(0).shape
 
     def name_of(self, i: int) -> str:
@@ -284,6 +287,9 @@ def check_dataset(images: ImageDataset, where: str) -> None:
     labels, count = images.labels, len(images)
     if labels is not None and (getattr(labels, "dtype", None) != torch.long or labels.shape != (count,)):
         raise Mistake(f"{where}: labels must be a long tensor [{count}], the number of each image's class, or None")
+    names = images.class_names
+    if names is not None and (type(names) not in (list, tuple) or any(type(name) is not str for name in names)):  # nor numpy's
+        raise Mistake(f"{where}: class_names must be a list of plain str, or None")
 
 
 DATASETS = {cls.__name__: cls for cls in (Digits, FashionMNIST, CIFAR10, CelebA_HQ_256, ImageFolder)}

@@ -51,6 +51,12 @@ def repeat_condition(condition: Condition, batch: int, times: int) -> Condition:
     return condition and {name: rows(value) for name, value in condition.items()}
 
 
+def every_pair(x0: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Condition]:
+    """Rows [k * B, ...] and times [k * B]: all of x0 [B, ...] at the first of their times t [k, B], then at the second, ..."""
+    rows = x0.repeat(len(t), *[1] * (x0.ndim - 1))
+    return rows, t.flatten(), repeat_condition(condition, len(x0), len(t))
+
+
 class DiffusionProcess(nn.Module):
     """A forward process of T steps, and a network net(xt, t, **condition) that undoes them."""
 
@@ -95,22 +101,32 @@ class DiffusionProcess(nn.Module):
         return (self._even_draws(x0) * self.T).long().clamp(max=self.T - 1) + 1
 
     def _chunks(self, x0: Tensor, times: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
-        """times in pieces of chunk_size, None for as many as make CHUNK_ROWS rows."""
+        """times [k, B] in pieces of chunk_size of the k, None for as many as make CHUNK_ROWS rows."""
         if chunk_size is None:
             chunk_size = max(1, CHUNK_ROWS // max(1, len(x0)))
         if chunk_size < 1:
             raise ValueError(f"chunk_size = {chunk_size}: must be at least 1")
         return times.split(chunk_size)
 
-    def _strata(self, timesteps: int | None, device: torch.device, generator) -> tuple[Tensor, Tensor]:
-        """The times of a bound's KL terms, of 2..T [k], and how many times each stands for [k]."""
+    @staticmethod
+    def _for_each(x0: Tensor, first: int, last: int) -> Tensor:
+        """The times first..last of each sample, [k, B]."""
+        return torch.arange(first, last + 1, device=x0.device)[:, None].expand(-1, len(x0))
+
+    def _strata(self, timesteps: int | None, x0: Tensor, generator) -> tuple[Tensor, Tensor]:
+        """The times of a bound's KL terms, of 2..T [k, B], and how many times each stands for [k].
+
+        Each sample has draws of its own, so that the bounds of many are independent: their spread says how exact the mean is.
+        """
+        device = x0.device
         if timesteps is None:  # draws nothing, so that the noise is that of fit_reverse_variance
-            return torch.arange(2, self.T + 1, device=device), torch.ones(self.T - 1, device=device)
+            return self._for_each(x0, 2, self.T), torch.ones(self.T - 1, device=device)
         if not 1 <= timesteps <= self.T - 1:
             raise ValueError(f"timesteps = {timesteps}: must be None or lie in 1..{self.T - 1}, the number of KL terms")
         edges = torch.linspace(2, self.T + 1, timesteps + 1, device=device).round().long()
         width = edges.diff()
-        return edges[:-1] + (torch.rand(timesteps, generator=generator, device=device) * width).long(), width.float()
+        u = torch.rand(timesteps, len(x0), generator=generator, device=device)
+        return edges[:-1, None] + (u * width[:, None]).long(), width.float()
 
     # The network's mode
 

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from diffusion_process import Bound, Condition, DiffusionProcess, choice, mean_from, repeat_condition
+from diffusion_process import Bound, Condition, DiffusionProcess, choice, every_pair, mean_from
 from samplers import even_in_time
 
 MAX_LEVELS = 2**16
@@ -438,8 +438,8 @@ class DiscreteDiffusion(DiffusionProcess):
     ) -> Bound:
         """-ELBO of x_0 (equation 29) in its parts, nats per dimension, each [B]: of its probability, for x_0 is discrete.
 
-        timesteps   None: every KL term. An int: that many, one drawn from each of as many equal parts of 2..T and weighted by
-                    the part's length; unbiased, and as much faster
+        timesteps   None: every KL term. An int: that many, for each sample one drawn from each of as many equal parts of 2..T
+                    and weighted by the part's length; unbiased, and as much faster
         chunk_size  timesteps in one network call, None for as many as make 128 rows
         generator   of all draws, on x_0's device
         """
@@ -456,28 +456,25 @@ class DiscreteDiffusion(DiffusionProcess):
     ) -> tuple[Bound, Tensor, Tensor, Tensor]:
         """variational_bound, whose arguments it has, and what its kl is the sum of.
 
-        Besides the bound: the times t of 2..T [k], ascending; how many times each stands for, [k], which add up to T - 1; and
-        the KL terms there [k, B], nats per dimension. With `timesteps`, a term is an unbiased estimate of the mean over its
-        part of 2..T.
+        Besides the bound: the times t of 2..T [k, B], ascending; how many times each stands for, [k], which add up to T - 1;
+        and the KL terms there [k, B], nats per dimension. With `timesteps`, a term is an unbiased estimate of the mean over
+        its part of 2..T.
         """
         prior = self._prior(self._x0(x0))
-        times, length = self._strata(timesteps, x0.device, generator)
-        first = torch.ones(1, dtype=torch.long, device=x0.device)
+        times, length = self._strata(timesteps, x0, generator)
         terms = []
         with self._evaluating():
-            for t in (first, *self._chunks(x0, times, chunk_size)):
+            for t in (self._for_each(x0, 1, 1), *self._chunks(x0, times, chunk_size)):
                 terms.append(self._terms(x0, t, generator, condition) if len(t) else prior.new_zeros(0, len(x0)))
         reconstruction, terms = terms[0][0], torch.cat(terms[1:])
         kl = (terms * length[:, None]).sum(0)
         return Bound(prior, kl, reconstruction, prior + kl + reconstruction), times, length, terms
 
     def _terms(self, x0: Tensor, t: Tensor, generator: torch.Generator | None, condition: Condition) -> Tensor:
-        """[k, B]: the bound's terms of x_0 [B, ...] at the times t [k], per dimension, each with its own draw of x_t."""
-        condition = repeat_condition(condition, len(x0), len(t))
-        x0 = x0.expand(len(t), *x0.shape)
-        xt = self.transitions.jump(t).draw(x0, _noise(x0, None, generator))
-        log_p = self.predict(xt.flatten(0, 1), t.repeat_interleave(x0.shape[1]), condition).unflatten(0, x0.shape[:2])
-        return mean_from(2, self._kl(x0, xt, t, log_p))
+        """[k, B]: the bound's terms of x_0 [B, ...] at the times t [k, B], per dimension, each with its own draw of x_t."""
+        rows, times, conditions = every_pair(x0, t, condition)
+        xt = self.q_sample(rows, times, _noise(rows, None, generator))
+        return mean_from(1, self._kl(rows, xt, times, self.predict(xt, times, conditions))).view(t.shape)
 
     # Samples
 

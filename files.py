@@ -1,10 +1,16 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and JSON that any reader takes."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+
+def as_json(value: Any, **options: Any) -> str:
+    """value as JSON, with null for nan and infinity, for which JSON has no word. options: of json.dumps."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), **options)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import argparse
 import inspect
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from classify import classify
-from diffusion_process import Bound, Condition, DiffusionProcess, choice, mean_from, repeat_condition
+from diffusion_process import Bound, Condition, DiffusionProcess, choice, every_pair, mean_from
 from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
@@ -259,12 +260,15 @@ class GaussianDiffusion(DiffusionProcess):
     def predict(self, xt: Tensor, t: int | Tensor, condition: Condition = None) -> Prediction:
         """mu, x_0 and eps as one call of the network at (x_t, t) implies them (equation 11)."""
         t = self._times(t, xt)
-        out = self._out(xt, t, condition)
-        return Prediction(
-            mu=self._mix(self.mu_from_xt, xt, self.mu_from_out, out, t),
-            x0=self._mix(self.x0_from_xt, xt, self.x0_from_out, out, t),
-            eps=self._mix(self.eps_from_xt, xt, self.eps_from_out, out, t),
-        )
+        out = self._net(xt, t, condition)
+        x0 = self._mix(self.x0_from_xt, xt, self.x0_from_out, out, t)
+        if self.bounded:  # not by _out, which says x_0 up to the rounding of what it was before
+            x0 = x0.clamp(-1, 1)
+            mu = self._mix(self.mu_bar_from_x0, x0, self.mu_bar_from_xt, xt, t)
+            eps = self._mix(1 / self.noise_scale, xt, -self.signal_scale / self.noise_scale, x0, t)
+            return Prediction(mu, x0, eps)
+        mu = self._mix(self.mu_from_xt, xt, self.mu_from_out, out, t)
+        return Prediction(mu, x0, self._mix(self.eps_from_xt, xt, self.eps_from_out, out, t))
 
     def p_mean_variance(
         self, xt: Tensor, t: int | Tensor, clip_x0: bool = False, condition: Condition = None
@@ -308,16 +312,16 @@ class GaussianDiffusion(DiffusionProcess):
             error = mean_from(1, residual.square())
             return error, error.detach()
         from_out = self._at(self.x0_from_out, t, x0)
-        x0_error = from_out * residual.detach()  # x_0_hat - x_0
-        error = mean_from(1, residual.masked_fill((x0.abs() >= 1) & (x0 * x0_error > 0), 0).square())
+        x0_off = from_out * residual.detach()  # x_0_hat - x_0
+        error = mean_from(1, residual.masked_fill((x0.abs() >= 1) & (x0 * x0_off > 0), 0).square())
         if self.reverse_variance != "learnable":
             return error, error.detach()
-        return error, mean_from(1, (((x0 + x0_error).clamp(-1, 1) - x0) / from_out).square())
+        return error, mean_from(1, (((x0 + x0_off).clamp(-1, 1) - x0) / from_out).square())
 
     def _bound_term(self, t: Tensor, error: Tensor) -> Tensor:
         """[B]: the term of L_2 / n or L_1 / n (equations 13 and 8) at t, of the network's mean squared error [B]."""
         sigma_square = self._at(self.sigma_square, t, error)
-        term = self._at(self.mu_from_out**2, t, error) * error / sigma_square
+        term = self._at(self.mu_from_out**2, t, error) * error / sigma_square  # equation 12
         if self.reverse_variance == "learnable":
             term = term + sigma_square.log() + self._at(self.sigma_bar_square, t, error) / sigma_square
         return term
@@ -350,11 +354,16 @@ class GaussianDiffusion(DiffusionProcess):
             return super()._random_times(x0)
         return torch.searchsorted(self.time_cdf, self._even_draws(x0), right=True).clamp(max=self.T - 1) + 1
 
-    def loss_simple(self, x0: Tensor, condition: Condition = None) -> Tensor:
-        """[B]: the simple loss (equation 14) at random times, weighted to be that of uniform ones in expectation."""
+    def _drawn_loss(self, mode: LossMode, x0: Tensor, condition: Condition) -> Tensor:
+        """[B]: the loss at random times, weighted to be that of uniform ones in expectation (equation 15c)."""
         t = self._random_times(x0)
-        loss = self._loss("simple", x0, t, torch.randn_like(x0), condition)
+        loss = self._loss(mode, x0, t, torch.randn_like(x0), condition)
+        self.last_terms = t, loss.detach()
         return self._at(self.time_weight, t, loss) * loss
+
+    def loss_simple(self, x0: Tensor, condition: Condition = None) -> Tensor:
+        """[B]: the simple loss (equation 14) at random times."""
+        return self._drawn_loss("simple", x0, condition)
 
     def loss_full(self, x0: Tensor, chunk_size: int | None = None, condition: Condition = None) -> Tensor:
         """[B]: the full loss (equation 13), summed over every t = 1..T, each with its own noise.
@@ -364,10 +373,10 @@ class GaussianDiffusion(DiffusionProcess):
         """
 
         def chunk(x0: Tensor, t: Tensor) -> Tensor:
-            rows, times, conditions = _every_pair(x0, t, condition)
+            rows, times, conditions = every_pair(x0, t, condition)
             return self._loss("full", rows, times, torch.randn_like(rows), conditions).view(len(t), -1).sum(0)
 
-        chunks = self._chunks(x0, torch.arange(1, self.T + 1, device=x0.device), chunk_size)
+        chunks = self._chunks(x0, self._for_each(x0, 1, self.T), chunk_size)
         return sum(checkpoint(chunk, x0, t, use_reentrant=False) for t in chunks)
 
     def forward(self, x0: Tensor, chunk_size: int | None = None, condition: Condition = None) -> Tensor:
@@ -378,24 +387,20 @@ class GaussianDiffusion(DiffusionProcess):
         """
         if self.loss_mode == "full":
             return self.loss_full(x0, chunk_size, condition).mean()
-        t = self._random_times(x0)
-        loss = self._loss(self.loss_mode, x0, t, torch.randn_like(x0), condition)
-        self.last_terms = t, loss.detach()
-        return (self._at(self.time_weight, t, loss) * loss).mean()
+        return self._drawn_loss(self.loss_mode, x0, condition).mean()
 
     # Variational bound
 
     def _residuals(
         self, x0: Tensor, times: Tensor, chunk_size: int | None, generator, condition: Condition
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of times, t [k] and the network's residuals there [k, B, ...]: first t = 1 alone, then the rest in chunks."""
-        first = torch.ones(1, dtype=torch.long, device=x0.device)
-        for t in (first, *self._chunks(x0, times, chunk_size)):
+        """Pieces of times [k, B] and the network's residuals there [k, B, ...]: first t = 1 alone, then the rest in chunks."""
+        for t in (self._for_each(x0, 1, 1), *self._chunks(x0, times, chunk_size)):
             if len(t):
-                rows, row_times, conditions = _every_pair(x0, t, condition)
+                rows, row_times, conditions = every_pair(x0, t, condition)
                 noise = torch.randn(rows.shape, generator=generator, device=x0.device, dtype=x0.dtype)
                 out = self._out(self.q_sample(rows, row_times, noise), row_times, conditions)
-                yield t, (out - self._target(rows, row_times, noise)).unflatten(0, (len(t), len(x0)))
+                yield t, (out - self._target(rows, row_times, noise)).unflatten(0, t.shape)
 
     @torch.no_grad()
     def variational_bound(
@@ -412,8 +417,8 @@ class GaussianDiffusion(DiffusionProcess):
         discretized  False: for the density of x_0. True: for the probability of 8-bit data, whose 256 levels lie 2/255 apart in
                      [-1, 1], the outer two reaching to infinity (Ho et al. 2020, equation 13); total / ln 2 is then bits per
                      dimension. A number: the same of so many levels. ValueError where x_0 leaves [-1, 1]
-        timesteps    None: every KL term. An int: that many, one drawn from each of as many equal parts of 2..T and weighted by
-                     the part's length; unbiased, and as much faster
+        timesteps    None: every KL term. An int: that many, for each sample one drawn from each of as many equal parts of 2..T
+                     and weighted by the part's length; unbiased, and as much faster
         chunk_size   timesteps in one network call, None for as many as make 128 rows
         generator    of all draws, on x_0's device; the same one draws the same noise in fit_reverse_variance
         """
@@ -431,16 +436,16 @@ class GaussianDiffusion(DiffusionProcess):
     ) -> tuple[Bound, Tensor, Tensor, Tensor]:
         """variational_bound, whose arguments it has, and what its kl is the sum of.
 
-        Besides the bound: the times t of 2..T [k], ascending; how many times each stands for, [k], which add up to T - 1; and
-        the KL terms there [k, B], nats per dimension. With `timesteps`, a term is an unbiased estimate of the mean over its
-        part of 2..T.
+        Besides the bound: the times t of 2..T [k, B], ascending; how many times each stands for, [k], which add up to T - 1;
+        and the KL terms there [k, B], nats per dimension. With `timesteps`, a term is an unbiased estimate of the mean over
+        its part of 2..T.
         """
         n_levels = 256 if discretized is True else int(discretized)
         if n_levels != 0 and n_levels < 2:
             raise ValueError(f"discretized = {discretized}: must be False, True, or a number of levels, at least 2")
         if n_levels and not (x0.abs() <= 1).all():  # nor is nan
             raise ValueError(f"x0 from {x0.min():g} to {x0.max():g}: the discretized likelihood is of data in [-1, 1]")
-        times, length = self._strata(timesteps, x0.device, generator)
+        times, length = self._strata(timesteps, x0, generator)
         alpha_bar_T = self._alpha_bar[-1].item()
         prior = 0.5 * (alpha_bar_T * mean_from(1, x0.square()) - alpha_bar_T - math.log1p(-alpha_bar_T))
         sigma_square, terms = self.sigma_square, [prior.new_zeros(0, len(x0))]
@@ -449,10 +454,9 @@ class GaussianDiffusion(DiffusionProcess):
             mu = x0 + self.mu_from_out[0] * next(residuals)[1][0]  # mu_bar_1 is x_0
             reconstruction = _gaussian_nll(x0, mu, sigma_square[0], n_levels)
             for t, residual in residuals:
-                mu_error = self.mu_from_out[t - 1, None] ** 2 * mean_from(2, residual.square())  # [k, B]
-                ratio = (self.sigma_bar_square / sigma_square)[t - 1, None]
-                term = 0.5 * (ratio - 1 - ratio.log() + mu_error / sigma_square[t - 1, None])
-                terms.append(term)
+                mu_error = self.mu_from_out[t - 1] ** 2 * mean_from(2, residual.square())  # [k, B], equation 12
+                ratio = (self.sigma_bar_square / sigma_square)[t - 1]
+                terms.append(0.5 * (ratio - 1 - ratio.log() + mu_error / sigma_square[t - 1]))
         terms = torch.cat(terms)
         kl = (length[:, None] * terms).sum(0)
         return Bound(prior, kl, reconstruction, prior + kl + reconstruction), times, length, terms
@@ -472,8 +476,8 @@ class GaussianDiffusion(DiffusionProcess):
         with self._evaluating(), tqdm(total=total, desc="fitting the reverse variance", unit="t") as bar:
             for batch in batches:
                 x0, condition = (batch, None) if isinstance(batch, Tensor) else batch
-                times, pieces = torch.arange(2, self.T + 1, device=x0.device), []
-                for t, residual in self._residuals(x0, times, chunk_size, generator, condition):
+                pieces = []
+                for t, residual in self._residuals(x0, self._for_each(x0, 2, self.T), chunk_size, generator, condition):
                     pieces.append(mean_from(2, residual.square()).sum(1))
                     bar.update(len(t))
                 errors.append(torch.cat(pieces))  # [T]; stays on the device, so that nothing waits for it
@@ -538,9 +542,16 @@ class GaussianDiffusion(DiffusionProcess):
             return x0.clamp_(-1, 1) if clip_x0 or self.bounded else x0
 
         yield levels[0].t, x
-        states = rule(predict_x0, x, levels, lambda: noise.normal_(generator=generator))
-        for level, x in zip(levels[1:], states, strict=True):
+        states = iter(rule(predict_x0, x, levels, lambda: noise.normal_(generator=generator)))
+        for level in levels[1:]:
+            state = next(states, None)
+            if not isinstance(state, Tensor) or state.shape != x.shape:
+                found = f"a tensor of {list(state.shape)}" if isinstance(state, Tensor) else f"a {type(state).__name__}"
+                raise ValueError(f"sampler: gives {found} at t = {level.t}: must yield x there, of shape {list(x.shape)}")
+            x = state
             yield level.t, x
+        if next(states, None) is not None:
+            raise ValueError("sampler: gives a state after x_0, its last: must yield x once for each level but the first")
 
     def encode(
         self, x0: Tensor, timesteps: int | Sequence[int] | None = None, clip_x0: bool = False, condition: Condition = None
@@ -581,7 +592,7 @@ class GaussianDiffusion(DiffusionProcess):
         if self.reverse_variance != "learnable":
             return self.x0_error.cpu().double()
         excess = self.log_sigma_square.detach().cpu().double().exp() - self.sigma_bar_square.cpu().double()
-        return excess / self.mu_bar_from_x0.cpu().double() ** 2
+        return (excess / self.mu_bar_from_x0.cpu().double() ** 2).clamp(min=0)  # a learnt one may be a little too small
 
     classify = classify  # the class of the least bound
 
@@ -605,12 +616,6 @@ def _noise(x: Tensor, noise: Tensor | None) -> Tensor:
     if noise.shape != x.shape:
         raise ValueError(f"noise of shape {list(noise.shape)}: must have the shape of x, {list(x.shape)}")
     return noise
-
-
-def _every_pair(x0: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Condition]:
-    """Rows [k * B, ...] and times [k * B]: all of x0 [B, ...] at the first of the times t [k], then at the second, ..."""
-    rows = x0.repeat(len(t), *[1] * (x0.ndim - 1))
-    return rows, t.repeat_interleave(len(x0)), repeat_condition(condition, len(x0), len(t))
 
 
 def _gaussian_nll(x: Tensor, mean: Tensor, variance: Tensor, n_levels: int) -> Tensor:
@@ -648,14 +653,14 @@ def _measure(diffusion: GaussianDiffusion, x0: Tensor, chunk_size: int | None, i
     return loss.item(), statistics.median(seconds), peak
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the time and memory table."""
-    from beta_schedule import LinearSchedule
-    from time_aware_module import TimeAwareUNet
+def main(argv: list[str] | None = None) -> int:
+    """Print the time and memory table; the exit code."""
+    from mistakes import Mistake, OneLineParser, as_mistake, run_script
+    from training.ranks import Ranks
 
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description="Time and memory of a forward and backward pass in every setting.")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser = OneLineParser(description="Time and memory of a forward and backward pass in every setting.")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
     parser.add_argument("--timesteps", type=int, default=1000 if cuda else 20, help="T")
     parser.add_argument("--batch-size", type=int, default=16 if cuda else 4)
     parser.add_argument("--image-size", type=int, default=32 if cuda else 16)
@@ -664,26 +669,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--activation-checkpointing", action="store_true", help="in the U-Net")
     parser.add_argument("--iterations", type=int, default=3, help="timed ones, after one to warm up; the median is shown")
     args = parser.parse_args(argv)
-    if args.device.startswith("cuda") and not cuda:
-        parser.error(f"--device {args.device}: CUDA is not available here; try --device cpu")
 
-    device = torch.device(args.device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # which _measure waits for and asks
+    def work() -> None:
+        if min(args.batch_size, args.image_size, args.iterations) < 1:
+            raise Mistake("--batch-size, --image-size and --iterations must be at least 1")
+        with as_mistake():
+            _table(args, Ranks(args.device, alone=True).device)
+
+    return run_script("gaussian_diffusion.py", work)
+
+
+def _table(args: argparse.Namespace, device: torch.device) -> None:
+    from beta_schedule import LinearSchedule
+    from time_aware_module import TimeAwareUNet
+
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{where}, torch {torch.__version__}: T = {args.timesteps}, batch {args.batch_size} of 3 x {args.image_size} x",
-        end=" ",
-    )
-    print(f"{args.image_size}, base_channels = {args.base_channels}" + ("" if cuda else " (small, for want of CUDA)"))
+    batch = f"batch {args.batch_size} of 3 x {args.image_size} x {args.image_size}"
+    small = "" if torch.cuda.is_available() else " (small, for want of CUDA)"
+    print(f"{where}, torch {torch.__version__}: T = {args.timesteps}, {batch}, base_channels = {args.base_channels}{small}")
     print(f"{'variance':>16}  {'prediction':>14}  {'loss':>7}  {'loss value':>12}  {'ms / iteration':>14}  {'peak MiB':>8}")
     for variance, prediction, loss_mode in product(*map(get_args, (ReverseVariance, PredictionName, LossMode))):
-        print(f"{variance:>16}  {prediction:>14}  {loss_mode:>7}", end="  ", flush=True)
         torch.manual_seed(0)
         net = TimeAwareUNet(3, args.base_channels, attention=(False, True, False, False))
         net.activation_checkpointing = args.activation_checkpointing
         diffusion = GaussianDiffusion(LinearSchedule(args.timesteps), net, variance, prediction, loss_mode).to(device)
         x0 = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device) * 2 - 1
+        print(f"{variance:>16}  {prediction:>14}  {loss_mode:>7}", end="  ", flush=True)
         try:
             loss, seconds, peak = _measure(diffusion, x0, args.chunk_size, args.iterations)
         except RuntimeError as error:  # CUDA's own class is one of these
@@ -695,4 +706,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

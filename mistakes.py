@@ -9,12 +9,14 @@ import contextlib
 import os
 import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
 # Whose ValueErrors are of arguments
 LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "diffusion_process", "gaussian_diffusion", "discrete_diffusion"}
 LIBRARY |= {"classify", "guidance", "editing", "mistakes", "dataset", "config", "checkpoint", "evaluation", "training"}
+OWN: set[str] = set()  # modules of the user's own, which config.find has imported
 
 
 class Mistake(ValueError):
@@ -35,9 +37,17 @@ def as_mistake(where: str = "") -> Iterator[None]:
         raise Mistake(f"{where}{error}") from error
 
 
+def _module(frame: types.FrameType) -> str:
+    return frame.f_globals.get("__name__", "").split(".")[0]
+
+
 def _raised_by_the_library(error: ValueError) -> bool:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").split(".")[0] in LIBRARY
+    return _module(frame) in LIBRARY
+
+
+def _passed_own_code(error: OSError) -> bool:
+    return any(_module(frame) in OWN - LIBRARY for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -89,6 +99,8 @@ def _run_script(script: str, work: Callable[[], int | None]) -> int:
         print(f"{script}: {_one_line(mistake)}", file=sys.stderr)
         return 2
     except OSError as error:
+        if _passed_own_code(error):
+            raise
         print(f"{script}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

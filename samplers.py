@@ -74,6 +74,9 @@ def register(spacing: Callable[[Tensor, int], list[int]]) -> Callable[[Sampler],
     """Put a sampler into SAMPLERS under its own name, with the spacing that suits it."""
 
     def enter(sampler: Sampler) -> Sampler:
+        there = SAMPLERS.get(sampler.__name__)
+        if there and there.__module__ != sampler.__module__:
+            raise ValueError(f"sampler {sampler.__name__!r}: is registered by {there.__module__}; give yours another name")
         sampler.spacing = spacing
         SAMPLERS[sampler.__name__] = sampler
         return sampler
@@ -92,7 +95,7 @@ def ddpm(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) 
         sigma_square = sigma_bar_square + mu_bar_from_x0 * mu_bar_from_x0 * x0_error
         x0 = predict_x0(x, t)
         x = (mu_bar_from_xt * x).add_(x0, alpha=mu_bar_from_x0)
-        if s > 0 and sigma_square > 0:  # a learnt variance may lie below the least that there is
+        if s > 0:
             x.add_(normal(), alpha=sqrt(sigma_square))
         yield x
 

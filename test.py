@@ -18,7 +18,6 @@ measured; report.html, if asked for. The same seed and batch size give the same 
 
 import argparse
 import itertools
-import json
 import math
 import shlex
 import sys
@@ -33,12 +32,13 @@ from torch import Tensor, nn
 from checkpoint import MAX_VALUES, diffusion_of, load_diffusion, save
 from classify import Weighting
 from config import check_shape, find
+from dataset import ImageDataset
 from evaluation.edits import EDITS, Edit
-from evaluation.metrics import METRICS, Evaluation, measured
+from evaluation.metrics import METRICS, Evaluation, build_metric, measured
 from evaluation.pictures import grid, save_gif, save_png
 from evaluation.report import Report, Sampled
 from evaluation.sampling import Drawn, draw, labels_by_row, labels_in_shares
-from files import whole_file
+from files import as_json, whole_file
 from gaussian_diffusion import GaussianDiffusion
 from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
@@ -83,9 +83,10 @@ def save_pictures(folder: Path, drawn: Drawn, shown: list[int], columns: int | N
 
 def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path, weights: str) -> None:
     """Fit the reverse variance to training images, the same on every rank, and save it with the rest of the checkpoint."""
-    ranks = evaluation.ranks
+    ranks, seed = evaluation.ranks, mixed_seed(STEP, evaluation.seed)
+    torch.manual_seed(seed)  # of their flips
     images = list(evaluation.images("train", count, Ranks(str(ranks.device), alone=True)))  # and their labels
-    generator = torch.Generator(ranks.device).manual_seed(mixed_seed(STEP, evaluation.seed))
+    generator = torch.Generator(ranks.device).manual_seed(seed)
     evaluation.diffusion.fit_reverse_variance(images, generator=generator)
     if ranks.rank == 0:
         save(target, state | {weights: evaluation.diffusion.state_dict()})
@@ -93,7 +94,7 @@ def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path, 
 
 def set_speed(diffusion: GaussianDiffusion, x0: Tensor, asked: str, compiled: bool, ranks: Ranks) -> str:
     """The precision to sample images like x0 in; the network is compiled if that is asked for."""
-    diffusion.to(memory_format=torch.channels_last)
+    speed.channels_last(diffusion)
     speed.set_flags(asked)
     has_classes = getattr(diffusion.time_aware_net, "n_classes", None) is not None
     condition = {"label": torch.zeros(len(x0), dtype=torch.long, device=x0.device)} if has_classes else {}
@@ -159,7 +160,8 @@ def edit_of(args: argparse.Namespace, shape: list[int]) -> Edit | None:
     if len(asked) > 1 or bool(args.mask) != ("inpaint" in asked):
         raise Mistake("--inpaint needs --mask, and only one of --" + ", --".join(EDITS) + " can be done at once")
     for kind, paths in asked.items():
-        return Edit(kind, paths if isinstance(paths, list) else [paths], shape, args.mask, args.strength)
+        strength = 0.5 if args.strength is None else args.strength
+        return Edit(kind, paths if isinstance(paths, list) else [paths], shape, args.mask, strength)
     return None
 
 
@@ -192,10 +194,10 @@ def refuse_for_symbols(args: argparse.Namespace) -> None:
             raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of symbols, and this is only for numbers")
 
 
-def evaluation_of(args: argparse.Namespace, diffusion: nn.Module, state: dict, ranks: Ranks) -> Evaluation:
+def evaluation_of(args: argparse.Namespace, diffusion: nn.Module, state: dict, ranks: Ranks, datasets: dict) -> Evaluation:
     names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
     how = {name: getattr(args, name) for name in names}
-    how |= {"guided": args.guidance is not None, "class_names": state.get("class_names")}
+    how |= {"guided": args.guidance is not None, "class_names": state.get("class_names"), "datasets": datasets}
     return Evaluation(diffusion, state["config"], ranks, **how)
 
 
@@ -214,24 +216,29 @@ def load_model(args: argparse.Namespace, ema_length: float | None, ranks: Ranks)
 def run_each(args: argparse.Namespace) -> None:
     """Sample and measure with each --ema-length and each --guidance, and say with which the first metric is least."""
     each = itertools.product(args.ema_length or [None], args.guidance or [None])
-    figures = {(length, weight): run(args, length, weight) for length, weight in each}
+    ranks, datasets = Ranks(args.device), {}
+    figures = {(length, weight): run(args, length, weight, ranks, datasets) for length, weight in each}
     if len(figures) > 1 and None not in figures.values():
-        best = min(figures, key=figures.get)
+        best = min(figures, key=lambda which: figures[which] if math.isfinite(figures[which]) else math.inf)
         flags = [f"{flag} {x:g}" for flag, x in zip(("--ema-length", "--guidance"), best, strict=True) if x is not None]
         print(f"least {args.metrics[0]}: {figures[best]:.4f}, with {' '.join(flags)}")
 
 
-def run(args: argparse.Namespace, ema_length: float | None, weight: float | None) -> float | None:
-    """Do what the flags ask for, with one length and one weight; the figure of the first metric, if rank 0 has one."""
-    ranks = Ranks(args.device)
+def run(
+    args: argparse.Namespace, ema_length: float | None, weight: float | None, ranks: Ranks, datasets: dict[str, ImageDataset]
+) -> float | None:
+    """Do what the flags ask for, with one length and one weight; the figure of the first metric, if rank 0 has one.
+
+    datasets are those that were built before, by split.
+    """
     diffusion, state, path = load_model(args, ema_length, ranks)
     diffusion.to(ranks.device)
     n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
     set_defaults(args, diffusion.T, n_classes, bool(n_classes and state["config"]["dataset"].get("clusters")))
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
-    count = min(args.n, args.batch_size)
+    count = args.n if args.interpolate else min(args.n, args.batch_size)
     if count * math.prod(shape) > MAX_VALUES:
-        raise Mistake(f"{count} images of {shape} at a time: must be at most {MAX_VALUES:,} values; see --batch-size")
+        raise Mistake(f"{count} images of {shape} at a time: must be at most {MAX_VALUES:,} values; see -n, --batch-size")
     check_shape(state["config"], shape)
     if diffusion.n_levels:
         refuse_for_symbols(args)
@@ -251,8 +258,8 @@ def run(args: argparse.Namespace, ema_length: float | None, weight: float | None
     if edit := edit_of(args, shape):
         edit_images(args, edit, diffusion, path, labels, sampler, ranks)
         return None
-    evaluation = evaluation_of(args, diffusion, state, ranks)
-    metrics = {name: find(name, METRICS, object, "--metrics")(evaluation) for name in args.metrics}
+    evaluation = evaluation_of(args, diffusion, state, ranks, datasets)
+    metrics = {name: build_metric(name, evaluation, "--metrics") for name in args.metrics}
     weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
     folder = path.with_name(f"{path.stem}{weight_name}_gen")
     folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
@@ -271,6 +278,8 @@ def run(args: argparse.Namespace, ema_length: float | None, weight: float | None
         start = time.perf_counter()
         drawn = draw(diffusion, args.n, shape, **options, **how, pictures=shown, labels=labels, ranks=ranks)
         seconds = time.perf_counter() - start
+    if bad := int((~drawn.samples.isfinite()).sum()):  # of all samples on rank 0, which the other ranks need not hear of
+        raise Mistake(f"--sampler {args.sampler}: {bad} values of the samples are not finite")
     evaluation.samples = drawn.samples
     if ranks.rank == 0:
         folder.mkdir(exist_ok=True)
@@ -305,7 +314,7 @@ def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ra
             results[name] = measured(metric)
         if ranks.rank == 0:
             with whole_file(path) as file:
-                file.write(json.dumps(results | {"settings": settings}, indent=4).encode())
+                file.write(as_json(results | {"settings": settings}, indent=4).encode())
             print(metric.describe(results[name]))
     return results
 
@@ -343,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--inpaint", metavar="IMAGE", help="draw anew what --mask leaves black")
     parser.add_argument("--mask", metavar="IMAGE", help="of --inpaint: white where the image is known")
     parser.add_argument("--from", metavar="IMAGE", help="noise it to --strength of T, and sample from there")
-    parser.add_argument("--strength", type=float, default=0.5, help="of --from: 0 gives the image back, 1 forgets it")
+    parser.add_argument("--strength", type=float, help="of --from, by default 0.5: 0 gives the image back, 1 forgets it")
     parser.add_argument("--interpolate", metavar="IMAGE", nargs=2, help="-n images from one to the other")
     parser.add_argument("--upscale", metavar="IMAGE", help="images of which this small one is the average")
     parser.add_argument("--colour", metavar="IMAGE", help="colour images of which this is the grey")
@@ -417,6 +426,10 @@ def _check(args: argparse.Namespace) -> None:
     ignored |= {"--precision": args.precision != "fp32", "--sampler": args.sampler != "ddpm" and not getattr(args, "from")}
     if edits and any(ignored.values()):
         raise Mistake(f"{edits[0]}: leave out {', '.join(flag for flag, given in ignored.items() if given)}")
+    if args.strength is not None and not getattr(args, "from"):
+        raise Mistake("--strength is of --from")
+    if args.interpolate and args.label in ("all", "data"):
+        raise Mistake(f"--interpolate: is of one class, not of --class {args.label}")
     if args.interpolate and args.n == 1:
         raise Mistake("-n 1: --interpolate needs at least 2, the two ends")
     if args.report and edits:

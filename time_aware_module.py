@@ -26,6 +26,11 @@ def _check_range(maximum: int, **values: int) -> None:
             raise ValueError(f"{name} = {value}: must lie in 1..{maximum}")
 
 
+def _check_choice(name: str, value: str, *allowed: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
+
+
 def _groups_of_all(base_channels: int) -> int:
     """The most of 32, 16, 8, ... groups that part base_channels evenly, with at least 4 channels each, or 1 group."""
     groups = math.gcd(32, base_channels)
@@ -294,11 +299,9 @@ class TimeAwareUNet(nn.Module):
         _check_range(MAX_CHANNELS, num_heads=num_heads, num_groups=1 if num_groups is None else num_groups)
         _check_range(MAX_LAYERS, num_res_blocks=num_res_blocks, patch_size=patch_size)
         _check_range(MAX_CHANNELS, n_levels=1 if n_levels is None else n_levels)
-        choices = {"logits": ("free", "logistic"), "skips": ("concatenate", "add"), "norm": ("group", "layer")}
-        for name, value in (("logits", logits), ("skips", skips), ("norm", norm)):
-            allowed = choices[name]
-            if value not in allowed:
-                raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
+        _check_choice("logits", logits, "free", "logistic")
+        _check_choice("skips", skips, "concatenate", "add")
+        _check_choice("norm", norm, "group", "layer")
         _check_unet(base_channels, ch_mult, attention, dropout)
         self.n_channels = n_channels
         self.n_levels = n_levels

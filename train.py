@@ -103,16 +103,16 @@ class Trainer:
         torch.manual_seed(mixed_seed(WEIGHTS, cfg.seed))
         self.model = build_diffusion(self.config)  # before the data, which may be a long download
         images = {split: build_dataset(self.config, split) for split in ("train", "valid")}
-        check_fit(self.model, images)
-        self.shape, self.class_names = images["train"].shape, images["train"].class_names
         self.n_classes = getattr(self.model.time_aware_net, "n_classes", None)
+        check_fit(self, images)
+        self.shape, self.class_names = images["train"].shape, images["train"].class_names
         self.class_counts = self.n_classes and images["train"].labels.bincount(minlength=self.n_classes).tolist()
         check = self.stopper.check
         self.train_data = Batches(images["train"], cfg, self.ranks, shuffle=True, check_signals=check)
         self.valid_data = Batches(images["valid"], cfg, self.ranks, False, cfg.valid_images, check)
         self.total_steps = min(cfg.epochs * self.train_data.steps, cfg.max_steps or math.inf)
         self.model.to(self.device)
-        self.model.to(memory_format=torch.channels_last)
+        speed.channels_last(self.model)
         self.ema = copy.deepcopy(self.model).eval()
 
     def _start_counters(self) -> None:
@@ -264,7 +264,7 @@ class Trainer:
     def save_picture(self, path: Path) -> None:
         """Samples of the averaged weights."""
         save_samples(self, path)
-        if not self.pictured and self.ranks.rank == 0:
+        if not self.pictured:
             log.info(f"{path}: the first samples, after {self.step} steps")
         self.pictured = True
 
@@ -286,13 +286,13 @@ class Trainer:
         self.records += 1
         self.folder.add_record(line)
         self.loggers.add(line)
-        losses = f"loss {line['train_loss'] or math.nan:.5g}" + ("" if valid_loss is None else f", valid {valid_loss:.5g}")
+        loss = math.nan if line["train_loss"] is None else line["train_loss"]
+        losses = f"loss {loss:.5g}" + ("" if valid_loss is None else f", valid {valid_loss:.5g}")
         losses += f", {line['bad_steps']} steps skipped" if line["bad_steps"] else ""
         seconds, done = time.monotonic() - self.begun[0], self.step - self.begun[1]
         ends = f", ends {end_time(datetime.now(), seconds, done, self.total_steps - self.step)}" if done else ""
         bar.set_postfix_str(f"epoch {line['epoch']}/{self.cfg.epochs}, {losses}, {line['img_per_s']:.0f} img/s{ends}")
-        if self.ranks.rank == 0:
-            log.info(f"step {self.step}, epoch {line['epoch']}: {losses}, {line['img_per_s']:.0f} img/s")
+        log.info(f"step {self.step}, epoch {line['epoch']}: {losses}, {line['img_per_s']:.0f} img/s")
 
     def _write(self, name: str, state: dict | None) -> None:
         if state:

@@ -7,6 +7,8 @@ An extractor is a module with `name`, what it is in words, `n_features`, and `fe
 import hashlib
 import os
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,6 +39,18 @@ def to_uint8(images: Tensor) -> Tensor:
 def from_uint8(images: Tensor) -> Tensor:
     """The float images in [-1, 1] of 8-bit ones: x / 127.5 - 1."""
     return images.float() / 127.5 - 1
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 without TF32, and the same kernels each time, whatever speed the caller has chosen."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # Features of a classifier that is trained here
@@ -105,7 +119,7 @@ def train_classifier(
     optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
     with (
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        full_precision(),
         tqdm(total=epochs * steps, desc="training the classifier", unit="step") as bar,
     ):
         for _ in range(epochs):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from classify import Weighting
-from config import build_dataset
+from config import build_dataset, find
 from dataset import ImageDataset
 from diffusion_process import Bound
 from evaluation.features import (
@@ -30,6 +30,7 @@ from evaluation.features import (
     SmallClassifier,
     cached_classifier,
     from_uint8,
+    full_precision,
     inception_features,
     to_uint8,
 )
@@ -159,7 +160,8 @@ def image_statistics(batches: Iterable[Tensor], extractor: nn.Module) -> Feature
     extractor.eval()
     try:
         for images in batches:
-            statistics.update(extractor.features(from_uint8(to_uint8(images.to(device)))))
+            with full_precision():  # not around the images, which may come of a network
+                statistics.update(extractor.features(from_uint8(to_uint8(images.to(device)))))
     finally:
         extractor.train(was_training)
     return statistics
@@ -197,7 +199,7 @@ def bits_per_dimension(
     """The bound of 8-bit images [B, ...] in [-1, 1] (equation 6), in bits a dimension: its parts, and the total's error.
 
     batches    of images, or of (images, condition)
-    timesteps  how many of the T terms are drawn for each batch, None for all
+    timesteps  how many of the T terms are drawn for each image, None for all
     ranks      those that share the images out between them; batches are then this one's
     """
     return bits_by_time(diffusion, batches, timesteps, seed, ranks)[0]
@@ -394,6 +396,17 @@ class Accuracy:
 def measured(metric: Any) -> dict[str, Any]:
     """What a metric finds, with tensors and numpy's numbers as the plain ones that JSON holds."""
     return json.loads(json.dumps(metric.measure(), default=lambda number: number.tolist()))
+
+
+OF_A_METRIC = ("uses_model", "measure", "describe")
+
+
+def build_metric(name: str, evaluation: Evaluation, where: str) -> Any:
+    """The metric of a name, or of a class of the user's own; Mistake, its message after where, if that lacks something."""
+    metric = find(name, METRICS, object, where)(evaluation)
+    if lacking := [part for part in OF_A_METRIC if not hasattr(metric, part)]:
+        raise Mistake(f"{where} = {name}: has no {', '.join(lacking)}; evaluation/metrics.py has examples at its end")
+    return metric
 
 
 METRICS = {"bpd": BitsPerDimension, "fd": FrechetDistance, "accuracy": Accuracy}

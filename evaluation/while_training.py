@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from config import find
-from evaluation.metrics import METRICS, Accuracy, BitsPerDimension, Evaluation, measured
+from evaluation.metrics import METRICS, Accuracy, BitsPerDimension, Evaluation, build_metric, measured
 from evaluation.pictures import grid, save_png
 from evaluation.sampling import draw, evenly, labels_by_row
 from mistakes import Mistake
 from training import speed
 from training.seeds import PICTURE, VALIDATION, mixed_seed
+from training.state import take_state
 
 log = logging.getLogger("train")
 SAMPLES = 64  # in a picture
@@ -109,9 +109,9 @@ class Quality:
 
     def _evaluation(self) -> Evaluation:
         run, cfg = self.run, self.run.cfg
-        terms = min(cfg.sample_timesteps, run.ema.T - 1)  # of the bound, so that an image costs as much as a sample
+        terms = min(cfg.sample_timesteps, run.ema.T - 1) or None  # of the bound, so that an image costs as much as a sample
         how = {"n": cfg.metric_samples, "batch_size": BATCH_SIZE, "seed": cfg.seed, "features": cfg.metric_features}
-        how |= {"bpd_images": cfg.metric_samples, "bpd_timesteps": terms}
+        how |= {"bpd_images": cfg.metric_samples, "bpd_timesteps": terms, "datasets": {"valid": run.valid_data.images}}
         evaluation = Evaluation(run.ema, run.config, run.ranks, **how)
         if run.ranks.world == 1:  # ranks look for signals equally often or not at all
             evaluation.check = run.stopper.check
@@ -124,6 +124,8 @@ class Quality:
         cfg, self.better = self.run.cfg, False
         if not cfg.metric_period or not (last or epoch % cfg.metric_period == 0) or self._too_long(epoch):
             return {}
+        if not set(map(type, self.metrics.values())) <= set(METRICS.values()):
+            self.run.save_last(take_state(self.run))  # for a metric of the user's own may fail
         begin = time.monotonic()
         if any(not isinstance(metric, BitsPerDimension | Accuracy) for metric in self.metrics.values()):
             self.evaluation.samples = self._draw(cfg.metric_samples)
@@ -189,12 +191,13 @@ class Quality:
 
 
 KEYS = {"--metrics": "train_cfg.metrics", "--features": "train_cfg.metric_features", "-n =": "train_cfg.metric_samples ="}
+KEYS |= {"--bpd-images": "train_cfg.metric_samples"}
 
 
 def _metric(name: str, evaluation: Evaluation) -> object:
     """The metric of a name; what it refuses is said in the words of a config, not of test.py."""
     try:
-        return find(name, METRICS, object, "train_cfg.metrics")(evaluation)
+        return build_metric(name, evaluation, "train_cfg.metrics")
     except Mistake as mistake:
         message = str(mistake)
         for flag, key in KEYS.items():

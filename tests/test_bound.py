@@ -223,6 +223,18 @@ def test_the_stratified_estimate_is_unbiased(timesteps):
     assert draws.std().item() > 0 or timesteps == 5
 
 
+def test_each_sample_of_a_quick_bound_has_a_time_of_its_own():
+    diffusion = GaussianDiffusion(SCHEDULE, Constant(0.3), prediction="reconstruction")  # an error without noise
+    ratio = BOOK.posterior_variance / BOOK.beta
+    terms = 0.5 * (ratio - 1 - ratio.log() + BOOK.mu_from_x0**2 * 0.5**2 / BOOK.beta)[2:]
+    kl = diffusion.variational_bound(torch.full((1400, 2), 0.8), timesteps=1).kl.double()
+    t = (kl[:, None] / (T - 1) - terms).abs().argmin(1)  # of alike samples, which the time alone tells apart
+    torch.testing.assert_close(kl, (T - 1) * terms[t], rtol=1e-4, atol=0)
+    share = t.bincount(minlength=T - 1).double() / 1400
+    chance = 1 / (T - 1)
+    assert ((share - chance).abs() < 5 * math.sqrt(chance * (1 - chance) / 1400)).all()
+
+
 @pytest.mark.parametrize("timesteps", [0, -1, T])
 def test_an_impossible_number_of_terms_is_refused(timesteps):
     with pytest.raises(ValueError, match=rf"timesteps = {timesteps}.*1\.\.{T - 1}"):

@@ -1,6 +1,7 @@
 """Classes, guidance and editing as a user runs them: train.py with labels, and the flags of test.py."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -144,6 +145,29 @@ def test_of_several_weights_the_one_with_the_least_metric_is_named(run, monkeypa
     assert last == f"least brightness: {min(found.values()):.4f}, with --guidance {min(found, key=found.get)}"
 
 
+class FirstIsNan(Brightness):
+    """A metric that finds no number the first time, and each later time a larger one."""
+
+    figure, found = "figure", iter([])
+
+    def measure(self):
+        return {"figure": next(self.found), "each": [1.0, math.inf]}
+
+
+def plain_json(text: str) -> dict:
+    """What a reader makes of it that keeps to the standard, which knows neither NaN nor Infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_weight_whose_metric_is_no_number_is_not_the_best(run, monkeypatch, capsys):
+    monkeypatch.setitem(METRICS, "nans", FirstIsNan)
+    monkeypatch.setattr(FirstIsNan, "found", iter([math.nan, 0.5, 0.75]))
+    assert draw(run, "-n", "2", "--class", "3", "--metrics", "nans", "--guidance", "1,2,3") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "least nans: 0.5000, with --guidance 2"
+    found = [plain_json((run / f"last_guidance{weight}_gen" / "metrics.json").read_text())["nans"] for weight in (1, 2)]
+    assert found == [{"figure": None, "each": [1.0, None]}, {"figure": 0.5, "each": [1.0, None]}]
+
+
 @pytest.mark.parametrize(
     ("flags", "kind"),
     [
@@ -179,6 +203,11 @@ def test_an_edit_writes_its_samples_and_keeps_what_it_must(flags, kind, run):
         (["--from", "a.png", "--precision", "bf16", "--eta", "0.5"], ["--from: leave out --eta, --precision"]),
         (["--upscale", "small.png", "--metrics", "bpd", "--fit-variance", "5"], ["leave out --metrics, --fit-variance"]),
         (["--interpolate", "a.png", "a.png", "-n", "1"], ["-n 1", "at least 2"]),
+        (["--interpolate", "a.png", "b.png", "--class", "all"], ["--interpolate", "--class all"]),
+        (["--interpolate", "a.png", "b.png", "--class", "data"], ["--interpolate", "--class data"]),
+        (["--interpolate", "a.png", "b.png", "-n", "1000000000000000"], ["1000000000000000 images", "268,435,456 values"]),
+        (["--strength", "0.3"], ["--strength is of --from"]),
+        (["--strength", "0.5", "--upscale", "small.png"], ["--strength is of --from"]),
         (["--inpaint", "a.png"], ["--inpaint needs --mask"]),
         (["--inpaint", "a.png", "--mask", "small.png"], ["small.png: 4 x 4 pixels"]),
         (["--from", "none.png"], ["none.png: cannot be read"]),

@@ -382,6 +382,52 @@ def test_ones_own_network_with_an_extra_state_comes_back_from_its_checkpoint(goo
     assert checkpoint.load_diffusion(tmp_path / "a.pth")[0].time_aware_net.seen == 3
 
 
+ODD = """
+from enum import Enum
+
+import numpy as np
+
+import my_things
+
+
+class Act(str, Enum):
+    SILU = "silu"
+
+
+class Net(my_things.Net):
+    def __init__(self, odd=DEFAULT):
+        super().__init__()
+        self.odd = odd
+
+
+class Steps(my_things.Steps):
+    def __init__(self, timesteps: int, odd=DEFAULT):
+        super().__init__(timesteps)
+
+
+class Stripes(my_things.Stripes):
+    def __init__(self, count: int, odd=DEFAULT, pipeline: list = ()):
+        super().__init__(count, pipeline)
+"""
+
+
+@pytest.mark.parametrize("default", ["np.sqrt(2)", "Act.SILU", "(1.5, np.sqrt(2))"])
+@pytest.mark.parametrize("section", ["time_aware_net", "schedule", "dataset"])
+def test_a_default_that_is_no_plain_value_is_left_to_ones_own_class_and_its_checkpoint_loads(section, default, good, tmp_path):
+    """A float64 of numpy's is a float, and a member of such an Enum a str; a checkpoint holds neither."""
+    (tmp_path / "my_odd_things.py").write_text(ODD.replace("DEFAULT", default))
+    good[section]["name"] = good[section]["name"].replace("my_things", "my_odd_things")
+    good["time_aware_net"]["kwargs"] = {}
+    resolved = resolve(good)
+    state = {"config": resolved, "shape": [1, 8, 8], "ema": build_diffusion(resolved).state_dict()}
+    checkpoint.save(tmp_path / "a.pth", state)
+    diffusion, state = checkpoint.load_diffusion(tmp_path / "a.pth")
+    assert len(build_dataset(state["config"], "valid")) == 2
+    if section == "time_aware_net":
+        odd = sys.modules["my_odd_things"]
+        assert diffusion.time_aware_net.odd == eval(default, vars(odd))
+
+
 def test_clusters_need_a_network_with_as_many_classes_also_of_ones_own(good):
     good["dataset"]["clusters"] = 2
     with pytest.raises(Mistake, match=r"dataset\.clusters = 2: time_aware_net\.kwargs\.n_classes must be 2"):
@@ -453,7 +499,8 @@ def test_a_function_of_ones_own_is_found_where_functions_are_asked_for(own):
         ("my_things.sub/../x.Net", nn.Module, "no file"),
         ("my_things.Nat", nn.Module, "my_things has no Nat"),
         ("my_things.sampler", nn.Module, "must be a subclass of torch.nn.modules.module.Module"),
-        ("my_things.sampler", Callable, "must be a subclass of collections.abc.Callable"),
+        ("my_things.sampler", Callable, "must be a class whose objects can be called"),
+        ("my_things.sampler", object, "must be a class"),
         ("my_things.Steps", nn.Module, "must be a subclass of torch.nn.modules.module.Module"),
         ("my_things.Popen", object, "comes from subprocess"),
         ("my_things.LinearSchedule", object, "comes from beta_schedule"),
@@ -478,6 +525,17 @@ def test_a_name_finds_a_file_in_a_folder(own):
     Path("mine/deep").mkdir(parents=True)
     Path("mine/deep/nets.py").write_text(OWN)
     assert find("mine.deep.nets.Net", {}, nn.Module).__module__ == "mine.deep.nets"
+
+
+def test_a_class_that_has_moved_is_found_where_it_was(own):
+    """Its old place imports it from another file below the current folder."""
+    Path("moved_nets").mkdir()
+    Path("moved_nets/net.py").write_text("from torch import nn\n\n\nclass MovedNet(nn.Module):\n    pass\n")
+    Path("old_net.py").write_text("from subprocess import Popen\n\nfrom moved_nets.net import MovedNet\n")
+    assert find("old_net.MovedNet", {}, nn.Module) is find("moved_nets.net.MovedNet", {}, nn.Module)
+    Path("subprocess.py").write_text("class Popen:\n    pass\n")  # which is not the one that was imported
+    with pytest.raises(Mistake, match=r'^name = "old_net\.Popen": comes from subprocess.*Python knows another subprocess'):
+        find("old_net.Popen", {}, object)
 
 
 def test_a_class_without_alpha_bar_is_no_schedule(good, own):

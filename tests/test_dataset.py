@@ -16,7 +16,16 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import dataset
-from dataset import DEBIAN_FASHION_MNIST, CelebA_HQ_256, Digits, FashionMNIST, ImageDataset, ImageFolder
+from dataset import (
+    DEBIAN_FASHION_MNIST,
+    ArrayDataset,
+    CelebA_HQ_256,
+    Digits,
+    FashionMNIST,
+    ImageDataset,
+    ImageFolder,
+    check_dataset,
+)
 from mistakes import Mistake, run_script
 
 
@@ -292,6 +301,9 @@ class OneImage(ImageDataset):
         self.one = image
         super().__init__()
 
+    def __len__(self):
+        return 1
+
     def image(self, i):
         return self.one
 
@@ -306,6 +318,49 @@ class OneImage(ImageDataset):
 def test_what_is_no_image_of_8_bits_is_refused(image, words):
     with pytest.raises(Mistake, match=re.escape(words)):
         OneImage(image)
+
+
+class Changing(OneImage):
+    is_random = True
+
+
+class SetBefore(OneImage):
+    def __init__(self, image):
+        self.is_random = True
+        super().__init__(image)
+
+
+@pytest.mark.parametrize(("cls", "is_random"), [(OneImage, False), (Changing, True), (SetBefore, True)])
+def test_a_data_set_of_ones_own_that_says_it_is_random_stays_so(cls, is_random):
+    images = cls(Image.new("L", (4, 4)))
+    assert images.is_random is is_random
+    assert ImageDataset.is_random is False
+
+
+class Emptied(OneImage):
+    def __len__(self):
+        return 0
+
+    def image(self, i):
+        raise IndexError(i)
+
+
+def test_a_data_set_without_an_image_is_refused_by_name():
+    with pytest.raises(Mistake, match=r"^Emptied: has no image$"):
+        Emptied(None)
+    with pytest.raises(Mistake, match=r"^ArrayDataset: has no image$"):
+        ArrayDataset(np.zeros((0, 4, 4), np.uint8), [])
+
+
+@pytest.mark.parametrize("names", [list(np.unique(["dog", "cat"])), np.unique(["dog", "cat"]), "cat", [0, 1]])
+def test_names_of_classes_that_no_checkpoint_holds_are_refused_where_the_data_are_built(names):
+    images = ArrayDataset(np.zeros((2, 4, 4), np.uint8), [0, 1])
+    check_dataset(images, "dataset.train")
+    images.class_names = ["cat", "dog"]
+    check_dataset(images, "dataset.train")
+    images.class_names = names
+    with pytest.raises(Mistake, match=r"^dataset\.train: class_names must be a list of plain str, or None$"):
+        check_dataset(images, "dataset.train")
 
 
 def test_fixed_pixels_are_always_the_same():

@@ -289,6 +289,19 @@ def test_the_parts_of_the_bound_are_exact(transition):
     assert_mean(torch.stack(rough), kl)
 
 
+def test_each_sample_of_a_quick_bound_has_a_time_of_its_own():
+    """A network that knows nothing pays log 3 for the share of masked symbols that a step unmasks, which tells the time."""
+    diffusion, _ = build("absorbing", net=lambda chain: Table(3, 4, spread=0, pixels=1))
+    kl = diffusion.variational_bound(torch.zeros(4000, 1, dtype=torch.long), timesteps=1).kl.double()
+    alpha_bar = torch.cat([torch.ones(1).double(), (1 - BETA).cumprod(0)])
+    unmasks = (alpha_bar[1:-1] - alpha_bar[2:]) / (1 - alpha_bar[2:])  # t = 2..T
+    terms = torch.cat([torch.zeros(1).double(), (T - 1) * unmasks * math.log(3)])  # nothing where no symbol is masked
+    which = (kl[:, None] - terms).abs().argmin(1)
+    torch.testing.assert_close(kl, terms[which], rtol=1e-5, atol=1e-6)
+    masked = (1 - alpha_bar[2:]) / (T - 1)  # that time, and the symbol masked then
+    assert_frequencies(which.bincount(minlength=T) / 4000, torch.cat([1 - masked.sum()[None], masked]), 4000)
+
+
 @pytest.mark.parametrize("transition", TRANSITIONS)
 def test_forward_estimates_the_bound_without_its_prior(transition):
     diffusion, chain = build(transition)

@@ -12,7 +12,7 @@ from closed_form import GAUSSIAN, MIXTURE, PREDICTIONS, VARIANCES, OptimalNet, T
 from torch import nn
 
 from beta_schedule import ConstantSchedule, CosineSchedule, LinearSchedule
-from gaussian_diffusion import GaussianDiffusion
+from gaussian_diffusion import GaussianDiffusion, main
 from time_aware_module import TimeAwareMLP
 
 LOSSES = ("simple", "full", "min_snr")
@@ -334,6 +334,25 @@ def test_a_bounded_x0_is_read_and_sampled_as_if_clipped(prediction):
         assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("said", [0.0, 3e4, -3e4])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_no_rounding_takes_a_bounded_x0_out_of_its_bounds(prediction, said):
+    schedule = CosineSchedule(1000)  # at whose end x_t says next to nothing of x_0
+    book = Textbook(schedule.beta)
+    for t in (1000, 999, 500, 1):
+        xt, out = 3 * torch.randn(500, 2), torch.full((500, 2), said)
+        found = GaussianDiffusion(schedule, Says(out), prediction=prediction, bounded=True).predict(xt, t).x0
+        assert found.abs().max() <= 1
+        signal, noise = book.alpha_bar[t].sqrt(), (1 - book.alpha_bar[t]).sqrt()
+        x0 = {
+            "direct": (out - book.mu_from_xt[t] * xt.double()) / book.mu_from_x0[t],
+            "reconstruction": out.double(),
+            "denoising": (xt.double() - noise * out) / signal,
+            "velocity": signal * xt.double() - noise * out,
+        }[prediction]
+        close(found, x0.clamp(-1, 1), atol=2e-5)
+
+
 def test_the_bound_of_a_bounded_x0_is_that_of_a_network_that_clips():
     x0 = torch.randint(0, 256, (6, 3)) / 127.5 - 1
     x0[:, 0] = torch.tensor([-1.0, 1.0]).repeat(3)
@@ -461,6 +480,23 @@ def test_loss_simple_is_the_simple_loss_whatever_the_setting():
     net.forward = lambda xt, t: torch.full_like(xt, 2.0)
     for loss_mode in LOSSES:
         close(arbitrary("beta", "reconstruction", loss_mode, net).loss_simple(torch.zeros(6, 3)), torch.full((6,), 4.0))
+
+
+@pytest.mark.parametrize("loss_mode", LOSSES)
+def test_loss_simple_leaves_its_times_and_their_losses_unweighted(loss_mode):
+    class SaysTime(nn.Module):  # which of x_0 = 0 is wrong by t
+        def forward(self, xt, t):
+            return t[:, None].expand_as(xt).float()
+
+    drawn = {} if loss_mode == "full" else {"time_sampling": "importance"}
+    diffusion = GaussianDiffusion(SCHEDULE, SaysTime(), "beta", "reconstruction", loss_mode, **drawn)
+    loss = diffusion.loss_simple(torch.zeros(50, 3))
+    t, terms = diffusion.last_terms
+    close(terms, t**2)
+    assert len(t.unique()) > 6
+    best = best_error_of_unit_variance("reconstruction", loss_mode)
+    chance = 0.5 / 12 + 0.5 * best / best.sum() if drawn else torch.full((12,), 1 / 12).double()
+    close(loss, t**2 / (12 * chance[t - 1]))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5])
@@ -774,3 +810,33 @@ def test_a_learnt_variance_of_bounded_data_is_that_of_the_bound(loss_mode):
 def test_the_tables_and_the_network_may_be_float64():
     diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), Elementwise()).double()
     assert diffusion.sample((3, 2)).dtype == torch.float64
+
+
+# As a script
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--timesteps", "0"], "timesteps = 0"),
+        (["--timesteps", "many"], "argument --timesteps: invalid int value: 'many'"),
+        (["--base-channels", "33"], "base_channels = 33"),
+        (["--iterations", "0"], "--iterations must be at least 1"),
+        (["--batch-size", "-1"], "--batch-size, --image-size and --iterations must be at least 1"),
+        (["--chunk-size", "0"], "chunk_size = 0"),
+        (["--device", "nonsense"], "--device nonsense: no such kind of device"),
+    ],
+    ids=str,
+)
+def test_a_mistake_ends_the_table_in_one_line(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gaussian_diffusion.py"])
+    quick = ["--device", "cpu", "--timesteps", "2", "--batch-size", "1", "--image-size", "8", "--base-channels", "8"]
+    try:
+        code = main([*quick, *flags])
+    except SystemExit as stop:  # of argparse
+        code = stop.code
+    assert code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("gaussian_diffusion.py: ")
+    assert said.count("\n") == 1
+    assert message in said

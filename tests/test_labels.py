@@ -307,6 +307,17 @@ def test_labels_are_had_without_opening_an_image():
         assert data.images.opened == (0 if data.cache is not None else 50)
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_of_some_images_the_cache_has_no_others_and_the_batches_are_the_same(shuffle):
+    needed = batches(max_images=31, shuffle=shuffle, cache_gb=0.0)
+    kept = batches(max_images=31, shuffle=shuffle, cache_gb=40 * 16 / 1e9)  # has room for 40 images of the 50
+    assert (needed.cache, kept.cache.shape) == (None, (31, 1, 4, 4))
+    for epoch, first in ((0, 0), (3, 1)):
+        assert [numbers(batch) for batch in kept.epoch(epoch, first)] == [
+            numbers(batch) for batch in needed.epoch(epoch, first)
+        ]
+
+
 def test_of_some_images_no_others_are_decoded():
     assert batches(max_images=31, pipeline=[v2.Resize(4)]).images.opened == 31 + 1  # and one for the shape
 
@@ -344,27 +355,116 @@ class Same(nn.Module):
         return xt
 
 
+def trained(diffusion, label_dropout=0.1, n_classes=None):
+    """What check_fit asks of a Trainer; n_classes is its config's."""
+    known = getattr(diffusion.time_aware_net, "n_classes", None)
+    return SimpleNamespace(
+        model=diffusion,
+        n_classes=known,
+        config={"time_aware_net": {"kwargs": {"n_classes": n_classes}}},
+        cfg=SimpleNamespace(label_dropout=label_dropout),
+        condition=lambda labels: {} if known is None else {"label": labels},
+    )
+
+
 def test_what_is_wrong_with_data_or_network_is_said_before_the_first_step(tmp_path, caplog):
     logging.getLogger("train").propagate = True
     diffusion = GaussianDiffusion(LinearSchedule(1000), Same())
-    check_fit(diffusion, {"train": Numbered(9), "valid": Numbered(9)})
+    check_fit(trained(diffusion), {"train": Numbered(9), "valid": Numbered(9)})
     assert caplog.text == ""
-    check_fit(diffusion, {"train": Trembling(9), "valid": Numbered(9)})
+    check_fit(trained(diffusion), {"train": Trembling(9), "valid": Numbered(9)})
     assert "dataset.train: image 0 of Trembling changes from call to call" in caplog.text
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    check_fit(diffusion, {"train": ImageFolder(str(tmp_path), "L"), "valid": ImageFolder(str(tmp_path), "L")})
+    check_fit(trained(diffusion), {"train": ImageFolder(str(tmp_path), "L"), "valid": ImageFolder(str(tmp_path), "L")})
     assert "dataset.valid: has the same files as dataset.train" in caplog.text
-    check_fit(diffusion, {"train": Numbered(9), "valid": Numbered(9, [v2.CenterCrop(2)])})
+    check_fit(trained(diffusion), {"train": Numbered(9), "valid": Numbered(9, [v2.CenterCrop(2)])})
     assert "dataset.valid: its images have the shape [1, 2, 2], and those to train on [1, 4, 4]" in caplog.text
     with pytest.raises(Mistake, match="has lazy layers"):
-        check_fit(GaussianDiffusion(LinearSchedule(10), nn.LazyConv2d(1, 1)), {"train": Numbered(9), "valid": Numbered(9)})
+        check_fit(
+            trained(GaussianDiffusion(LinearSchedule(10), nn.LazyConv2d(1, 1))), {"train": Numbered(9), "valid": Numbered(9)}
+        )
 
 
 def test_the_network_is_tried_with_a_label_before_the_first_step():
     net = Same()
     net.n_classes = 7
     with pytest.raises(TypeError, match="unexpected keyword argument 'label'"):
-        check_fit(GaussianDiffusion(LinearSchedule(10), net), {"train": Numbered(9), "valid": Numbered(9)})
+        check_fit(trained(GaussianDiffusion(LinearSchedule(10), net)), {"train": Numbered(9), "valid": Numbered(9)})
+
+
+def test_a_network_that_takes_classes_and_does_not_say_so_is_refused():
+    """It would be trained without a label."""
+    diffusion, images = GaussianDiffusion(LinearSchedule(1000), Same()), {"train": Numbered(9), "valid": Numbered(9)}
+    with pytest.raises(Mistake, match=r"^time_aware_net: takes n_classes and does not keep it as self\.n_classes"):
+        check_fit(trained(diffusion, n_classes=7), images)
+    check_fit(trained(diffusion, n_classes=None), images)
+
+
+class Shifting(nn.Module):
+    """A network of seven classes, with so many rows for them."""
+
+    n_classes = 7
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.shift = nn.Embedding(rows, 1)
+
+    def forward(self, xt, t, label=None):
+        return xt + self.shift(label)[:, :, None, None]
+
+
+def test_an_embedding_without_a_row_for_no_label_is_refused_where_labels_are_dropped():
+    images = {"train": Numbered(9), "valid": Numbered(9)}
+    small, large = (GaussianDiffusion(LinearSchedule(1000), Shifting(rows)) for rows in (7, 8))
+    with pytest.raises(Mistake, match=r"fails at label = 7, n_classes, .* set train_cfg\.label_dropout to 0$"):
+        check_fit(trained(small, label_dropout=0.1), images)
+    check_fit(trained(small, label_dropout=0), images)
+    check_fit(trained(large, label_dropout=0.1), images)
+
+
+class WritesX(nn.Module):
+    def forward(self, xt, t):
+        xt += 0.1
+        return xt
+
+
+class WritesT(nn.Module):
+    def forward(self, xt, t):
+        t -= 1
+        return xt * t.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("net", [WritesX, WritesT])
+def test_a_network_that_writes_into_what_it_is_given_is_refused(net):
+    diffusion = GaussianDiffusion(LinearSchedule(1000), net())
+    with pytest.raises(Mistake, match=r"it writes into xt or t, which it may only read"):
+        check_fit(trained(diffusion), {"train": Numbered(9), "valid": Numbered(9)})
+
+
+class Marked(nn.Module):
+    """A network that asks for a condition which is no label."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, xt, t, mark):
+        return self.scale * xt + mark
+
+
+def test_a_trainer_with_a_condition_of_its_own_has_its_network_tried_with_that(tmp_path, monkeypatch):
+    class Own(train.Trainer):
+        def condition(self, labels):
+            return {"mark": torch.ones(1, device=self.device)}
+
+    monkeypatch.setattr(train, "build_diffusion", lambda config: GaussianDiffusion(LinearSchedule(20), Marked()))
+    argv = tiny(tmp_path / "run", "train_cfg.max_steps=1", "train_cfg.sample_period=0")
+    trainer = Own(config.load_config(argv[0], argv[argv.index("--set") + 1 :]), "cpu")
+    trainer.run()
+    assert trainer.step == 1
+    argv = tiny(tmp_path / "other")
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'mark'"):
+        train.Trainer(config.load_config(argv[0], argv[argv.index("--set") + 1 :]), "cpu")
 
 
 def test_a_data_set_without_labels_has_batches_without():

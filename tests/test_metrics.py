@@ -9,9 +9,11 @@ import types
 import numpy as np
 import pytest
 import torch
+from closed_form import Textbook
 from sklearn.datasets import load_digits
 
 from beta_schedule import LinearSchedule
+from discrete_diffusion import DiscreteDiffusion
 from evaluation import features
 from evaluation.features import (
     cached_classifier,
@@ -21,7 +23,7 @@ from evaluation.features import (
     to_uint8,
     train_classifier,
 )
-from evaluation.metrics import FeatureStatistics, bits_by_time, frechet_distance, image_statistics
+from evaluation.metrics import FeatureStatistics, bits_by_time, bits_per_dimension, frechet_distance, image_statistics
 from gaussian_diffusion import GaussianDiffusion
 from time_aware_module import TimeAwareUNet
 from training.ranks import Ranks
@@ -280,6 +282,75 @@ def test_image_statistics_are_those_of_quantised_images_in_eval_mode_without_gra
     assert torch.equal(extractor.norm.running_mean, torch.zeros(2))
 
 
+# Speed that features are not measured with
+
+
+def speeds() -> tuple:
+    cudnn = torch.backends.cudnn
+    return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+
+
+@pytest.fixture(params=["high", "medium"])
+def fast(request) -> tuple:
+    """What a caller in a hurry has set."""
+    before, cudnn = speeds(), torch.backends.cudnn
+
+    def choose(precision, *switches):
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = switches
+
+    choose(request.param, True, True, False)
+    yield speeds()
+    choose(*before)
+
+
+SLOW = ("highest", False, False, True)
+
+
+class Noting(torch.nn.Module):
+    """Notes what features are made with; fails at the call of that number."""
+
+    def __init__(self, fails_at: int = 0):
+        super().__init__()
+        self.weight, self.fails_at, self.seen = torch.nn.Parameter(torch.zeros(1)), fails_at, []
+
+    def features(self, images):
+        self.seen.append(speeds())
+        if len(self.seen) == self.fails_at:
+            raise RuntimeError("of the extractor")
+        return images.flatten(1)[:, :2]
+
+
+def test_features_are_made_in_full_precision_and_the_images_as_fast_as_the_caller_likes(fast):
+    made = []
+
+    def batches():
+        for _ in range(3):
+            made.append(speeds())
+            yield torch.rand(4, 1, 8, 8)
+
+    extractor = Noting()
+    image_statistics(batches(), extractor)
+    assert extractor.seen == [SLOW] * 3
+    assert made == [fast] * 3
+    assert speeds() == fast
+    with pytest.raises(RuntimeError, match="of the extractor"):
+        image_statistics(batches(), Noting(fails_at=2))
+    assert speeds() == fast
+
+
+def test_a_classifier_is_trained_in_full_precision(fast, digits, monkeypatch):
+    noting, plain = Noting(), features.SmallClassifier.features
+    monkeypatch.setattr(features.SmallClassifier, "features", lambda self, x: (noting.features(x), plain(self, x))[1])
+    train_classifier(digits[0][:20], digits[1][:20], epochs=2, batch_size=10)
+    assert noting.seen == [SLOW] * 4
+    assert speeds() == fast
+    noting.fails_at = 6
+    with pytest.raises(RuntimeError, match="of the extractor"):
+        train_classifier(digits[0][:20], digits[1][:20], epochs=2, batch_size=10)
+    assert speeds() == fast
+
+
 # The classifier
 
 
@@ -517,6 +588,50 @@ def test_inception_with_damaged_weights_says_which_file(torch_fidelity):
     (torch_fidelity / "weights-inception-0123abcd.pth").write_bytes(b"bad")
     with pytest.raises(ValueError, match=r"weights-inception-0123abcd.pth: not the weights of the Inception, delete it"):
         inception_features()
+
+
+# The bound
+
+
+class Knows(torch.nn.Module):
+    """A network that says 0.3 of every number, and of every symbol that each of three is as likely."""
+
+    def forward(self, xt, t):
+        return torch.full_like(xt, 0.3) if xt.is_floating_point() else torch.zeros(*xt.shape, 3)
+
+
+def knowing(kind, values):
+    """A diffusion that Knows; of an image of 0.2 alone, mean and mean square of the KL terms at t = 2..15, [14] each, and the
+    variance of the term at 1.
+    """
+    schedule = LinearSchedule(15, 0.01, 0.4)
+    book = Textbook(schedule.beta)
+    if kind == "numbers":  # whose terms no noise changes
+        ratio = book.posterior_variance / book.beta
+        term = 0.5 * (ratio - 1 - ratio.log() + book.mu_from_x0**2 * (0.2 - 0.3) ** 2 / book.beta)[2:]
+        return GaussianDiffusion(schedule, Knows(), prediction="reconstruction"), term, term**2, 0.0
+    # log 3 for the share of the masked symbols that a step unmasks; so many are masked as alpha_bar says, give or take
+    masked = 1 - book.alpha_bar
+    unmasks = (math.log(3) * (book.previous - book.alpha_bar) / masked)[2:]
+    variance = masked * book.alpha_bar / values
+    square = unmasks**2 * (masked**2 + variance)[2:]
+    of_first = math.log(3) ** 2 * variance[1].item()
+    return DiscreteDiffusion(schedule, Knows(), 3, "absorbing"), unmasks * masked[2:], square, of_first
+
+
+@pytest.mark.parametrize("kind", ["numbers", "symbols"])
+def test_the_standard_error_of_a_quick_bound_is_the_spread_of_its_total(kind):
+    """Of images that are all alike, so that the drawn times, and of symbols the masks, are all that varies."""
+    diffusion, mean, square, variance = knowing(kind, values=64)
+    for half in (slice(0, 7), slice(7, 14)):  # one term of each half of 2..15, times 7
+        variance += 49 * (square[half].mean() - mean[half].mean() ** 2).item()
+    expected = math.sqrt(variance / 40) / math.log(2)
+    images = torch.full((40, 1, 8, 8), 0.2)  # level 153 of 255
+    found = [bits_per_dimension(diffusion, [images], 2, seed) for seed in range(200)]
+    total, kl, said = (torch.tensor([each[name] for each in found]) for name in ("total", "kl", "standard_error"))
+    assert total.std().item() == pytest.approx(expected, rel=0.25)  # five standard errors
+    assert said.mean().item() == pytest.approx(expected, rel=0.05)
+    assert kl.mean().item() == pytest.approx(mean.sum().item() / math.log(2), abs=5 * expected / math.sqrt(200))
 
 
 def test_a_rank_that_has_no_images_gets_what_the_others_measured():

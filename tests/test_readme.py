@@ -61,6 +61,24 @@ def test_the_network_of_ones_own_trains_and_samples_as_printed(folder, monkeypat
     assert Path("models/my_net/last_gen/grid.png").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["time_aware_net.kwargs.n_classes=2"]], ids=["without classes", "with classes"])
+def test_the_data_set_of_ones_own_trains_as_printed(more, folder, monkeypatch):
+    code = next(code for code in PYTHON if "class Squares" in code)
+    section = re.search(r'`"dataset": (\{"name": "my_data\.Squares".*\})`', README)[1]
+    (folder / "my_data.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    small = [f"dataset={section}", "train_cfg.max_steps=2", "train_cfg.sample_period=0", "schedule.kwargs.timesteps=20"]
+    try:
+        assert train.main(["configs/Digits_den.json", "--device", "cpu", "--set", *small, *more]) == 0
+        image = sys.modules["my_data"].Squares(6)[1]
+    finally:
+        sys.modules.pop("my_data", None)
+    assert (image == image.max()).sum() == 6**2
+    saved = torch.load("models/Digits_den/last.pth", weights_only=True)
+    assert (saved["step"], saved["shape"], saved["class_names"]) == (2, [1, 8, 8], ["dark", "bright"])
+    assert saved["class_counts"] == ([30, 30] if more else None)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_names_is_there(page):
     """Each link and each path, from the page's folder or the root; a file's bare name from any folder of ours."""

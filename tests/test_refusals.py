@@ -13,6 +13,8 @@ import re
 import resource
 import shutil
 import signal
+import sys
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -485,6 +487,40 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(work, monkeypatch,
         saved = checkpoint.load(path)
         assert saved["step"] < 3
         assert all(weights.isfinite().all() for part in ("model", "ema") for weights in saved[part].values()), path
+
+
+READING = """
+from pathlib import Path
+
+from time_aware_module import TimeAwareUNet
+
+
+class Net(TimeAwareUNet):
+    def __init__(self, **more):
+        super().__init__(**more)
+        Path("nowhere.txt").read_text()
+"""
+
+
+def test_an_error_of_the_systems_in_ones_own_file_keeps_its_traceback(work, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("my_reading_net.py").write_text(READING)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt") as error:
+        train.main(run_argv("time_aware_net.name=my_reading_net.Net"))
+    own = [frame for frame in traceback.extract_tb(error.value.__traceback__) if frame.filename.startswith(str(work))]
+    assert [frame.line for frame in own] == ['Path("nowhere.txt").read_text()']
+    assert not Path("run").exists()
+
+
+def test_an_error_of_the_systems_that_the_library_meets_is_one_line(work, capsys, monkeypatch):
+    """Though the network is of the user's own."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("my_quiet_net.py").write_text(READING.replace('Path("nowhere.txt").read_text()', "self.path = Path()"))
+    nowhere = "train_cfg.model_save_dirpath=/proc/nowhere/run"  # where no one can make a folder
+    assert train.main(run_argv("time_aware_net.name=my_quiet_net.Net", nowhere)) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert re.fullmatch(r"train\.py: \[Errno \d+\] .*'/proc/nowhere.*'", said.splitlines()[-1])
 
 
 def test_the_errors_of_every_file_but_the_scripts_are_said_in_one_line():

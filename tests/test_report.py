@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import math
 import re
@@ -352,10 +353,15 @@ def test_the_terms_by_time_are_those_of_the_closed_form():
     ratio = (1 - before) / (1 - alpha_bar)  # of sigma_bar_t^2 and beta_t
     mu_error = (before.sqrt() * beta / (1 - alpha_bar)).square()[:, None] * (x0.double() - 0.3).square().mean(1)
     expected = 0.5 * ((ratio - 1 - ratio.log())[:, None] + mu_error / beta[:, None])[1:]
-    assert t.tolist() == list(range(2, 16))
+    assert t.tolist() == [[time] * 3 for time in range(2, 16)]
     assert length.tolist() == [1] * 14
     torch.testing.assert_close(kl.double(), expected, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(bound.kl.double(), expected.sum(0), rtol=1e-4, atol=0)
+    _, t, length, kl = diffusion.bound_by_time(x0, timesteps=4)
+    assert length.tolist() == [4, 3, 3, 4]
+    assert (t >= torch.tensor([[2], [6], [9], [12]])).all()
+    assert (t <= torch.tensor([[5], [8], [11], [15]])).all()
+    torch.testing.assert_close(kl.double(), expected.gather(0, t - 2), rtol=1e-4, atol=1e-9)
     found, parts = bits_by_time(diffusion, [x0, x0[:1]], timesteps=4)
     assert [(part.first, part.last) for part in parts] == [
         (2, 5),
@@ -365,9 +371,10 @@ def test_the_terms_by_time_are_those_of_the_closed_form():
     ]  # edges 2, 5.5, 9, 12.5, 16, rounded to even
     total = sum((part.last - part.first + 1) * part.bits for part in parts)
     assert total == pytest.approx(found["kl"], rel=1e-6)
-    for part in parts:  # a mean of two draws from between the least and the largest
-        rows = expected[part.first - 2 : part.last - 1] / math.log(2)
-        means = [(rows[i].sum() + rows[j, 0]) / 4 for i in range(len(rows)) for j in range(len(rows))]
+    for part in parts:  # a mean of four images, each at a time of its own
+        rows = (expected[part.first - 2 : part.last - 1] / math.log(2)).tolist()
+        draws = itertools.product(rows, repeat=4)
+        means = [(a[0] + b[1] + c[2] + d[0]) / 4 for a, b, c, d in draws]
         assert min(abs(part.bits - mean) for mean in means) < 1e-5 * part.bits
 
 
@@ -383,7 +390,7 @@ def test_the_terms_of_symbols_add_up_to_their_bound():
     alpha_bar = torch.cat([torch.ones(1).double(), LinearSchedule(T, 0.05, 0.5).alpha_bar])
     expected = (alpha_bar[1:-1] - alpha_bar[2:]) * math.log(3)  # equation 30, with log p_hat = -log 3
     torch.testing.assert_close(kl.double().mean(1), expected, atol=0.02, rtol=0)
-    assert t.tolist() == list(range(2, T + 1))
+    assert torch.equal(t, torch.arange(2, T + 1)[:, None].expand(-1, 4000))
     torch.testing.assert_close(bound.kl, kl.sum(0))
 
 

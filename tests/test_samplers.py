@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from beta_schedule import CosineSchedule, LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
-from samplers import SAMPLERS, Level, register
+from samplers import SAMPLERS, Level, even_in_time, register
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 
@@ -275,6 +275,20 @@ def test_one_step_of_a_shortened_chain_has_the_exact_posterior():
     assert states[30].double().var(0).mean().item() == pytest.approx((prior * (1 - gain * alpha.sqrt())).item(), rel=0.025)
 
 
+@pytest.mark.parametrize("timesteps", [[60, 40, 13, 2], [60, 1], [45, 44, 3]])
+def test_a_learnt_variance_a_little_below_the_least_makes_the_steps_of_the_least(timesteps):
+    """An assumed error of x_0 cannot be negative; carried to a step of many times, this one would outweigh the variance."""
+    learnt, least = (optimal("denoising", MIXTURE, SHORT, variance) for variance in ("learnable", "sigma_bar_square"))
+    variance = Textbook(SHORT.beta).sigma_square("sigma_bar_square")[1:]
+    learnt.log_sigma_square.data = (0.998 * variance).log().float()
+    drawn = [
+        [x for _, x in model.trajectory((200, 2), "ddpm", timesteps, generator=torch.Generator().manual_seed(2))]
+        for model in (learnt, least)
+    ]
+    for ours, expected in zip(*drawn, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("timesteps", [None, [60, 40, 13, 2]])
 def test_ddim_of_eta_1_is_the_ancestral_sampler_of_sigma_bar_square(timesteps, prediction):
@@ -537,6 +551,76 @@ def test_a_registered_sampler_is_known_by_its_name_and_spreads_its_steps_itself(
 
     times = [t for t, _ in optimal("denoising").trajectory((4, 2), "jump", 4)]
     assert times == [60, 3, 2, 1, 0]
+
+
+def function_named(name, module):
+    def sampler(predict_x0, x, levels, normal):
+        yield from (x for _ in levels[:-1])
+
+    sampler.__name__, sampler.__module__ = name, module
+    return sampler
+
+
+def test_a_name_that_another_module_registered_is_refused_and_ones_own_may_be_registered_again(monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "jump", None)  # taken out after the test
+    before = dict(SAMPLERS)
+    ddim = function_named("ddim", __name__)
+    with pytest.raises(ValueError, match=r"^sampler 'ddim': is registered by samplers; give yours another name$"):
+        register(even_in_time)(ddim)
+    assert before == SAMPLERS
+    assert not hasattr(ddim, "spacing")
+    for _ in range(2):  # as when a cell of a notebook is run again
+        jump = function_named("jump", __name__)
+        assert register(even_in_time)(jump) is jump is SAMPLERS["jump"]
+    with pytest.raises(ValueError, match=f"'jump': is registered by {__name__}"):
+        register(even_in_time)(function_named("jump", "another"))
+    assert SAMPLERS["jump"] is jump
+
+
+def too_few(predict_x0, x, levels, normal):
+    yield from (x for _ in levels[:-2])
+
+
+def a_single_state(predict_x0, x, levels, normal):
+    return x
+
+
+def another_shape(predict_x0, x, levels, normal):
+    yield x
+    yield x[:, :1]  # which would broadcast
+
+
+def no_state(predict_x0, x, levels, normal):
+    yield x, levels
+
+
+@pytest.mark.parametrize(
+    ("sampler", "found", "t", "given"),
+    [
+        (too_few, "a NoneType", 0, [60, 31, 7]),
+        (a_single_state, r"a tensor of \[2\]", 31, [60]),
+        (another_shape, r"a tensor of \[4, 1\]", 7, [60, 31]),
+        (no_state, "a tuple", 31, [60]),
+    ],
+)
+def test_a_sampler_of_ones_own_that_gives_no_state_is_told_so_with_the_time(sampler, found, t, given):
+    states = optimal("denoising").trajectory((4, 2), sampler, [60, 31, 7])
+    assert [next(states)[0] for _ in given] == given
+    with pytest.raises(ValueError, match=rf"^sampler: gives {found} at t = {t}: must yield x there, of shape \[4, 2\]$"):
+        next(states)
+
+
+def test_a_sampler_of_ones_own_that_gives_more_states_than_times_is_told_so():
+    with pytest.raises(ValueError, match=r"^sampler: gives a state after x_0"):
+        optimal("denoising").sample((4, 2), lambda predict_x0, x, levels, normal: [x] * len(levels), [60, 31, 7])
+
+
+def test_the_states_of_a_sampler_of_ones_own_are_those_it_gives_in_any_sequence():
+    x_T = torch.randn(4, 2)
+    halves = [x_T / 2, x_T / 4, x_T / 8]
+    states = list(optimal("denoising").trajectory((4, 2), lambda *_: halves, [60, 31, 7], x_T=x_T))
+    assert [t for t, _ in states] == [60, 31, 7, 0]
+    assert all(x is expected for (_, x), expected in zip(states, [x_T, *halves], strict=True))
 
 
 def test_a_bug_in_a_sampler_of_ones_own_shows_its_line():

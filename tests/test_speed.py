@@ -130,6 +130,63 @@ def test_the_calls_of_a_step_are_those_that_the_network_gets(more, rows, calls, 
     assert seen[0] == rows
 
 
+@pytest.mark.parametrize(("more", "calls"), [("diffusion.loss_mode=simple", 1), ("diffusion.loss_mode=full", 20)])
+def test_a_batch_larger_than_the_data_set_makes_calls_of_all_its_images(more, calls, tmp_path):
+    config, _, _, _, *defaults = tiny(tmp_path)
+    run = train.Trainer(train.load_config(config, [*defaults, more, "train_cfg.batch_size=4096"]), "cpu")
+    run.folder.close()
+    (batch,) = run.train_data.epoch(0)
+    assert len(batch[0]) == len(run.train_data.images) < 4096
+    assert speed._network_calls(run) == (len(batch[0]), calls)
+
+
+@pytest.mark.parametrize(("images", "rows"), [(9, 3), (3, 1)])
+def test_the_rows_of_a_call_are_those_of_the_first_part_of_a_small_data_set(images, rows):
+    cfg = SimpleNamespace(batch_size=16, grad_accum=4, chunk_size=None)
+    model, data = GaussianDiffusion(LinearSchedule(20), TimeAwareMLP(2)), SimpleNamespace(numbers=range(images))
+    run = SimpleNamespace(cfg=cfg, ranks=CPU, model=model, train_data=data)
+    assert speed._network_calls(run) == (rows, 4)
+    assert len(torch.zeros(images, 2).chunk(4)[0]) == rows
+    model.loss_mode = "full"
+    assert speed._network_calls(run) == (rows * 20, 4)
+
+
+# The order of weights in memory
+
+
+def test_the_weights_of_image_convolutions_alone_are_ordered_by_channel_last():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Conv3d(3, 4, 2), torch.nn.Linear(2, 3))
+    net.register_buffer("kernel", torch.randn(2, 3, 4, 5))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    own = {id(parameter) for parameter in net.parameters()}
+    speed.channels_last(net)
+    assert {id(parameter) for parameter in net.parameters()} == own  # which an optimizer may have
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        if tensor.ndim == 4:
+            _, channels, height, width = tensor.shape
+            assert tensor.stride() == (channels * height * width, 1, width * channels, channels)
+        else:
+            assert tensor.stride() == before[name].stride()
+
+
+def test_a_network_with_weights_of_five_dimensions_can_be_trained(tmp_path, monkeypatch):
+    def build(config):
+        model = build_diffusion(config)
+        model.time_aware_net.kernel = torch.nn.Parameter(torch.ones(2, 3, 2, 2, 2))
+        return model
+
+    build_diffusion = train.build_diffusion
+    monkeypatch.setattr(train, "build_diffusion", build)
+    config, _, _, _, *settings = tiny(tmp_path)
+    run = train.Trainer(train.load_config(config, settings), "cpu")
+    run.folder.close()
+    assert run.model.time_aware_net.kernel.stride() == run.ema.time_aware_net.kernel.stride() == (24, 8, 4, 2, 1)
+    convolutions = [p for p in run.model.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert len(convolutions) > 10
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
+
+
 def test_compiling_is_tried_only_where_it_would_pay(monkeypatch):
     monkeypatch.setattr(speed, "check_compiler", lambda device, option: never(option))
     monkeypatch.setattr(speed, "_seconds", lambda step, precision: 0.02)

@@ -3,6 +3,8 @@
 import json
 import math
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +22,13 @@ import checkpoint
 import test as sampling
 import train
 from dataset import Digits
-from evaluation.metrics import METRICS
+from evaluation.metrics import METRICS, Evaluation
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
 from training.batches import Batches
 from training.ranks import Ranks
+from training.run_folder import RunFolder
 from training.seeds import WEIGHTS, mixed_seed
 
 
@@ -226,6 +229,38 @@ def test_a_run_that_goes_on_in_another_folder_takes_its_best_along(tmp_path, mon
     assert not (tmp_path / "c" / "best.pth").exists()
 
 
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory) -> Path:
+    """The folder of a run with a checkpoint of each epoch, and best.pth of the first."""
+    folder, found = tmp_path_factory.mktemp("runs") / "two", iter([0.4, 0.5])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "validate", lambda self: next(found))
+        assert train.main(tiny(folder, "train_cfg.save_period=1", "train_cfg.sample_period=0")) == 0
+    assert [checkpoint.load(folder / name)["step"] for name in ("best.pth", "epoch_1.pth", "epoch_2.pth")] == [4, 4, 8]
+    return folder
+
+
+@pytest.mark.parametrize("best", ["earlier", "later", "broken"])
+@pytest.mark.parametrize("place", ["the same folder", "another folder"])
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_has_no_best_of_later(best, place, two_epochs, tmp_path, monkeypatch):
+    """And one of before it keeps; whatever best.pth is, the run goes on."""
+    old = shutil.copytree(two_epochs, tmp_path / "old")
+    folder = old if place == "the same folder" else tmp_path / "new"
+    if best == "later":
+        shutil.copy(old / "epoch_2.pth", old / "best.pth")
+    elif best == "broken":
+        (old / "best.pth").write_bytes(b"broken")
+    before = (old / "best.pth").read_bytes()
+    stop_at(monkeypatch, "train_step", 1)
+    more = ("train_cfg.save_period=1", "train_cfg.sample_period=0")
+    assert train.main(tiny(folder, *more, flags=("--resume", str(old / "epoch_1.pth")))) == 128 + signal.SIGTERM
+    assert checkpoint.load(folder / "last.pth")["step"] == 5
+    if best == "earlier":
+        assert (folder / "best.pth").read_bytes() == before
+    elif best == "later":
+        assert not (folder / "best.pth").exists()
+
+
 def test_max_steps_ends_inside_an_epoch_and_more_of_them_go_on_as_if_there_had_been_no_end(tmp_path, run):
     """Eight steps in two epochs of four: ended at six, then resumed without an end."""
     more = ("train_cfg.lr_schedule=constant", "train_cfg.sample_period=0")
@@ -372,6 +407,20 @@ def test_an_unreadable_image_stops_the_run_by_name(tmp_path, capsys):
     skipping = [*folder, "dataset.train.skip_unreadable=true", "dataset.valid.skip_unreadable=true"]
     with pytest.warns(UserWarning, match=r"broken\.png"):
         assert train.main(tiny(tmp_path / "a", *skipping)) == 0  # a set smaller than a batch
+
+
+def test_a_loss_of_zero_is_said_to_be_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr(GaussianDiffusion, "forward", lambda self, *_, **__: 0 * sum(p.sum() for p in self.parameters()))
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=1", "train_cfg.sample_period=0")) == 0
+    assert [line["train_loss"] for line in metrics(tmp_path / "a")] == [0, 0]
+    said = re.findall(r"step \d, epoch 1: (loss [^,]*),", (tmp_path / "a" / "train.log").read_text())
+    assert said == ["loss 0", "loss 0"]
+
+
+def test_a_record_has_null_for_what_is_no_number(tmp_path):
+    RunFolder(str(tmp_path), writes=True).add_record({"step": 3, "metrics": {"mine": [math.nan, 1.5, -math.inf]}})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert line == '{"step": 3, "metrics": {"mine": [null, 1.5, null]}}\n'
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, monkeypatch, capsys):
@@ -542,9 +591,49 @@ def test_what_cannot_be_measured_is_refused_before_the_first_network_call(flags,
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+NANS = """
+import torch
+
+
+def nans(predict_x0, x, levels, normal):
+    for level in levels[1:]:
+        x = torch.where(x > 3, torch.nan, 0 * x)
+        x[0, 0, 0, 0] = torch.nan
+        yield x
+"""
+
+
+def test_samples_that_are_not_finite_are_one_line_and_no_pictures(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    Path("my_nans.py").write_text(NANS)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    flags = ["-n", "2", "--timesteps", "3", "--sampler", "my_nans.nans", "--no-clip"]
+    assert sampling.main([str(run / "last.pth"), "--device", "cpu", *flags]) == 2
+    said = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.startswith("test.py")]
+    assert said == ["test.py: --sampler my_nans.nans: 1 values of the samples are not finite"]
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_fitted_variance_does_not_depend_on_what_was_drawn_before(tmp_path):
+    """Though the training images are flipped by chance."""
+    flip = 'dataset.train.pipeline=[{"name":"RandomHorizontalFlip"}]'
+    config = train.load_config(ROOT / "configs" / "Digits_den.json", [*TINY, flip])
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        diffusion = train.build_diffusion(config)
+        torch.nn.init.normal_(diffusion.time_aware_net.conv_out.weight)  # of zeros, x_0 would not matter
+        torch.manual_seed(seed)
+        evaluation, state = Evaluation(diffusion, config, Ranks("cpu"), n=1), {"config": config, "shape": [1, 8, 8]}
+        sampling.fit_variance(evaluation, state, 6, tmp_path / "fitted.pth", "ema")
+        found.append(checkpoint.load(tmp_path / "fitted.pth")["ema"])
+    assert_same_state(*found)
+
+
 def test_what_was_measured_is_kept_when_the_next_metric_fails(run, monkeypatch):
     class Failing:
-        uses_model = False
+        uses_model, describe = False, str
 
         def __init__(self, evaluation):
             pass

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_state, metrics, tiny, torchrun
+from runs import assert_same_state, losses, metrics, tiny, torchrun
 
 import checkpoint
 import evaluation.metrics
+import test as sampling
 import train
-from config import build_dataset
+from config import build_dataset, load_config
 from evaluation import while_training
 from evaluation.features import from_uint8, to_uint8
 from evaluation.sampling import draw
@@ -21,6 +22,7 @@ from training.ranks import Ranks
 
 WHOLE = ["dataset.train.pipeline=[]", "dataset.valid.pipeline=[]"]  # the classifier takes no smaller images
 OFTEN = [*WHOLE, "train_cfg.metric_period=1", "train_cfg.metric_samples=150", "train_cfg.metric_share=1"]
+FEW = [*OFTEN[2:], "train_cfg.metric_samples=4", "train_cfg.sample_period=0"]  # of small images, and no picture
 OWN = """
 class Brightness:
     uses_model = False
@@ -153,6 +155,110 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(more, words, h
     assert not (here / "refused").exists()
 
 
+PART = """
+class Whole:
+    def __init__(self, evaluation):
+        pass
+
+    uses_model = False
+
+    def measure(self):
+        return {}
+
+    def describe(self, found):
+        return ""
+
+
+for part in ("uses_model", "measure", "describe"):
+    kept = {name: value for name, value in vars(Whole).items() if name not in (part, "__dict__", "__weakref__")}
+    globals()[f"without_{part}"] = type(f"without_{part}", (), kept)
+"""
+
+
+@pytest.mark.parametrize("part", ["uses_model", "measure", "describe"])
+def test_a_metric_that_lacks_a_part_is_refused_before_the_first_step_and_the_first_sample(part, measured, here, capsys):
+    (here / "my_parts.py").write_text(PART)
+    name, before = f"my_parts.without_{part}", {path: path.stat().st_mtime_ns for path in measured.rglob("*")}
+    assert train.main(tiny(here / "lacking", *OFTEN, f'train_cfg.metrics=["my_parts.Whole","{name}"]')) == 2
+    assert f"train.py: train_cfg.metrics = {name}: has no {part};" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (here / "lacking").exists()
+    argv = [str(measured / "last.pth"), "--device", "cpu", "-n", "1", "--metrics", "my_parts.Whole", name]
+    assert sampling.main(argv) == 2
+    assert f"test.py: --metrics = {name}: has no {part};" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert {path: path.stat().st_mtime_ns for path in measured.rglob("*")} == before
+
+
+FAILING = """
+from pathlib import Path
+
+
+class Mine:
+    uses_model = False
+
+    def __init__(self, evaluation):
+        pass
+
+    def measure(self):
+        if Path("not mended").exists():
+            raise RuntimeError("mine")
+        return {"found": 3}
+
+    describe = staticmethod(str)
+"""
+
+
+def test_a_metric_of_ones_own_that_fails_loses_no_step_and_is_measured_once_it_is_mended(here):
+    (here / "my_failing.py").write_text(FAILING)
+    (here / "not mended").touch()
+    more = [*FEW, 'train_cfg.metrics=["my_failing.Mine"]']
+    with pytest.raises(RuntimeError, match=r"^mine$"):
+        train.main(tiny(here / "failing", *more))
+    assert checkpoint.load(here / "failing" / "last.pth")["step"] == 4  # an epoch
+    (here / "not mended").unlink()
+    assert train.main(tiny(here / "failing", *more, flags=("--resume",))) == 0
+    lines = metrics(here / "failing")
+    assert [line["step"] for line in lines] == [3, 4, 6, 8]
+    assert [line.get("metrics") for line in lines] == [None, {"my_failing.Mine": {"found": 3}}] * 2
+    assert train.main(tiny(here / "never failed", *more)) == 0
+    assert losses(here / "failing") == losses(here / "never failed")
+
+
+def test_of_a_process_of_one_step_the_bits_are_measured(here):
+    """They have no KL term."""
+    more = [*FEW, "schedule.kwargs.timesteps=1", 'train_cfg.metrics=["bpd"]', "train_cfg.max_steps=1"]
+    assert train.main(tiny(here / "one", *more)) == 0
+    found = metrics(here / "one")[-1]["metrics"]["bpd"]
+    assert (found["kl"], found["images"]) == (0, 4)
+    assert found["total"] == pytest.approx(found["prior"] + found["reconstruction"], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def with_a_best(folder):
+    """The settings of a run that has stopped after one epoch, whose least distance was 1.5."""
+    more = ["train_cfg.metric_samples=150", "train_cfg.sample_period=0", "train_cfg.epochs=1"]
+    assert train.main(tiny(folder / "best", *more)) == 0
+    path = folder / "best" / "last.pth"
+    checkpoint.save(path, checkpoint.load(path) | {"quality": {"seconds": 0.0, "run_seconds": 9.0, "best_fd": 1.5}})
+    return more
+
+
+@pytest.mark.parametrize(
+    ("setting", "least"),
+    [
+        ("metric_samples=151", math.inf),
+        ("metric_features=inception", math.inf),
+        ("sample_timesteps=4", math.inf),
+        ("metric_share=0.5", 1.5),
+        ("epochs=3", 1.5),
+    ],
+)
+def test_the_least_distance_is_kept_only_while_the_next_ones_compare_with_it(setting, least, with_a_best, folder):
+    argv = tiny(folder / "best", *with_a_best, f"train_cfg.{setting}")
+    run = train.Trainer(load_config(argv[0], argv[argv.index("--set") + 1 :]), "cpu", resume="")
+    run.folder.close()
+    assert (run.step, run.quality.best_fd) == (4, least)
+
+
 def test_a_data_set_too_small_for_the_distance_is_refused(here, capsys, monkeypatch):
     from PIL import Image
 
@@ -188,7 +294,9 @@ def test_metrics_never_take_more_than_their_share_of_the_time(share, seconds, cl
     monkeypatch.setattr(train.log, "propagate", True)
     caplog.set_level("INFO")
     cfg = SimpleNamespace(metric_period=0, metric_share=share, metric_samples=5 * 64, precision="fp32")
-    quality = Quality(SimpleNamespace(cfg=cfg, ranks=Ranks("cpu"), device=torch.device("cpu")))
+    monkeypatch.setattr(while_training, "take_state", lambda run: None)
+    run = SimpleNamespace(cfg=cfg, ranks=Ranks("cpu"), device=torch.device("cpu"), save_last=lambda state: None)
+    quality = Quality(run)
     cfg.metric_period = 2
     quality.metrics, quality.evaluation = {"slow": Slow(clock)}, SimpleNamespace(check=None)
     Slow.seconds, spent, at = seconds * 0.8, [], []

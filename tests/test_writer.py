@@ -3,6 +3,7 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from runs import TINY
@@ -10,6 +11,7 @@ from runs import TINY
 import checkpoint
 import train
 from config import load_config
+from mistakes import Mistake
 from training.state import take_state
 from training.writer import Writer
 
@@ -63,6 +65,19 @@ def test_a_state_is_of_the_moment_at_which_it_was_taken(tmp_path):
     assert all(torch.equal(state["ema"][name], weights) for name, weights in before.items())
     last = len(run.parameters) - 1
     assert not torch.equal(state["optimizer"]["state"][last]["exp_avg"], run.optimizer.state[run.parameters[last]]["exp_avg"])
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.str_("cat"), {3}])
+def test_a_state_that_could_not_be_read_again_is_refused_by_its_place_and_nothing_is_written(value, tmp_path):
+    state = {"step": 3, "config": {"time_aware_net": {"kwargs": {"gains": (torch.ones(1), [1.0, None, value])}}}}
+    path = tmp_path / "last.pth"
+    for before in ([], [path]):
+        kind = f"{type(value).__module__}.{type(value).__name__}"
+        with pytest.raises(Mistake, match=rf"^state\.config\.time_aware_net\.kwargs\.gains\.1\.2: is of type {kind}, "):
+            checkpoint.save(path, state)
+        assert list(tmp_path.iterdir()) == before
+        assert not before or path.read_bytes() == b"an older one"
+        path.write_bytes(b"an older one")
 
 
 def test_the_thread_is_gone_once_it_is_closed(tmp_path):

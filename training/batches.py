@@ -60,19 +60,20 @@ class Batches:
         whole, rest = divmod(len(self.numbers), cfg.batch_size)
         self.steps = whole + (rest >= ranks.world)  # a pass
         self.cache, self.loader = None, None
-        if not images.is_random and len(images) * math.prod(images.shape) <= cfg.cache_gb * 1e9:
+        if not images.is_random and len(self.numbers) * math.prod(images.shape) <= cfg.cache_gb * 1e9:
             self.cache = self._decode_all()
-            self.labels = None if self.labels is None else self.labels.to(self.cache.device)
+            self.labels = None if self.labels is None else self.labels[self.numbers].to(self.cache.device)
+            self.numbers = torch.arange(len(self.numbers))  # from now on of the images in the cache
 
     def _decode_all(self) -> Tensor:
         at_hand = isinstance(self.images, ArrayDataset) and not self.images.pipeline
         workers = 0 if at_hand else self.cfg.num_workers
         sampler = self.numbers.tolist()  # of max_images, no others
         loader = DataLoader(_Pixels(self.images), 256, sampler=sampler, num_workers=workers, worker_init_fn=_leave_alone)
-        cache = torch.empty(len(self.images), *self.images.shape, dtype=torch.uint8)
+        cache = torch.empty(len(self.numbers), *self.images.shape, dtype=torch.uint8)
         bar = tqdm(loader, desc="decoding images", unit="batch", leave=False, disable=self.ranks.rank > 0)
-        for numbers, pixels in zip(self.numbers.split(256), bar, strict=True):
-            cache[numbers] = pixels
+        for part, pixels in zip(cache.split(256), bar, strict=True):
+            part.copy_(pixels)
             self.check_signals()
         device = self.ranks.device
         if device.type == "cuda" and cache.numel() < torch.cuda.mem_get_info(device)[0] / 4:

@@ -4,10 +4,12 @@ import logging
 import math
 
 import torch
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from config import TrainConfig
 from dataset import DATASETS, ImageDataset
+from diffusion_process import Condition
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
 from training.ranks import Ranks
@@ -44,16 +46,42 @@ def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> Non
         raise Mistake(f"dataset.valid: has the classes {names['valid']}, and dataset.train {names['train']}")
 
 
-def check_fit(model: GaussianDiffusion, images: dict[str, ImageDataset]) -> None:
-    """Try the network on one image of each data set; warn of images that are no validation, and of a prior that is no noise."""
-    n_classes = getattr(model.time_aware_net, "n_classes", None)
+def _check_call(model: GaussianDiffusion, x: Tensor, condition: Condition) -> None:
+    """Call the network; Mistake if it writes into what it was given, with which samplers go on."""
+    t, before = torch.ones(1, dtype=torch.long), x.clone()
+    model.time_aware_net(x, t, **condition)
+    if not torch.equal(x, before) or t.item() != 1:
+        raise Mistake("it writes into xt or t, which it may only read: xt + 1 is a new tensor, and xt += 1 is not")
+    model.predict(x, t, condition)
+
+
+def _check_no_label(run, x: Tensor) -> None:
+    try:
+        _check_call(run.model, x, run.condition(torch.tensor([run.n_classes])))
+    except IndexError as error:
+        raise Mistake(
+            f"it fails at label = {run.n_classes}, n_classes, which stands for no label ({error}): make room for one more, or "
+            "set train_cfg.label_dropout to 0"
+        ) from error
+
+
+def check_fit(run, images: dict[str, ImageDataset]) -> None:
+    """Try the network of a Trainer on one image of each data set; warn of images that are no validation, and of a prior that is
+    no noise.
+    """
+    model, n_classes = run.model, run.n_classes
+    if n_classes is None and run.config["time_aware_net"]["kwargs"].get("n_classes") is not None:
+        raise Mistake("time_aware_net: takes n_classes and does not keep it as self.n_classes, so that it would get no labels")
     _check_labels(n_classes, images)
     if any(map(is_lazy, model.parameters())):
         raise Mistake("time_aware_net: has lazy layers, whose shapes its config does not say: no checkpoint could be read")
-    condition = None if n_classes is None else {"label": torch.zeros(1, dtype=torch.long)}
+    label = None if n_classes is None else torch.zeros(1, dtype=torch.long)
     for split, data in images.items():
         with torch.no_grad(), as_mistake(f"time_aware_net: does not fit the images of dataset.{split}: "):
-            model.eval().predict(model.x0_of(torch.zeros(1, *data.shape)), 1, condition)
+            x = model.eval().x0_of(torch.zeros(1, *data.shape))
+            _check_call(model, x, run.condition(label))
+            if n_classes is not None and run.cfg.label_dropout:
+                _check_no_label(run, x)
         is_own = type(data) not in DATASETS.values()
         if is_own and not data.is_random and not torch.equal(data.pixels(0), data.pixels(0)):
             log.warning(f"dataset.{split}: {data.name_of(0)} changes from call to call, and may be read once: set is_random")

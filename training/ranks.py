@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mistakes import Mistake
+
+PATIENCE = timedelta(hours=2)  # of ranks that wait while one reads images, downloads them or trains a classifier of them
 
 
 class Ranks:
@@ -25,8 +28,8 @@ class Ranks:
         self.cpu_group = None
         if self.world > 1:
             if not dist.is_initialized():
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            self.cpu_group = dist.new_group(backend="gloo")  # for words that must not wait for the GPU
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
+            self.cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE)  # for words that must not wait for the GPU
 
     def largest(self, value: float) -> float:
         """The largest of the ranks' values, known to all."""

@@ -2,14 +2,13 @@
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import shutil
 from pathlib import Path
 
 import checkpoint
-from files import whole_file
+from files import as_json, whole_file
 from mistakes import Mistake
 from training.averages import snapshots
 
@@ -34,6 +33,8 @@ class RunFolder:
     def __init__(self, path: str, writes: bool):
         self.path, self.writes, self.log_file, self.resume_from = Path(path).expanduser(), writes, None, None
         self.handle: int | None = None  # by which it is locked
+        if not writes:
+            log.setLevel(logging.WARNING)  # one rank tells what goes on
 
     def claim(self, resume: str | None, overwrite: bool) -> None:
         """Lock it, if it is there, and refuse what would harm the run in it. resume and overwrite are the Trainer's."""
@@ -114,12 +115,10 @@ class RunFolder:
             lines = metrics.read_bytes().splitlines(keepends=True)[:records]
             with whole_file(self.path / "metrics.jsonl") as file:
                 file.writelines(lines)
-        for path in [path for taken, path in snapshots(self.path).items() if taken > step]:
-            path.unlink()
-        old = self.resume_from.parent
-        there = {path: taken for taken, path in snapshots(old).items()}
-        there |= {path: checkpoint.load(path)["step"] for path in old.glob("best*.pth") if not (self.path / path.name).exists()}
-        for path, taken in there.items():
+        for path, taken in _taken(self.path).items():
+            if taken > step:
+                path.unlink()
+        for path, taken in _taken(self.resume_from.parent).items():
             if taken <= step and not (self.path / path.name).exists():
                 with whole_file(self.path / path.name) as file, open(path, "rb") as source:
                     shutil.copyfileobj(source, file)
@@ -129,7 +128,7 @@ class RunFolder:
         if not self.writes:
             return
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(as_json(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -142,6 +141,15 @@ class RunFolder:
         if _locked.pop(self.handle, None):
             os.close(self.handle)
         self.handle = None
+
+
+def _taken(folder: Path) -> dict[Path, int]:
+    """The snapshots of the averages and the best checkpoints in a folder, but for broken ones, and the step of each."""
+    taken = {path: step for step, path in snapshots(folder).items()}
+    for path in folder.glob("best*.pth"):
+        with contextlib.suppress(Mistake):
+            taken[path] = checkpoint.load(path).get("step", 0)
+    return taken
 
 
 class _LogFile(logging.FileHandler):

@@ -74,6 +74,13 @@ def _keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT_MEMORY)
 
 
+def channels_last(model: torch.nn.Module) -> None:
+    """Order the weights of its convolutions of images by channel last, in place, as the fastest kernels want them."""
+    for p in (*model.parameters(), *model.buffers()):
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+
+
 def prepare(run, deterministic: bool) -> None:
     """Set torch and the networks of a Trainer up, and put what was "auto" into its cfg and config."""
     cfg, net, device = run.cfg, run.model.time_aware_net, run.device
@@ -100,7 +107,8 @@ def prepare(run, deterministic: bool) -> None:
 
 def _network_calls(run) -> tuple[int, int]:
     """Rows of a network call of training, and how many calls a step has."""
-    rows, calls = run.cfg.batch_size // run.ranks.world // run.cfg.grad_accum, run.cfg.grad_accum
+    batch, calls = min(run.cfg.batch_size, len(run.train_data.numbers)), run.cfg.grad_accum
+    rows = math.ceil(batch // run.ranks.world / calls)
     if getattr(run.model, "loss_mode", None) != "full":
         return rows, calls
     times = min(run.cfg.chunk_size or max(1, CHUNK_ROWS // rows), run.model.T)  # of each image in a call

@@ -20,6 +20,7 @@ from training.meter import BINS
 from training.optimizers import restore_moments
 
 log = logging.getLogger("train")
+OF_DISTANCE = ("metric_features", "metric_samples", "sample_timesteps")  # two Fréchet distances compare where these agree
 
 
 def take_state(run) -> dict | None:
@@ -104,7 +105,9 @@ def restore_state(run, state: dict) -> None:
     run.best_loss = math.inf if math.isnan(state["best_loss"]) else state["best_loss"]  # older runs kept a nan
     loss_sums = state["loss_sums"] + state.get("loss_by_t", [0] * 2 * BINS)  # older checkpoints have no loss by t
     run.meter.restore(loss_sums, state["bad_steps"], run.ranks.rank)
-    run.quality.restore(state.get("quality", {}))
+    then, now = (config["train_cfg"] for config in (state["config"], run.config))
+    same = all(then.get(key) == now.get(key) for key in OF_DISTANCE)
+    run.quality.restore(state.get("quality", {}) | ({} if same else {"best_fd": math.inf}))
     run.scheduler.last_epoch = run.step
     for group, rate, factor in zip(run.optimizer.param_groups, run.scheduler.base_lrs, run.scheduler.lr_lambdas, strict=True):
         group["lr"] = rate * factor(run.step)
