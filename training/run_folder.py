@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import checkpoint
@@ -115,10 +116,13 @@ class RunFolder:
             lines = metrics.read_bytes().splitlines(keepends=True)[:records]
             with whole_file(self.path / "metrics.jsonl") as file:
                 file.writelines(lines)
-        for path, taken in _taken(self.path).items():
+        old, goes_on = self.resume_from.parent, self.resume_from.resolve() == (self.path / "last.pth").resolve()
+        best = [] if goes_on else self.path.glob("best*.pth")  # of later than last.pth only by a kill between the two
+        for path, taken in _taken(self.path, best).items():
             if taken > step:
                 path.unlink()
-        for path, taken in _taken(self.resume_from.parent).items():
+        missing = (path for path in old.glob("best*.pth") if not (self.path / path.name).exists())
+        for path, taken in _taken(old, missing).items():
             if taken <= step and not (self.path / path.name).exists():
                 with whole_file(self.path / path.name) as file, open(path, "rb") as source:
                     shutil.copyfileobj(source, file)
@@ -143,10 +147,10 @@ class RunFolder:
         self.handle = None
 
 
-def _taken(folder: Path) -> dict[Path, int]:
-    """The snapshots of the averages and the best checkpoints in a folder, but for broken ones, and the step of each."""
+def _taken(folder: Path, best: Iterable[Path]) -> dict[Path, int]:
+    """The snapshots of the averages in a folder and the best checkpoints given, but for broken ones, and the step of each."""
     taken = {path: step for step, path in snapshots(folder).items()}
-    for path in folder.glob("best*.pth"):
+    for path in best:
         with contextlib.suppress(Mistake):
             taken[path] = checkpoint.load(path).get("step", 0)
     return taken

@@ -78,7 +78,7 @@ def channels_last(model: torch.nn.Module) -> None:
     """Order the weights of its convolutions of images by channel last, in place, as the fastest kernels want them."""
     for p in (*model.parameters(), *model.buffers()):
         if p.ndim == 4:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
+            p.data = p.data.to(memory_format=torch.channels_last)
 
 
 def prepare(run, deterministic: bool) -> None:
