@@ -249,20 +249,12 @@ class GaussianDiffusion(DiffusionProcess):
             raise ValueError(f"time_aware_net: gives {found} for xt of shape {list(xt.shape)}: must be xt's shape")
         return out.to(xt.dtype)
 
-    def _out(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's output, moved where x_0 is bounded to what says the nearest x_0 in [-1, 1]."""
-        out = self._net(xt, t, condition)
-        if not self.bounded:
-            return out
-        x0 = self._mix(self.x0_from_xt, xt, self.x0_from_out, out, t)
-        return out + (x0.clamp(-1, 1) - x0) / self._at(self.x0_from_out, t, xt)
-
     def predict(self, xt: Tensor, t: int | Tensor, condition: Condition = None) -> Prediction:
         """mu, x_0 and eps as one call of the network at (x_t, t) implies them (equation 11)."""
         t = self._times(t, xt)
         out = self._net(xt, t, condition)
         x0 = self._mix(self.x0_from_xt, xt, self.x0_from_out, out, t)
-        if self.bounded:  # not by _out, which says x_0 up to the rounding of what it was before
+        if self.bounded:
             x0 = x0.clamp(-1, 1)
             mu = self._mix(self.mu_bar_from_x0, x0, self.mu_bar_from_xt, xt, t)
             eps = self._mix(1 / self.noise_scale, xt, -self.signal_scale / self.noise_scale, x0, t)
@@ -399,8 +391,13 @@ class GaussianDiffusion(DiffusionProcess):
             if len(t):
                 rows, row_times, conditions = every_pair(x0, t, condition)
                 noise = torch.randn(rows.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-                out = self._out(self.q_sample(rows, row_times, noise), row_times, conditions)
-                yield t, (out - self._target(rows, row_times, noise)).unflatten(0, t.shape)
+                out = self._net(self.q_sample(rows, row_times, noise), row_times, conditions)
+                residual = out - self._target(rows, row_times, noise)
+                if self.bounded:  # x_0_hat is taken as the nearest one in [-1, 1]
+                    from_out = self._at(self.x0_from_out, row_times, rows)
+                    x0_hat = rows + from_out * residual
+                    residual = torch.where(x0_hat.abs() > 1, (x0_hat.clamp(-1, 1) - rows) / from_out, residual)
+                yield t, residual.unflatten(0, t.shape)
 
     @torch.no_grad()
     def variational_bound(

@@ -218,10 +218,11 @@ def run_each(args: argparse.Namespace) -> None:
     each = itertools.product(args.ema_length or [None], args.guidance or [None])
     ranks, datasets = Ranks(args.device), {}
     figures = {(length, weight): run(args, length, weight, ranks, datasets) for length, weight in each}
-    if len(figures) > 1 and None not in figures.values():
-        best = min(figures, key=lambda which: figures[which] if math.isfinite(figures[which]) else math.inf)
+    found = {which: figure for which, figure in figures.items() if figure is not None and math.isfinite(figure)}
+    if len(figures) > 1 and found:
+        best = min(found, key=found.get)
         flags = [f"{flag} {x:g}" for flag, x in zip(("--ema-length", "--guidance"), best, strict=True) if x is not None]
-        print(f"least {args.metrics[0]}: {figures[best]:.4f}, with {' '.join(flags)}")
+        print(f"least {args.metrics[0]}: {found[best]:.4f}, with {' '.join(flags)}")
 
 
 def run(

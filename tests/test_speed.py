@@ -155,7 +155,12 @@ def test_the_rows_of_a_call_are_those_of_the_first_part_of_a_small_data_set(imag
 
 
 def test_the_weights_of_image_convolutions_alone_are_ordered_by_channel_last():
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Conv3d(3, 4, 2), torch.nn.Linear(2, 3))
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 2),
+        torch.nn.Conv2d(3, 4, 1),  # of which both orders are one, and yet the strides say which it is to the kernels
+        torch.nn.Conv3d(3, 4, 2),
+        torch.nn.Linear(2, 3),
+    )
     net.register_buffer("kernel", torch.randn(2, 3, 4, 5))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     own = {id(parameter) for parameter in net.parameters()}
