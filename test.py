@@ -22,6 +22,7 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
 from typing import get_args
@@ -51,6 +52,10 @@ from training.seeds import STEP, mixed_seed
 DEFAULTS = {"n": 16, "timesteps": None, "bpd_images": 1000, "bpd_timesteps": None}  # None: all of them
 # Of a report, whose n is enough for fd: with 200 * 160 calls of the network for samples and 200 * 100 for bpd
 REPORT_DEFAULTS = {"n": 160, "timesteps": 200, "bpd_images": 200, "bpd_timesteps": 100}
+
+# Flags that no edit heeds
+NOT_OF_EDITS = ("metrics", "fit_variance", "compile", "eta", "precision", "frames", "pictures", "features", "classifier")
+NOT_OF_EDITS += ("weighting", "bpd_images", "bpd_timesteps")
 
 
 def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, has_clusters: bool) -> None:
@@ -393,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     args.command = shlex.join(["python", "test.py", *(sys.argv[1:] if argv is None else argv)])
 
     def work() -> None:
-        _check(args)
+        _check(args, parser.get_default)
         run_each(args)
 
     try:
@@ -402,7 +407,8 @@ def main(argv: list[str] | None = None) -> int:
         leave_ranks()
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, default: Callable[[str], object]) -> None:
+    """Mistake if the flags do not go together; default(name) is what a flag is if it is not given."""
     for name in ("n", "frames", "pictures", "batch_size", "bpd_images", "fit_variance"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise Mistake(f"--{name.replace('_', '-')} = {getattr(args, name)}: must be at least 1")
@@ -423,10 +429,10 @@ def _check(args: argparse.Namespace) -> None:
         if len(values or []) > 1 and (edits or not args.metrics):
             of_edits = f", and {edits[0]} has none" if edits else ""
             raise Mistake(f"{flag} with several values needs --metrics to tell them apart{of_edits}")
-    ignored = {"--metrics": args.metrics, "--fit-variance": args.fit_variance, "--compile": args.compile, "--eta": args.eta}
-    ignored |= {"--precision": args.precision != "fp32", "--sampler": args.sampler != "ddpm" and not getattr(args, "from")}
-    if edits and any(ignored.values()):
-        raise Mistake(f"{edits[0]}: leave out {', '.join(flag for flag, given in ignored.items() if given)}")
+    ignored = [name for name in NOT_OF_EDITS if getattr(args, name) != default(name)] if edits else []
+    ignored += ["sampler"] if edits and args.sampler != default("sampler") and not getattr(args, "from") else []
+    if ignored:
+        raise Mistake(f"{edits[0]}: leave out {', '.join('--' + name.replace('_', '-') for name in ignored)}")
     if args.strength is not None and not getattr(args, "from"):
         raise Mistake("--strength is of --from")
     if args.interpolate and args.label in ("all", "data"):

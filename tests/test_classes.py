@@ -202,6 +202,8 @@ def test_an_edit_writes_its_samples_and_keeps_what_it_must(flags, kind, run):
         (["--guidance", "2"], ["--guidance", "add --class"]),
         (["--from", "a.png", "--precision", "bf16", "--eta", "0.5"], ["--from: leave out --eta, --precision"]),
         (["--upscale", "small.png", "--metrics", "bpd", "--fit-variance", "5"], ["leave out --metrics, --fit-variance"]),
+        (["--upscale", "small.png", "--frames", "3", "--features", "inception"], ["leave out --frames, --features"]),
+        (["--colour", "a.png", "--sampler", "dpm"], ["leave out --sampler"]),
         (["--interpolate", "a.png", "a.png", "-n", "1"], ["-n 1", "at least 2"]),
         (["--interpolate", "a.png", "b.png", "--class", "all"], ["--interpolate", "--class all"]),
         (["--interpolate", "a.png", "b.png", "--class", "data"], ["--interpolate", "--class data"]),
