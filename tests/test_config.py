@@ -149,7 +149,7 @@ def test_a_missing_section_is_named(section, write):
     ("text", "words"),
     [
         ('{"schedule": }', "line 1, column 14"),
-        ('{\n  "schedule": {},\n}', "line 3, column 1"),
+        ('{\n  "schedule": {},\n  3}', "line 3, column 3"),
         ('{"schedule": {}, "schedule": {}}', "schedule: stands twice"),
         ("[]", "must be an object"),
         ("", "line 1, column 1"),
