@@ -13,6 +13,7 @@ and equation numbers are those of the README, section "The mathematics"; s is th
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from math import expm1, inf, log, sqrt
 from typing import NamedTuple
@@ -38,20 +39,24 @@ SAMPLERS: dict[str, Sampler] = {}
 
 # Spacings: where a sampler that is given a number of steps takes them, from alpha_bar [T] in float64
 
+NOISE = -10.0  # the log snr below which x_t counts as noise
+
 
 def even_in_time(alpha_bar: Tensor, count: int) -> list[int]:
     """`count` times from T down to 1, in even steps of t."""
     return torch.linspace(len(alpha_bar), 1, count, dtype=torch.float64).round().int().tolist()
 
 
-def even_in_log_snr(alpha_bar: Tensor, count: int) -> list[int]:
+def even_in_log_snr(alpha_bar: Tensor, count: int, in_noise: float = 1.0) -> list[int]:
     """The times nearest to even steps in log snr from T down to 1, moved apart by as little as makes them distinct.
 
-    Where x_T holds no signal, its log snr is -inf: T, and then the others as if T - 1 were the last.
+    Below log snr -10, where the schedule of Ho et al. 2020 ends and x_t tells hardly anything of x_0, they are `in_noise` times
+    as dense. Where x_T holds no signal, its log snr is -inf: T, and then the others as if T - 1 were the last.
     """
-    if alpha_bar[-1] > 0:
-        return _nearest(torch.logit(alpha_bar), count)
-    return [len(alpha_bar), *_nearest(torch.logit(alpha_bar[:-1]), count - 1)]
+    if alpha_bar[-1] == 0:
+        return [len(alpha_bar), *even_in_log_snr(alpha_bar[:-1], count - 1, in_noise)]
+    log_snr = torch.logit(alpha_bar)
+    return _nearest(log_snr.clamp(min=NOISE) + in_noise * (log_snr - NOISE).clamp(max=0), count)
 
 
 def _nearest(coordinate: Tensor, count: int) -> list[int]:
@@ -115,11 +120,11 @@ def ddim(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal, 
         yield x
 
 
-@register(even_in_log_snr)
+@register(partial(even_in_log_snr, in_noise=0.25))
 def dpm(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -> Iterator[Tensor]:
     """DPM-Solver++ 2M, Lu et al. 2022 (arXiv:2211.01095), algorithm 2; its first and last step of first order (equation 18).
 
-    Its error is of second order in the steps of log snr, so these are even.
+    Its error is of second order in the steps of log snr, so these are even, but for noise, where x_0_hat hardly changes.
     """
     x0_before, h_before = None, inf
     for (t, alpha_bar_t, _), (s, alpha_bar_s, _) in pairwise(levels):

@@ -455,6 +455,27 @@ def test_a_number_of_second_order_steps_is_spread_evenly_in_log_snr(count, sampl
         assert gaps.max() < 1.3 * gaps.min()
 
 
+@pytest.mark.parametrize(("count", "most"), [(8, 0.07), (12, 0.04), (25, 0.014)])
+def test_few_steps_of_dpm_keep_the_spread_of_data_by_a_schedule_with_much_noise(count, most):
+    """The exact flow takes a coordinate of x_T, of variance 1, to that of the data, as strong components of images have it."""
+    schedule = CosineSchedule(1000)
+    std = torch.tensor([0.1, 0.3, 1.0, 3.0, 10.0, 30.0], dtype=torch.float64)
+    alpha_bar = Textbook(schedule.beta).alpha_bar
+
+    class Optimal(nn.Module):
+        def forward(self, xt, t):
+            signal = alpha_bar[t, None]
+            return signal.sqrt() * std**2 / (signal * std**2 + 1 - signal) * xt.double()
+
+    diffusion = GaussianDiffusion(schedule, Optimal(), prediction="reconstruction")
+    error, error_of_even = (
+        (diffusion.sample((1, 6), "dpm", times, x_T=torch.ones(1, 6)) / std - 1).abs().max()
+        for times in (count, SAMPLERS["heun"].spacing(schedule.alpha_bar, count))
+    )
+    assert error < most
+    assert error_of_even > 1.8 * error
+
+
 def test_every_state_of_a_trajectory_can_be_kept():
     diffusion = optimal("denoising")
     x_T = torch.randn(4, 2)
