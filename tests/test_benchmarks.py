@@ -374,7 +374,9 @@ def test_the_scale_is_of_images_that_the_features_were_not_trained_on(count, n, 
     assert torch.equal(measured[-1][1][: len(chosen)], chosen)
 
 
-@pytest.mark.parametrize(("best", "asked"), [(1.25, [1.25, 1.5]), (3, [1.25, 1.5, 2, 3, 4]), (14, [1.25, 1.5, 2, 3, 4, 6, 8, 12])])
+@pytest.mark.parametrize(
+    ("best", "asked"), [(1.25, [1.25, 1.5]), (3, [1.25, 1.5, 2, 3, 4]), (14, [1.25, 1.5, 2, 3, 4, 6, 8, 12])]
+)
 def test_a_run_is_guided_by_the_weight_before_its_samples_get_worse(best, asked):
     weights, measure = [], SimpleNamespace(to_unseen=lambda samples: abs(samples.float().mean().item() / 12.75 - best))
 
