@@ -39,7 +39,7 @@ SAMPLERS: dict[str, Sampler] = {}
 
 # Spacings: where a sampler that is given a number of steps takes them, from alpha_bar [T] in float64
 
-NOISE = -10.0  # the log snr below which x_t counts as noise
+NOISE = -10.2  # the log snr below which x_t counts as noise; the schedule of Ho et al. 2020 ends at -10.1
 
 
 def even_in_time(alpha_bar: Tensor, count: int) -> list[int]:
@@ -50,8 +50,8 @@ def even_in_time(alpha_bar: Tensor, count: int) -> list[int]:
 def even_in_log_snr(alpha_bar: Tensor, count: int, in_noise: float = 1.0) -> list[int]:
     """The times nearest to even steps in log snr from T down to 1, moved apart by as little as makes them distinct.
 
-    Below log snr -10, where the schedule of Ho et al. 2020 ends and x_t tells hardly anything of x_0, they are `in_noise` times
-    as dense. Where x_T holds no signal, its log snr is -inf: T, and then the others as if T - 1 were the last.
+    Below NOISE, where x_t tells hardly anything of x_0, they are `in_noise` times as dense. Where x_T holds no signal, its
+    log snr is -inf: T, and then the others as if T - 1 were the last.
     """
     if alpha_bar[-1] == 0:
         return [len(alpha_bar), *even_in_log_snr(alpha_bar[:-1], count - 1, in_noise)]
