@@ -53,10 +53,9 @@ def even_in_log_snr(alpha_bar: Tensor, count: int, in_noise: float = 1.0) -> lis
     Below NOISE, where x_t tells hardly anything of x_0, they are `in_noise` times as dense. Where x_T holds no signal, its
     log snr is -inf: T, and then the others as if T - 1 were the last.
     """
-    if alpha_bar[-1] == 0:
-        return [len(alpha_bar), *even_in_log_snr(alpha_bar[:-1], count - 1, in_noise)]
-    log_snr = torch.logit(alpha_bar)
-    return _nearest(log_snr.clamp(min=NOISE) + in_noise * (log_snr - NOISE).clamp(max=0), count)
+    log_snr = torch.logit(alpha_bar[alpha_bar > 0])
+    times = [len(alpha_bar)] if len(log_snr) < len(alpha_bar) else []
+    return times + _nearest(log_snr.clamp(min=NOISE) + in_noise * (log_snr - NOISE).clamp(max=0), count - len(times))
 
 
 def _nearest(coordinate: Tensor, count: int) -> list[int]:

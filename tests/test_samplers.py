@@ -455,6 +455,15 @@ def test_a_number_of_second_order_steps_is_spread_evenly_in_log_snr(count, sampl
         assert gaps.max() < 1.3 * gaps.min()
 
 
+@pytest.mark.parametrize("sampler", ["dpm", "heun"])
+@pytest.mark.parametrize(
+    ("alpha_bar", "count", "times"),
+    [([0.0], 1, [1]), ([0.5, 0.0], 1, [2]), ([0.5, 0.0], 2, [2, 1]), ([0.9, 0.5, 0.0], 2, [3, 2])],
+)
+def test_x_T_without_signal_is_visited_first(alpha_bar, count, times, sampler):
+    assert SAMPLERS[sampler].spacing(torch.tensor(alpha_bar, dtype=torch.float64), count) == times
+
+
 @pytest.mark.parametrize(("count", "most"), [(8, 0.07), (12, 0.04), (25, 0.014)])
 def test_few_steps_of_dpm_keep_the_spread_of_data_by_a_schedule_with_much_noise(count, most):
     """The exact flow takes a coordinate of x_T, of variance 1, to that of the data, as strong components of images have it."""
