@@ -110,7 +110,7 @@ class References(NamedTuple):
     x0: Tensor
     fits: Tensor | None = None
 
-    def at(self, times: int) -> "References":
+    def repeated(self, times: int) -> "References":
         """For the batch repeated so many times."""
         return self if self.fits is None else self._replace(fits=self.fits.repeat(times, 1))
 
@@ -440,7 +440,7 @@ class GaussianDiffusion(DiffusionProcess):
 
         def chunk(x0: Tensor, t: Tensor) -> Tensor:
             rows, times, conditions = every_pair(x0, t, condition)
-            others = None if references is None else references.at(len(t))
+            others = None if references is None else references.repeated(len(t))
             return self._loss("full", rows, times, torch.randn_like(rows), conditions, others).view(len(t), -1).sum(0)
 
         chunks = self._chunks(x0, self._for_each(x0, 1, self.T), chunk_size)
