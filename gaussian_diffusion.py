@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Literal, NamedTuple, get_args
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from classify import classify
-from diffusion_process import Bound, Condition, DiffusionProcess, choice, every_pair, mean_from
+from diffusion_process import Bound, Condition, DiffusionProcess, choice, every_pair, float32_products, mean_from
 from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
@@ -86,18 +85,6 @@ class Prediction(NamedTuple):
     mu: Tensor
     x0: Tensor
     eps: Tensor
-
-
-@contextmanager
-def _float32_products(device: torch.device) -> Iterator[None]:
-    """Products of matrices in float32 itself: neither what autocast makes of it, nor TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class References(NamedTuple):
@@ -326,7 +313,7 @@ class GaussianDiffusion(DiffusionProcess):
         own, others, seen = (x.reshape(len(x), -1) for x in (x0, references.x0, xt))
         signal = self._at(self.signal_scale, t, own)
         slope = signal / self._at(self.noise_scale, t, own) ** 2
-        with _float32_products(xt.device):
+        with float32_products(), torch.autocast(xt.device.type, enabled=False):
             half = [torch.linalg.vector_norm(x, dim=1).square() / 2 for x in (own, others)]
             logit = slope * ((seen * own).sum(1, keepdim=True) - signal * half[0][:, None])  # of q(x_t | x_0), up to a constant
             logits = slope * (seen @ others.T - signal * half[1])
