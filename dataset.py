@@ -115,7 +115,7 @@ class ImageDataset(Dataset):
 
     def to_float(self, pixels: Tensor) -> Tensor:
         """uint8 [B, C, H, W] to float32 in [-1, 1], each image flipped by its own coin."""
-        x = pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)  # in place: thrice as fast
+        x = pixels.float() / 127.5 - 1
         for dim, p in self.flips:
             coin = torch.rand(len(x), 1, 1, 1, device=x.device) < p
             x = torch.where(coin, x.flip(dim), x)

@@ -36,17 +36,6 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
 
 
-@contextmanager
-def float32_products() -> Iterator[None]:
-    """Products of matrices of float32 without TF32, whatever speed the caller has chosen."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def mean_from(dim: int, x: Tensor) -> Tensor:
     """The mean over the dimension dim and all after it, of which there may be none."""
     return x[..., None].flatten(dim).mean(dim)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from classify import classify
-from diffusion_process import Bound, Condition, DiffusionProcess, choice, every_pair, float32_products, mean_from
+from diffusion_process import Bound, Condition, DiffusionProcess, choice, every_pair, mean_from
 from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
@@ -85,21 +85,6 @@ class Prediction(NamedTuple):
     mu: Tensor
     x0: Tensor
     eps: Tensor
-
-
-class References(NamedTuple):
-    """Draws of the data besides the batch, from which the losses take targets with less noise (README, equation 15d).
-
-    x0    [n, ...], independent of the batch and of its noise
-    fits  bool [B, n]: has it the condition of the batch's row? None where there is no condition
-    """
-
-    x0: Tensor
-    fits: Tensor | None = None
-
-    def repeated(self, times: int) -> "References":
-        """For the batch repeated so many times."""
-        return self if self.fits is None else self._replace(fits=self.fits.repeat(times, 1))
 
 
 class GaussianDiffusion(DiffusionProcess):
@@ -307,47 +292,23 @@ class GaussianDiffusion(DiffusionProcess):
         """What the network's output at q_sample(x_0, t, noise) should be (equation 10)."""
         return self._mix(self.target_from_x0, x0, self.target_from_eps, noise, t)
 
-    @torch.no_grad()
-    def _posterior_mean(self, x0: Tensor, xt: Tensor, t: Tensor, references: References) -> Tensor:
-        """E[x_0 | x_t, x_0 is this one or a reference that fits], of x's shape (equation 15d)."""
-        own, others, seen = (x.reshape(len(x), -1) for x in (x0, references.x0, xt))
-        signal = self._at(self.signal_scale, t, own)
-        slope = signal / self._at(self.noise_scale, t, own) ** 2
-        with float32_products(), torch.autocast(xt.device.type, enabled=False):
-            half = [torch.linalg.vector_norm(x, dim=1).square() / 2 for x in (own, others)]
-            logit = slope * ((seen * own).sum(1, keepdim=True) - signal * half[0][:, None])  # of q(x_t | x_0), up to a constant
-            logits = slope * (seen @ others.T - signal * half[1])
-            if references.fits is not None:
-                logits = logits.masked_fill(~references.fits, -math.inf)
-            chance = torch.cat([logit, logits], dim=1).softmax(1)
-            return (chance[:, :1] * own + chance[:, 1:] @ others).view_as(x0)
-
-    def _square(self, residual: Tensor, x0: Tensor, from_out: Tensor) -> Tensor:
-        """[B]: the mean square of out - target, of a bounded x_0 without what lies beyond the end where x_0 is (15b)."""
-        if self.bounded:
-            residual = residual.masked_fill((x0.abs() >= 1) & (x0 * from_out * residual.detach() > 0), 0)
-        return mean_from(1, residual.square())
-
-    def _errors(
-        self, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition, references: References | None
-    ) -> tuple[Tensor, Tensor]:
+    def _errors(self, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """[B] twice: the mean squared error of the network's output, and the same without gradient, for a learnable variance.
 
         Of a bounded x_0 the first one counts nothing beyond the end where x_0 is (equation 15b), and the second, which is the
-        bound's, takes x_0_hat as the nearest one in [-1, 1]. With references, the first has the gradient of (15d).
+        bound's, takes x_0_hat as the nearest one in [-1, 1].
         """
         xt = self.q_sample(x0, t, noise)
         residual = self._net(xt, t, condition) - self._target(x0, t, noise)
-        from_out = self._at(self.x0_from_out, t, x0)  # x_0_hat - x_0 is from_out * residual
-        error = self._square(residual, x0, from_out)
-        if references is not None:
-            mean = self._posterior_mean(x0, xt, t, references)
-            to_mean = self._square(residual + (x0 - mean) / from_out, mean, from_out)
-            error = to_mean + (error - to_mean).detach()  # with the value of the one and the gradient of the other
-        if not (self.bounded and self.reverse_variance == "learnable"):
+        if not self.bounded:
+            error = mean_from(1, residual.square())
             return error, error.detach()
-        nearest = (x0 + from_out * residual.detach()).clamp(-1, 1)
-        return error, mean_from(1, ((nearest - x0) / from_out).square())
+        from_out = self._at(self.x0_from_out, t, x0)
+        x0_off = from_out * residual.detach()  # x_0_hat - x_0
+        error = mean_from(1, residual.masked_fill((x0.abs() >= 1) & (x0 * x0_off > 0), 0).square())
+        if self.reverse_variance != "learnable":
+            return error, error.detach()
+        return error, mean_from(1, (((x0 + x0_off).clamp(-1, 1) - x0) / from_out).square())
 
     def _bound_term(self, t: Tensor, error: Tensor) -> Tensor:
         """[B]: the term of L_2 / n or L_1 / n (equations 13 and 8) at t, of the network's mean squared error [B]."""
@@ -357,16 +318,8 @@ class GaussianDiffusion(DiffusionProcess):
             term = term + sigma_square.log() + self._at(self.sigma_bar_square, t, error) / sigma_square
         return term
 
-    def _loss(
-        self,
-        mode: LossMode,
-        x0: Tensor,
-        t: Tensor,
-        noise: Tensor,
-        condition: Condition,
-        references: References | None = None,
-    ) -> Tensor:
-        error, fixed_error = self._errors(x0, t, noise, condition, references)
+    def _loss(self, mode: LossMode, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> Tensor:
+        error, fixed_error = self._errors(x0, t, noise, condition)
         if mode == "full":  # with the value of the one and the gradient of the other
             return self._bound_term(t, error + (fixed_error - error.detach()))
         loss = self._at(self.min_snr_weight, t, error) * error if mode == "min_snr" else error
@@ -374,14 +327,7 @@ class GaussianDiffusion(DiffusionProcess):
             loss = loss + self._bound_term(t, fixed_error)
         return loss
 
-    def loss(
-        self,
-        x0: Tensor,
-        t: int | Tensor,
-        noise: Tensor | None = None,
-        condition: Condition = None,
-        references: References | None = None,
-    ) -> Tensor:
+    def loss(self, x0: Tensor, t: int | Tensor, noise: Tensor | None = None, condition: Condition = None) -> Tensor:
         """[B], per dimension: the term at t of the configured objective.
 
         "simple"   ||out - target||^2 / n (equation 14)
@@ -389,11 +335,10 @@ class GaussianDiffusion(DiffusionProcess):
         "full"     the term of L_2 / n, or L_1 / n for a learnable variance (equations 13 and 8); loss_full is the sum over t
 
         With a learnable variance, "simple" and "min_snr" add the full term with the network's gradient stopped (Nichol &
-        Dhariwal 2021, section 3.1): the network learns from the one, the variance from the other. references change no value,
-        and give the network's gradient less variance (equation 15d); so they do in all losses below.
+        Dhariwal 2021, section 3.1): the network learns from the one, the variance from the other.
         """
         noise = _noise(x0, noise)
-        return self._loss(self.loss_mode, x0, self._times(t, x0), noise, condition, references)
+        return self._loss(self.loss_mode, x0, self._times(t, x0), noise, condition)
 
     def _random_times(self, x0: Tensor) -> Tensor:
         """[B] times of time_sampling's density on 1..T, spread evenly over the batch."""
@@ -401,24 +346,18 @@ class GaussianDiffusion(DiffusionProcess):
             return super()._random_times(x0)
         return torch.searchsorted(self.time_cdf, self._even_draws(x0), right=True).clamp(max=self.T - 1) + 1
 
-    def _drawn_loss(self, mode: LossMode, x0: Tensor, condition: Condition, references: References | None) -> Tensor:
+    def _drawn_loss(self, mode: LossMode, x0: Tensor, condition: Condition) -> Tensor:
         """[B]: the loss at random times, weighted to be that of uniform ones in expectation (equation 15c)."""
         t = self._random_times(x0)
-        loss = self._loss(mode, x0, t, torch.randn_like(x0), condition, references)
+        loss = self._loss(mode, x0, t, torch.randn_like(x0), condition)
         self.last_terms = t, loss.detach()
         return self._at(self.time_weight, t, loss) * loss
 
-    def loss_simple(self, x0: Tensor, condition: Condition = None, references: References | None = None) -> Tensor:
+    def loss_simple(self, x0: Tensor, condition: Condition = None) -> Tensor:
         """[B]: the simple loss (equation 14) at random times."""
-        return self._drawn_loss("simple", x0, condition, references)
+        return self._drawn_loss("simple", x0, condition)
 
-    def loss_full(
-        self,
-        x0: Tensor,
-        chunk_size: int | None = None,
-        condition: Condition = None,
-        references: References | None = None,
-    ) -> Tensor:
+    def loss_full(self, x0: Tensor, chunk_size: int | None = None, condition: Condition = None) -> Tensor:
         """[B]: the full loss (equation 13), summed over every t = 1..T, each with its own noise.
 
         chunk_size timesteps go through the network in one call (None: as many as make 128 rows). What a call keeps for the
@@ -427,27 +366,20 @@ class GaussianDiffusion(DiffusionProcess):
 
         def chunk(x0: Tensor, t: Tensor) -> Tensor:
             rows, times, conditions = every_pair(x0, t, condition)
-            others = None if references is None else references.repeated(len(t))
-            return self._loss("full", rows, times, torch.randn_like(rows), conditions, others).view(len(t), -1).sum(0)
+            return self._loss("full", rows, times, torch.randn_like(rows), conditions).view(len(t), -1).sum(0)
 
         chunks = self._chunks(x0, self._for_each(x0, 1, self.T), chunk_size)
         return sum(checkpoint(chunk, x0, t, use_reentrant=False) for t in chunks)
 
-    def forward(
-        self,
-        x0: Tensor,
-        chunk_size: int | None = None,
-        condition: Condition = None,
-        references: References | None = None,
-    ) -> Tensor:
+    def forward(self, x0: Tensor, chunk_size: int | None = None, condition: Condition = None) -> Tensor:
         """Scalar: the configured loss, batch mean. chunk_size is loss_full's.
 
         The times that it drew and their losses, (t, loss) [B] each, are left in `last_terms`, unweighted; not by the full loss,
         of all t.
         """
         if self.loss_mode == "full":
-            return self.loss_full(x0, chunk_size, condition, references).mean()
-        return self._drawn_loss(self.loss_mode, x0, condition, references).mean()
+            return self.loss_full(x0, chunk_size, condition).mean()
+        return self._drawn_loss(self.loss_mode, x0, condition).mean()
 
     # Variational bound
 

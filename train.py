@@ -33,7 +33,7 @@ from evaluation.while_training import Quality, first_picture, save_samples, vali
 from mistakes import OneLineParser, run_script
 from training import speed
 from training.averages import Averages
-from training.batches import Batches, drop_labels, references_for
+from training.batches import Batches, drop_labels
 from training.checks import bad_numbers, check_batch, check_fit
 from training.graph import Launcher
 from training.loggers import Loggers
@@ -136,14 +136,14 @@ class Trainer:
     def train_step(self, pixels: Tensor, labels: Tensor | None = None) -> None:
         """One update of the weights from this rank's share of a batch. Waits for nothing on the device."""
         torch.manual_seed(mixed_seed(STEP, self.cfg.seed, self.ranks.rank, self.step))
-        self.x0, self.norm = self.work(pixels, labels, *self.train_data.references())
+        self.x0, self.norm = self.work(pixels, labels)
         self.scheduler.step()
         self.step += 1
         self.averages.update(self.step)
 
-    def _work(self, pixels: Tensor, labels: Tensor | None, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _work(self, pixels: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a step does on the device, but for the averages; CUDA may replay it (training/graph.py). x_0 and the norm."""
-        x0, *references = [self.model.x0_of(self.train_data.images.to_float(x)) for x in (pixels, *others[:1])]
+        x0 = self.model.x0_of(self.train_data.images.to_float(pixels))
         if self.n_classes is not None:
             labels = drop_labels(labels, self.n_classes, self.cfg.label_dropout)
         parts = x0.chunk(self.cfg.grad_accum)
@@ -152,8 +152,7 @@ class Trainer:
         for i, (part, part_labels) in enumerate(zip(parts, labels, strict=True)):
             exchange = i == len(parts) - 1 or self.ranks.world == 1  # of gradients between ranks: with the last part
             with nullcontext() if exchange else self.parallel.no_sync(), speed.autocast(self.device, self.cfg.precision):
-                fitting = [references_for(part_labels, self.n_classes, *references, *others[1:])] if references else []
-                part_loss = self.parallel(part, self.cfg.chunk_size, self.condition(part_labels), *fitting)
+                part_loss = self.parallel(part, self.cfg.chunk_size, condition=self.condition(part_labels))
                 part_loss = part_loss * (len(part) / len(x0))
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
@@ -206,8 +205,9 @@ class Trainer:
         finally:
             if not self.writer.error:
                 self._write_best()
-            for each in (self.writer, self.loggers, self.train_data, self.valid_data, folder):
+            for each in (self.writer, self.loggers, self.train_data, self.valid_data):
                 each.close()
+            folder.close()
 
     def _run(self, bar: tqdm) -> None:
         if self._at_end() and self.step != self.closed:  # stopped just there

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion_process import float32_products
 from files import whole_file
 
 CLASSIFIER_FORMAT = "gaussian-diffusion classifier 1"
@@ -45,8 +44,13 @@ def from_uint8(images: Tensor) -> Tensor:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Float32 without TF32, and the same kernels each time, whatever speed the caller has chosen."""
-    with float32_products(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # Features of a classifier that is trained here

@@ -55,10 +55,10 @@ def test_resuming_is_exact_with_deterministic_kernels(precision, cuda_graph, tmp
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_that_is_recorded_and_replayed_gives_the_same_bits(precision, optimizer, tmp_path):
-    """With labels, references, dropout, a learnable variance, two parts a batch, a falling rate, and a short last batch."""
+    """With labels, dropout, a learnable variance, two parts a batch, a falling rate, and an epoch's short last batch."""
     more = ["train_cfg.batch_size=256", f"train_cfg.precision={precision}", f"train_cfg.optimizer={optimizer}"]
     more += ["train_cfg.grad_accum=2", "train_cfg.lr_schedule=linear", "train_cfg.warmup_steps=3"]
-    more += ["time_aware_net.kwargs.n_classes=10", "diffusion.reverse_variance=learnable", "train_cfg.references=64"]
+    more += ["time_aware_net.kwargs.n_classes=10", "diffusion.reverse_variance=learnable"]
     for name in ("true", "false"):
         settings = (*more, f"train_cfg.cuda_graph={name}")
         assert train.main(on_gpu(tiny(tmp_path / name, *settings, flags=("--deterministic",)))) == 0

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from dataset import ArrayDataset, ImageDataset
-from gaussian_diffusion import References
 from mistakes import Mistake
 from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
@@ -30,13 +29,6 @@ def drop_labels(labels: Tensor, n_classes: int, p: float) -> Tensor:
     So one network learns both with and without (Ho & Salimans 2022, algorithm 1). Drawn from the device's global generator.
     """
     return labels.masked_fill(torch.rand(labels.shape, device=labels.device) < p, n_classes)
-
-
-def references_for(labels: Tensor | None, n_classes: int | None, x0: Tensor, of_x0: Tensor | None) -> References:
-    """Images x0 with labels of_x0, for a batch with these labels: those of a row's class, or all for a row without label."""
-    if n_classes is None:
-        return References(x0)
-    return References(x0, (labels[:, None] == of_x0) | (labels[:, None] == n_classes))
 
 
 class Batches:
@@ -72,11 +64,6 @@ class Batches:
             self.cache = self._decode_all()
             self.labels = None if self.labels is None else self.labels[self.numbers].to(self.cache.device)
             self.numbers = torch.arange(len(self.numbers))  # from now on of the images in the cache
-        if shuffle and cfg.references and self.cache is None:
-            raise Mistake(
-                f"train_cfg.references = {cfg.references}: needs the images in memory: raise train_cfg.cache_gb, leave random "
-                "transforms but flips out, or set it to 0"
-            )
 
     def _decode_all(self) -> Tensor:
         at_hand = isinstance(self.images, ArrayDataset) and not self.images.pipeline
@@ -111,13 +98,6 @@ class Batches:
             if self.cache.device == self.ranks.device:
                 indices = self._to_device(indices)
             yield self._to_device(self.cache[indices]), self._labels_of(indices)
-
-    def references(self) -> Batch | tuple[()]:
-        """train_cfg.references images and their labels, each drawn by itself from torch's global generator; () for none."""
-        if not self.cfg.references:
-            return ()
-        indices = torch.randint(len(self.cache), (self.cfg.references,), device=self.cache.device)
-        return self._to_device(self.cache[indices]), self._labels_of(indices)
 
     def _labels_of(self, indices: Tensor) -> Tensor | None:
         return None if self.labels is None else self._to_device(self.labels[indices])

@@ -91,10 +91,6 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
         log.warning("dataset.valid: has the same files as dataset.train, so that nothing is measured on unseen images")
     if train.shape != valid.shape:
         log.warning(f"dataset.valid: its images have the shape {list(valid.shape)}, and those to train on {list(train.shape)}")
-    if model.n_levels and run.cfg.references:
-        raise Mistake(
-            f"train_cfg.references = {run.cfg.references}: targets are averages of images, and symbols have none; set it to 0"
-        )
     if model.n_levels:  # what is left of x_0 at T is part of p(x_T)
         return
     alpha_bar = model.signal_scale[-1].item() ** 2
