@@ -419,6 +419,11 @@ def test_settings_given_twice_add_up(refuse):
     refuse("train", [*run_argv("train_cfg.epochs=0"), "--set", "train_cfg.seed=1"], "train_cfg.epochs = 0")
 
 
+def test_an_option_is_its_whole_name(refuse, whole):
+    shutil.copytree(whole.folder, "run")
+    refuse("train", run_argv(flags=("--o",)), "unrecognized arguments: --o")
+
+
 SAMPLING = {
     "-s -1": "--seed",
     "-n 0": "-n",
