@@ -471,24 +471,30 @@ def build_train_config(config: Mapping) -> TrainConfig:
     return _build("train_cfg", TrainConfig, config["train_cfg"])
 
 
-def build_dataset(config: Mapping, split: str) -> dataset.ImageDataset:
-    """The data set of a split: "train", "valid" or "test"; with dataset.clusters, its classes are the clusters."""
-    clusters = config["dataset"].get("clusters")
-    if clusters is None:
+def build_dataset(config: Mapping, split: str, centres: Tensor | None = None) -> dataset.ImageDataset:
+    """The data set of a split: "train", "valid" or "test"; with dataset.clusters, its classes are the clusters.
+
+    centres  [clusters, n]: of the clusters that a run had found; else they are found among the training images
+    """
+    if config["dataset"].get("clusters") is None:
         return _build_split(config, split)
-    train, found = _clusters_of(json.dumps(config["dataset"]))
-    images = copy.copy(train) if split == "train" else _build_split(config, split)
-    numbers = found.labels_ if split == "train" else found.predict(dataset.small_images(images))
-    images.labels, images.class_names = torch.as_tensor(numbers).long(), [str(i) for i in range(clusters)]
+    if centres is None:
+        train = _clustered(json.dumps(config["dataset"]))
+        if split == "train":
+            return copy.copy(train)
+        centres = train.centres
+    images = _build_split(config, split)
+    dataset.give_clusters(images, centres)
     return images
 
 
 @functools.lru_cache(maxsize=1)
-def _clusters_of(section: str):
-    """The training images of a section dataset, and their clusters, found once for all splits."""
+def _clustered(section: str) -> dataset.ImageDataset:
+    """The training images of a section dataset with their clusters, found once for all splits."""
     section = json.loads(section)
     train = _build_split({"dataset": section}, "train")
-    return train, dataset.find_clusters(train, section["clusters"])
+    dataset.find_clusters(train, section["clusters"])
+    return train
 
 
 def _build_split(config: Mapping, split: str) -> dataset.ImageDataset:

@@ -46,6 +46,7 @@ class ImageDataset(Dataset):
 
     labels      long tensor [N] of class numbers from 0, or None where there are none
     class_names the name of each class, in the order of its number, or None
+    centres     [clusters, n] where the classes are clusters (`give_clusters`), or None
     shape       [C, H, W] of every image, after the pipeline
     flips       (dimension, probability) of each flip that to_float does
     is_random   may pixels(i) change from call to call? (not for the flips above; a transform of your own may, and draws from
@@ -54,6 +55,7 @@ class ImageDataset(Dataset):
 
     labels: Tensor | None = None
     class_names: list[str] | None = None
+    centres: Tensor | None = None
     is_random = False
 
     def __init__(self, pipeline: Sequence[Callable] = ()):
@@ -268,8 +270,8 @@ def small_images(images: ImageDataset) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def find_clusters(images: ImageDataset, count: int):
-    """scikit-learn's MiniBatchKMeans of `count` clusters of alike images, fitted: its labels_ are theirs.
+def find_clusters(images: ImageDataset, count: int) -> None:
+    """Make `count` clusters of alike images their classes, by scikit-learn's MiniBatchKMeans.
 
     To learn from the cluster of each image makes up for labels that are not there (Bao et al. 2022, arXiv:2212.00362).
     """
@@ -277,7 +279,19 @@ def find_clusters(images: ImageDataset, count: int):
 
     if count > len(images):
         raise Mistake(f"dataset.clusters = {count}: there are only {len(images)} images to train on")
-    return MiniBatchKMeans(count, random_state=0, n_init=3).fit(small_images(images))
+    x = small_images(images)
+    give_clusters(images, torch.from_numpy(MiniBatchKMeans(count, random_state=0, n_init=3).fit(x).cluster_centers_), x)
+
+
+def give_clusters(images: ImageDataset, centres: Tensor, x: np.ndarray | None = None) -> None:
+    """Make the number of the nearest of centres [clusters, n] the class of each image; x is small_images(images), if known."""
+    from sklearn.metrics import pairwise_distances_argmin
+
+    x = small_images(images) if x is None else x
+    if getattr(centres, "shape", ())[1:] != x.shape[1:] or not centres.isfinite().all():
+        raise Mistake(f"the centres of the run's clusters are not of images {list(images.shape)}: the data are not the run's")
+    images.labels = torch.from_numpy(pairwise_distances_argmin(x, centres.numpy())).long()
+    images.class_names, images.centres = [str(i) for i in range(len(centres))], centres
 
 
 def check_dataset(images: ImageDataset, where: str) -> None:

@@ -202,7 +202,8 @@ def refuse_for_symbols(args: argparse.Namespace) -> None:
 def evaluation_of(args: argparse.Namespace, diffusion: nn.Module, state: dict, ranks: Ranks, datasets: dict) -> Evaluation:
     names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
     how = {name: getattr(args, name) for name in names}
-    how |= {"guided": args.guidance is not None, "class_names": state.get("class_names"), "datasets": datasets}
+    how |= {"guided": args.guidance is not None, "datasets": datasets}
+    how |= {"class_names": state.get("class_names"), "centres": state.get("cluster_centres")}
     return Evaluation(diffusion, state["config"], ranks, **how)
 
 

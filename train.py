@@ -85,7 +85,7 @@ class Trainer:
         check_batch(self.cfg, self.ranks)
         self.loggers = Loggers(() if self.ranks.rank else self.cfg.loggers, self.config)
         with self.stopper:
-            self._build_model_and_data()
+            self._build_model_and_data((state or {}).get("cluster_centres"))
         speed.prepare(self, deterministic)
         self.parallel = self.ranks.parallel(self.model)
         self.optimizer = build_optimizer(self.cfg, self.model, self.device)
@@ -98,11 +98,11 @@ class Trainer:
         if state:
             restore_state(self, state)
 
-    def _build_model_and_data(self) -> None:
+    def _build_model_and_data(self, centres: Tensor | None) -> None:
         cfg = self.cfg
         torch.manual_seed(mixed_seed(WEIGHTS, cfg.seed))
         self.model = build_diffusion(self.config)  # before the data, which may be a long download
-        images = {split: build_dataset(self.config, split) for split in ("train", "valid")}
+        images = {split: build_dataset(self.config, split, centres) for split in ("train", "valid")}
         self.n_classes = getattr(self.model.time_aware_net, "n_classes", None)
         check_fit(self, images)
         self.shape, self.class_names = images["train"].shape, images["train"].class_names

@@ -253,13 +253,14 @@ class Evaluation:
     samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
     check: Callable[[], object] = lambda: None  # called before each batch of images
     class_names: list[str] | None = None  # of the checkpoint, if it says them
+    centres: Tensor | None = None  # of the clusters that are its classes
     datasets: dict[str, ImageDataset] = field(default_factory=dict)  # that were built, by split
 
     def dataset(self, split: str) -> ImageDataset:
         """The data set of a split; Mistake if its classes are not those that the network has learned."""
         if split in self.datasets:
             return self.datasets[split]
-        images = build_dataset(self.config, split)
+        images = build_dataset(self.config, split, self.centres)
         has_classes = getattr(self.diffusion.time_aware_net, "n_classes", None) is not None
         if has_classes and self.class_names not in (None, images.class_names):
             raise Mistake(f"dataset.{split}: has the classes {images.class_names}, and the network learned {self.class_names}")

@@ -112,6 +112,7 @@ class Quality:
         terms = min(cfg.sample_timesteps, run.ema.T - 1) or None  # of the bound, so that an image costs as much as a sample
         how = {"n": cfg.metric_samples, "batch_size": BATCH_SIZE, "seed": cfg.seed, "features": cfg.metric_features}
         how |= {"bpd_images": cfg.metric_samples, "bpd_timesteps": terms, "datasets": {"valid": run.valid_data.images}}
+        how |= {"centres": run.train_data.images.centres}
         evaluation = Evaluation(run.ema, run.config, run.ranks, **how)
         if run.ranks.world == 1:  # ranks look for signals equally often or not at all
             evaluation.check = run.stopper.check

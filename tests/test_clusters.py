@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import assert_same_state, losses, stop_at, tiny
+from runs import CROP, assert_same_state, losses, stop_at, tiny
 from torchvision.transforms import v2
 
 import checkpoint
 import test as sampling
 import train
-from config import build_dataset, load_config
+from config import _clustered, build_dataset, load_config
 from dataset import Digits, small_images
 from evaluation.metrics import Evaluation, build_extractor
 from evaluation.sampling import labels_in_shares
 from training.ranks import Ranks
+from training.state import restore_state
 
 ROOT = Path(__file__).parent.parent
 CLUSTERS = ("dataset.clusters=5", "time_aware_net.kwargs.n_classes=5", "train_cfg.label_dropout=0.5")
@@ -92,6 +93,56 @@ def test_a_run_with_clusters_stopped_and_resumed_is_the_run_never_stopped(run, t
     assert train.main(tiny(tmp_path / "parts", *CLUSTERS, flags=("--resume",))) == 0
     assert losses(tmp_path / "parts") == losses(run)
     assert_same_state(checkpoint.load(run / "last.pth"), checkpoint.load(tmp_path / "parts" / "last.pth"))
+
+
+@pytest.fixture
+def grown(tmp_path, monkeypatch) -> tuple[list[str], torch.Tensor]:
+    """The arguments of a run whose folder of images has got one more since it stopped, and the clusters that it had found."""
+    images, folder = Digits(), tmp_path / "images"
+    folder.mkdir()
+    for i in range(300):
+        images.image(i).save(folder / f"{i:03}.png")
+    part = f'{{"root": "{folder}", "mode": "L", "pipeline": [{CROP}]}}'
+    data = ["dataset.name=ImageFolder", f"dataset.train={part}", f"dataset.valid={part}"]
+    argv = tiny(tmp_path / "run", *CLUSTERS, *data)
+    with monkeypatch.context() as patch:
+        stop_at(patch, "train_step", 1)
+        assert train.main(argv) == 143
+    config = checkpoint.load(tmp_path / "run" / "last.pth")["config"]
+    before = build_dataset(config, "train").labels
+    images.image(300).save(folder / "-1.png")  # the first by name
+    _clustered.cache_clear()
+    assert (build_dataset(config, "train").labels[1:] == before).float().mean() < 0.5  # without the run's centres
+    return argv, before
+
+
+def test_the_clusters_of_a_run_stay_when_its_images_change(grown, tmp_path, monkeypatch):
+    argv, before = grown
+    resumed, evaluations, evaluation_of = [], [], sampling.evaluation_of
+    monkeypatch.setattr(train, "restore_state", lambda run, state: resumed.append(run) or restore_state(run, state))
+    assert train.main([*argv, "--resume"]) == 0
+    for batches in (resumed[0].train_data, resumed[0].valid_data):
+        assert torch.equal(batches.images.labels[1:], before)
+    monkeypatch.setattr(sampling, "evaluation_of", lambda *args: evaluations.append(evaluation_of(*args)) or evaluations[0])
+    assert sampling.main([str(tmp_path / "run" / "last.pth"), "--device", "cpu", "-n", "2", "--timesteps", "2"]) == 0
+    assert torch.equal(evaluations[0].dataset("valid").labels[1:], before)
+
+
+def test_a_run_that_kept_no_clusters_does_not_go_on_with_others(grown, tmp_path, capsys):
+    last = tmp_path / "run" / "last.pth"
+    state = checkpoint.load(last)
+    del state["cluster_centres"]
+    checkpoint.save(last, state)
+    assert train.main([*grown[0], "--resume"]) == 2
+    assert "last.pth: the training images are not the run's, and so its clusters are lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("centres", ["text", torch.zeros(5), torch.zeros(5, 7), torch.full((5, 16), torch.nan)])
+def test_centres_that_are_not_of_the_images_are_one_line(run, centres, tmp_path, capsys):
+    state = checkpoint.load(run / "last.pth") | {"cluster_centres": centres}
+    checkpoint.save(tmp_path / "last.pth", state)
+    assert sampling.main([str(tmp_path / "last.pth"), "--device", "cpu", "--timesteps", "2", "--metrics", "bpd"]) == 2
+    assert "the centres of the run's clusters are not of images [1, 4, 4]" in capsys.readouterr().err
 
 
 def test_samples_are_of_the_clusters_in_their_shares_unless_a_class_is_named(run, monkeypatch):

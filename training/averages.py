@@ -138,7 +138,8 @@ def average_of(path: Path, length: float) -> tuple[dict, float]:
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as cause:
             reason = " ".join(str(cause).split())[:200]
             raise Mistake(f"{file}: does not hold the averages of the run of {path} ({reason})") from cause
-    kept = {name: state.get(name) for name in ("config", "shape", "class_names", "class_counts", "step", "epoch")}
+    names = ("config", "shape", "class_names", "class_counts", "cluster_centres", "step", "epoch")
+    kept = {name: state.get(name) for name in names}
     buffers = state["buffers"] if "buffers" in state else state["ema"]
     return kept | {"ema": buffers | {name: p.float() for name, p in total.items()}}, error
 

@@ -64,8 +64,9 @@ def take_snapshot(run) -> dict | None:
 
 def _head(run) -> dict:
     """What every file with weights says of them."""
-    names = {"class_names": run.class_names, "class_counts": run.class_counts}
-    return {"config": run.config, "shape": list(run.shape), **names, "step": run.step}
+    classes = {"class_names": run.class_names, "class_counts": run.class_counts}
+    classes |= {"cluster_centres": run.train_data.images.centres}
+    return {"config": run.config, "shape": list(run.shape), **classes, "step": run.step}
 
 
 def _check_finite(run, tensors: list[Tensor]) -> None:
@@ -91,6 +92,10 @@ def restore_state(run, state: dict) -> None:
         if state.get(name) not in (None, found):  # older checkpoints may not say
             raise Mistake(f"{run.folder.resume_from}: the data are not the run's: {name} {state[name]} then, {found} now")
     if state.get("class_counts") not in (None, run.class_counts):
+        if run.config["dataset"].get("clusters") and state.get("cluster_centres") is None:  # older, so that others were found
+            raise Mistake(
+                f"{run.folder.resume_from}: the training images are not the run's, and so its clusters are lost"
+            )
         log.warning("the training images are not those of the run: a class has more or fewer of them now")
     try:
         run.model.load_state_dict(state["model"])
