@@ -187,7 +187,7 @@ class Trainer:
         folder = self.folder
         self.writer, self.begun = Writer(), (time.monotonic(), self.step)
         try:
-            folder.open(self.records if self.resumed else None, self.step)
+            self.records = folder.open(self.records if self.resumed else None, self.step)
             self.loggers.open(folder.path)
             bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
             with self.stopper, bar, logging_redirect_tqdm([log]):

@@ -76,6 +76,33 @@ def test_overwrite_starts_anew(tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "a")] == [3, 4]
 
 
+def test_records_that_are_missing_or_cut_short_leave_each_step_once(run, tmp_path, monkeypatch):
+    """A checkpoint alone is gone on with elsewhere, that run dies without a word, its last line is half written."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, "train_step", 5)
+        assert train.main(tiny(tmp_path / "first")) == 143
+    last = tmp_path / "alone" / "last.pth"
+    last.parent.mkdir()
+    shutil.copy(tmp_path / "first" / "last.pth", last)
+    calls, train_step = [], train.Trainer.train_step
+
+    def dying(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise InterruptedError("no power")
+        train_step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", dying)
+        assert train.main(tiny(tmp_path / "second", flags=("--resume", str(last)))) == 1
+    assert [line["step"] for line in metrics(tmp_path / "second")] == [6]
+    with open(tmp_path / "second" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "epo')
+    assert train.main(tiny(tmp_path / "second", flags=("--resume",))) == 0
+    assert [line["step"] for line in metrics(tmp_path / "second")] == [6, 8]
+    assert losses(tmp_path / "second")[-1] == losses(run)[-1]
+
+
 MORE = {
     "plain": [],
     "learnable": ["diffusion.reverse_variance=learnable"],

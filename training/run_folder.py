@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -92,28 +93,29 @@ class RunFolder:
             log.warning(f"{self.path}: cannot be locked ({error.strerror}): nothing keeps a second process from training there")
         self.handle, _locked[handle] = handle, path
 
-    def open(self, records: int | None, step: int) -> None:
-        """Make it ready: empty for a new run (records None); metrics.jsonl cut back to so many lines, and the snapshots of the
-        averages to those up to step, for one that goes on.
+    def open(self, records: int | None, step: int) -> int:
+        """Make it ready: empty for a new run (records None); metrics.jsonl cut back to so many lines, and it and the
+        snapshots of the averages to those up to step, for one that goes on. The number of lines that are left.
         """
         if not self.writes:
-            return
+            return 0
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
         if records is None:
             self._refuse_a_second()  # which another process may have begun since
             for path in self.files():
                 path.unlink()
-        else:
-            self._go_on(records, step)
+        kept = 0 if records is None else self._go_on(records, step)
         self.log_file = _LogFile(self.path / "train.log", encoding="utf-8")
         self.log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(self.log_file)
+        return kept
 
-    def _go_on(self, records: int, step: int) -> None:
-        """Have what the run had that is gone on with, and nothing of what it did after that."""
+    def _go_on(self, records: int, step: int) -> int:
+        """Have what the run had that is gone on with, and nothing of what it did after that; the number of its records."""
+        lines = []
         if (metrics := self.resume_from.with_name("metrics.jsonl")).exists():
-            lines = metrics.read_bytes().splitlines(keepends=True)[:records]
+            lines = _whole_records(metrics, records, step)
             with whole_file(self.path / "metrics.jsonl") as file:
                 file.writelines(lines)
         old, goes_on = self.resume_from.parent, self.resume_from.resolve() == (self.path / "last.pth").resolve()
@@ -126,6 +128,7 @@ class RunFolder:
             if taken <= step and not (self.path / path.name).exists():
                 with whole_file(self.path / path.name) as file, open(path, "rb") as source:
                     shutil.copyfileobj(source, file)
+        return len(lines)
 
     def add_record(self, record: dict) -> None:
         """Append a line to metrics.jsonl, and see it to the disk: before the checkpoint that counts it."""
@@ -145,6 +148,16 @@ class RunFolder:
         if _locked.pop(self.handle, None):
             os.close(self.handle)
         self.handle = None
+
+
+def _whole_records(path: Path, count: int, step: int) -> list[bytes]:
+    """The lines among the first `count` that are whole and of no later step: some may be missing, and one cut short."""
+    lines = []
+    for line in path.read_bytes().splitlines()[:count]:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                lines.append(line + b"\n")
+    return lines
 
 
 def _taken(folder: Path, best: Iterable[Path]) -> dict[Path, int]:

@@ -93,9 +93,7 @@ def restore_state(run, state: dict) -> None:
             raise Mistake(f"{run.folder.resume_from}: the data are not the run's: {name} {state[name]} then, {found} now")
     if state.get("class_counts") not in (None, run.class_counts):
         if run.config["dataset"].get("clusters") and state.get("cluster_centres") is None:  # older, so that others were found
-            raise Mistake(
-                f"{run.folder.resume_from}: the training images are not the run's, and so its clusters are lost"
-            )
+            raise Mistake(f"{run.folder.resume_from}: the training images are not the run's, and so its clusters are lost")
         log.warning("the training images are not those of the run: a class has more or fewer of them now")
     try:
         run.model.load_state_dict(state["model"])
