@@ -546,10 +546,10 @@ def build_schedule(config: Mapping) -> Any:
 def build_diffusion(config: Mapping, net: nn.Module | None = None) -> GaussianDiffusion | DiscreteDiffusion:
     """The process and its network, with new weights drawn from the global generator; or with net in the network's place."""
     schedule, (name, settings) = build_schedule(config), _split_name(config["diffusion"])
-    if net is None and not _is_own(config["time_aware_net"]["name"]):
-        network_without_memory(config)  # is it too large?
-    net = _build_network(config) if net is None else net
-    clusters = config["dataset"].get("clusters")
-    if clusters and getattr(net, "n_classes", None) != clusters:
-        raise Mistake(f"dataset.clusters = {clusters}: time_aware_net.kwargs.n_classes must be {clusters}, too")
+    if net is None:
+        if not _is_own(config["time_aware_net"]["name"]):
+            network_without_memory(config)  # is it too large?
+        net, clusters = _build_network(config), config["dataset"].get("clusters")
+        if clusters and getattr(net, "n_classes", None) != clusters:
+            raise Mistake(f"dataset.clusters = {clusters}: time_aware_net.kwargs.n_classes must be {clusters}, too")
     return _build("diffusion", _diffusion_class(name), settings, schedule=schedule, time_aware_net=net)

@@ -321,8 +321,7 @@ def _size(height: int, width: int) -> int | tuple[int, int]:
 
 def _check_not_fitted(diffusion: GaussianDiffusion, config: Mapping) -> None:
     """Mistake if the variances are not those that their name says: fit_reverse_variance changes them."""
-    schedule = SCHEDULES[config["schedule"]["name"]](**config["schedule"]["kwargs"])
-    named = GaussianDiffusion(schedule, nn.Identity(), **config["diffusion"])
+    named = build_diffusion(config, nn.Identity())
     if not torch.allclose(diffusion.sigma_square, named.sigma_square):
         raise Mistake(
             f"diffusion.reverse_variance = {diffusion.reverse_variance!r}: was fitted, and DDPMScheduler has no place for that"

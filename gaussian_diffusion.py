@@ -630,6 +630,9 @@ def _gaussian_nll(x: Tensor, mean: Tensor, variance: Tensor, n_levels: int) -> T
     return -mean_from(1, log_upper + torch.log(-torch.expm1(log_lower - log_upper)))
 
 
+TABLE = {"timesteps": (1000, 20), "batch_size": (16, 4), "image_size": (32, 16), "base_channels": (128, 32)}  # CUDA, others
+
+
 def _measure(diffusion: GaussianDiffusion, x0: Tensor, chunk_size: int | None, iterations: int) -> tuple[float, float, float]:
     """Loss, median seconds of a forward and backward pass, and peak memory in MiB (nan where it cannot be known)."""
     cuda = x0.device.type == "cuda"
@@ -655,23 +658,26 @@ def main(argv: list[str] | None = None) -> int:
     from mistakes import Mistake, OneLineParser, as_mistake, run_script
     from training.ranks import Ranks
 
-    cuda = torch.cuda.is_available()
     parser = OneLineParser(description="Time and memory of a forward and backward pass in every setting.")
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
-    parser.add_argument("--timesteps", type=int, default=1000 if cuda else 20, help="T")
-    parser.add_argument("--batch-size", type=int, default=16 if cuda else 4)
-    parser.add_argument("--image-size", type=int, default=32 if cuda else 16)
-    parser.add_argument("--base-channels", type=int, default=128 if cuda else 32, help="of the U-Net")
+    parser.add_argument("--timesteps", type=int, help="T")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--image-size", type=int)
+    parser.add_argument("--base-channels", type=int, help="of the U-Net")
     parser.add_argument("--chunk-size", type=int, help="timesteps in one network call of the full loss")
     parser.add_argument("--activation-checkpointing", action="store_true", help="in the U-Net")
     parser.add_argument("--iterations", type=int, default=3, help="timed ones, after one to warm up; the median is shown")
     args = parser.parse_args(argv)
 
     def work() -> None:
+        device = Ranks(args.device, alone=True).device
+        for name, (on_cuda, elsewhere) in TABLE.items():
+            if getattr(args, name) is None:
+                setattr(args, name, on_cuda if device.type == "cuda" else elsewhere)
         if min(args.batch_size, args.image_size, args.iterations) < 1:
             raise Mistake("--batch-size, --image-size and --iterations must be at least 1")
         with as_mistake():
-            _table(args, Ranks(args.device, alone=True).device)
+            _table(args, device)
 
     return run_script("gaussian_diffusion.py", work)
 
@@ -682,7 +688,7 @@ def _table(args: argparse.Namespace, device: torch.device) -> None:
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     batch = f"batch {args.batch_size} of 3 x {args.image_size} x {args.image_size}"
-    small = "" if torch.cuda.is_available() else " (small, for want of CUDA)"
+    small = "" if device.type == "cuda" else " (small, for want of CUDA)"
     print(f"{where}, torch {torch.__version__}: T = {args.timesteps}, {batch}, base_channels = {args.base_channels}{small}")
     print(f"{'variance':>16}  {'prediction':>14}  {'loss':>7}  {'loss value':>12}  {'ms / iteration':>14}  {'peak MiB':>8}")
     for variance, prediction, loss_mode in product(*map(get_args, (ReverseVariance, PredictionName, LossMode))):

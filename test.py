@@ -140,7 +140,8 @@ def labels_of(
 def _kind(diffusion: nn.Module, state: dict) -> tuple:
     """What two models must share for the output of one to mean that of the other."""
     names = ("prediction", "n_levels", "transition")  # of which a diffusion of numbers has the first, one of symbols the others
-    return *(getattr(diffusion, name, None) for name in names), state["config"]["schedule"], state["shape"]
+    n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
+    return *(getattr(diffusion, name, None) for name in names), state["config"]["schedule"], state["shape"], n_classes
 
 
 def guide(diffusion: nn.Module, state: dict, weight: float, interval: list[int] | None, weaker: str | None) -> None:
@@ -148,15 +149,16 @@ def guide(diffusion: nn.Module, state: dict, weight: float, interval: list[int] 
     config, net, interval = state["config"], diffusion.time_aware_net, tuple(interval or ALWAYS)
     if weaker:
         other, other_state = load_diffusion(weaker)
-        if _kind(other, other_state) != _kind(diffusion, state):
-            raise Mistake(f"--guide {weaker}: is of another prediction, schedule or shape of images than what it is to guide")
-        device = next(diffusion.buffers()).device
-        diffusion.time_aware_net = AutoGuidance(net, other.time_aware_net.to(device), weight, interval)
-        return
+        names = [each["class_names"] for each in (state, other_state) if each.get("class_names")]  # older ones may not say
+        if _kind(other, other_state) != _kind(diffusion, state) or names[1:] not in ([], names[:1]):
+            what = "prediction, schedule, shape of images or classes"
+            raise Mistake(f"--guide {weaker}: is of another {what} than what it is to guide")
+        weaker_net = other.time_aware_net.to(next(diffusion.buffers()).device)
     with as_mistake("--guidance: "):
-        diffusion.time_aware_net = ClassifierFreeGuidance(net, weight, interval)
-    if not config["train_cfg"]["label_dropout"]:
+        guided = AutoGuidance(net, weaker_net, weight, interval) if weaker else ClassifierFreeGuidance(net, weight, interval)
+    if not weaker and not config["train_cfg"]["label_dropout"]:
         raise Mistake("--guidance: the network was trained with train_cfg.label_dropout = 0, and knows nothing without a label")
+    diffusion.time_aware_net = guided
 
 
 def edit_of(args: argparse.Namespace, shape: list[int]) -> Edit | None:

@@ -10,7 +10,7 @@
 A run's state is a function of (seed, rank, step): by these each step draws its flips, t, eps and dropout, each epoch its order.
 So a run that was stopped and resumed does what the run that never stopped does.
 
-In its folder: last.pth, best.pth, best_fd.pth, epoch_N.pth, power_STEP.pth, epoch_N.png (samples), metrics.jsonl, train.log.
+In its folder: last.pth, best.pth, best_fd.pth, epoch_N.pth, power_STEP.pth, first.png, epoch_N.png, metrics.jsonl, train.log.
 """
 
 import copy

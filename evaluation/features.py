@@ -182,8 +182,9 @@ def classifier_accuracy(classifier: SmallClassifier, images: Tensor, labels: Ten
     """The share of images, uint8 [N, C, H, W], that get the highest logit at their label."""
     device = next(classifier.parameters()).device
     right = 0
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        right += int((classifier(from_uint8(x.to(device))).argmax(1).cpu() == y.cpu()).sum())
+    with full_precision():
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            right += int((classifier(from_uint8(x.to(device))).argmax(1).cpu() == y.cpu()).sum())
     return right / len(images)
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dataset import ImageDataset
 from evaluation.charts import Series, line_chart
-from evaluation.features import from_uint8, to_uint8
+from evaluation.features import from_uint8, full_precision, to_uint8
 from evaluation.page import columns_of_two, figure, p, picture, shrunk
 from evaluation.sampling import evenly
 
@@ -52,7 +52,8 @@ def pixel_vectors(images: Tensor) -> Tensor:
 
 def feature_vectors(images: Tensor, extractor: nn.Module) -> Tensor:
     device = next(extractor.parameters()).device
-    return extractor.features(from_uint8(to_uint8(images)).to(device)).cpu().double()
+    with full_precision():
+        return extractor.features(from_uint8(to_uint8(images)).to(device)).cpu().double()
 
 
 def views(images: Tensor, flips: list[tuple[int, float]]) -> list[Tensor]:

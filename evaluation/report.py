@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from config import network_without_memory
 from dataset import ImageDataset
 from evaluation import page
 from evaluation.charts import Series, line_chart
@@ -124,10 +125,10 @@ class Report:
     # Sections
 
     def _summary(self, title: str) -> str:
-        state, results, net = self.state, self.results, self.evaluation.diffusion.time_aware_net
+        state, results = self.state, self.results
         epochs = "" if state.get("epoch") is None else f", {state['epoch']} epochs"  # which a snapshot of averages does not say
         rows = [("Trained for", f"{state['step']:,}", f"steps{epochs}")]
-        rows.append(("Network", f"{_size(net):,}", "parameters"))
+        rows.append(("Network", f"{_size(state['config']):,}", "parameters"))
         if bpd := results.get("bpd"):
             error = f"± {bpd['standard_error']:.4f} bits per dimension, on {bpd['images']} validation images"
             rows.append(("Likelihood bound", f"{bpd['total']:.4f}", error))
@@ -149,8 +150,9 @@ class Report:
             figures.append(page.figure(page.picture(real, columns), f"A grid of {len(real)} real images", caption))
         texts = [f"No real image is shown: {self.missing['data']}."] if "data" in self.missing else []
         if columns:
-            names = self.state.get("class_names") or range(len(images) // columns)
-            texts.append(f"A row a class: {', '.join(map(str, names))}.")
+            rows = len(images) // columns
+            names = self.state.get("class_names") or range(rows)
+            texts.append(f"A row a class: {', '.join(map(str, names[:rows]))}.")
         return page.section("Samples beside real images", *map(page.p, texts), page.columns_of_two(*figures))
 
     def _real_images(self, count: int, columns: int | None) -> Tensor:
@@ -337,8 +339,8 @@ class Report:
         how = f"the same, for each; {sampled.calls} network calls, {min(n, batch)} samples at a time"
         rows.append(("a sample", f"{sampled.seconds / n:.3g} s", how))
         rows.append(("memory", *_peak_memory(device)))
-        name = self.state["config"]["time_aware_net"]["name"]
-        rows.append(("network", f"{_size(self.evaluation.diffusion.time_aware_net):,}", f"parameters of {name}"))
+        config = self.state["config"]
+        rows.append(("network", f"{_size(config):,}", f"parameters of {config['time_aware_net']['name']}"))
         size = self.checkpoint.stat().st_size / 2**20
         rows.append(("checkpoint", f"{size:,.1f} MiB", "size of the file: weights, average and what resuming needs"))
         return page.section("Speed, memory, size", page.table(("what", "how much", "how it was measured"), rows))
@@ -360,8 +362,9 @@ def _parsed(line: str) -> object:
         return None
 
 
-def _size(net: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in net.parameters())
+def _size(config: dict) -> int:
+    """The parameters of a config's network, without what a guided one is wrapped in."""
+    return sum(parameter.numel() for parameter in network_without_memory(config).parameters())
 
 
 def _images(images: ImageDataset, numbers: Sequence[int]) -> Tensor:

@@ -82,7 +82,7 @@ def first_picture(run) -> None:
         return
     begin = time.perf_counter()
     with speed.autocast(run.device, run.cfg.precision):
-        run.save_picture(run.folder.path / f"epoch_{run.epoch}.png")
+        run.save_picture(run.folder.path / "first.png")
     run.meter.clock += time.perf_counter() - begin  # which counts training alone
 
 

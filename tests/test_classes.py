@@ -241,6 +241,24 @@ def test_guidance_needs_a_network_that_knows_both(run, tmp_path, capsys):
     assert "--class 2: this network has no classes" in capsys.readouterr().err
 
 
+def test_a_network_of_other_classes_cannot_guide(run, tmp_path, capsys):
+    """Its label 3 would mean something else, or "no label"."""
+    settings = ["train_cfg.max_steps=1", "train_cfg.sample_period=0", "time_aware_net.kwargs.n_classes=null"]
+    assert train.main(classes(tmp_path / "none", *settings)) == 0
+    state = checkpoint.load(run / "last.pth")
+    state["class_names"][3], state["class_names"][4] = "4", "3"
+    checkpoint.save(tmp_path / "names.pth", state)
+    flags = ("-n", "2", "--class", "3", "--guidance", "2", "--guide")
+    for weaker in (tmp_path / "none" / "last.pth", tmp_path / "names.pth"):
+        assert draw(run, *flags, str(weaker)) == 2
+        assert "or classes than what it is to guide" in capsys.readouterr().err.strip().splitlines()[-1]
+    del state["class_names"]  # as older ones were
+    checkpoint.save(tmp_path / "older.pth", state)
+    assert draw(run, *flags, str(tmp_path / "older.pth")) == 0
+    assert draw(run, *flags, str(run / "last.pth"), "--interval", "4", "2") == 2
+    assert "--guidance: interval" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -331,6 +331,17 @@ def test_a_checkpoint_goes_and_comes_back_bit_by_bit(tmp_path, capsys, raw):
     assert new["config"] == config
 
 
+def test_a_config_that_names_its_diffusion_goes_and_comes_back(tmp_path, capsys):
+    config = config_of()
+    config["diffusion"] = {"name": "GaussianDiffusion", **config["diffusion"]}
+    source = saved(tmp_path / "last.pth", config)
+    assert run(capsys, "--to-diffusers", source, tmp_path / "folder")[0] == 0
+    assert run(capsys, "--from-diffusers", tmp_path / "folder", tmp_path / "again.pth")[0] == 0
+    new = checkpoint.load(tmp_path / "again.pth")
+    assert_same_weights(new, checkpoint.load(source)["ema"])
+    assert new["config"]["diffusion"] | {"name": "GaussianDiffusion"} == config["diffusion"]
+
+
 def test_a_folder_of_diffusers_becomes_a_checkpoint_that_test_py_samples(tmp_path, capsys):
     unet = found(tmp_path / "folder")
     code, said = run(capsys, "--from-diffusers", tmp_path / "folder", tmp_path / "a.pth")

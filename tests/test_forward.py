@@ -152,6 +152,11 @@ def cells(path, rows: int, columns: int) -> np.ndarray:
     return np.array(blocks)
 
 
+def test_the_classes_of_a_config_with_clusters_are_shown(here, capsys):
+    assert dataset.main([DIGITS, "--set", "dataset.clusters=4", "time_aware_net.kwargs.n_classes=4"]) == 0
+    assert "Digits, train: 1617 images" in capsys.readouterr().out
+
+
 def test_the_picture_shows_the_images_by_class_and_then_the_noise(here):
     assert dataset.main([DIGITS, "--split", "valid", "--output", "a.png"]) == 0
     digits = load_digits()

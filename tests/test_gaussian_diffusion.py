@@ -815,6 +815,14 @@ def test_the_tables_and_the_network_may_be_float64():
 # As a script
 
 
+def test_on_a_cpu_the_table_is_small_also_beside_a_card(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("gaussian_diffusion._measure", lambda *args: (0.0, 0.0, 0.0))
+    assert main(["--device", "cpu", "--batch-size", "3"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.endswith("T = 20, batch 3 of 3 x 16 x 16, base_channels = 32 (small, for want of CUDA)")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

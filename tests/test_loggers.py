@@ -98,6 +98,14 @@ def assert_both_equal_the_records(folder: Path) -> None:
     assert [row["_timestamp"] for row in rows] == times
 
 
+def test_a_picture_from_inside_an_epoch_is_none_of_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.while_training.FIRST_PICTURE", 0.0)
+    early = ("train_cfg.sample_period=2", 'train_cfg.loggers=["tensorboard"]')
+    assert train.main(tiny(tmp_path / "a", *early)) == 0
+    assert (tmp_path / "a" / "first.png").exists()
+    assert [image.step for image in tensorboard(tmp_path / "a").Images("samples")] == [8]
+
+
 def test_both_get_the_records_the_pictures_and_the_config(tmp_path):
     folder = tmp_path / "a"
     assert train.main(tiny(folder, BOTH)) == 0

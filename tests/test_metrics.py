@@ -24,6 +24,7 @@ from evaluation.features import (
     train_classifier,
 )
 from evaluation.metrics import FeatureStatistics, bits_by_time, bits_per_dimension, frechet_distance, image_statistics
+from evaluation.nearest import feature_vectors
 from gaussian_diffusion import GaussianDiffusion
 from time_aware_module import TimeAwareUNet
 from training.ranks import Ranks
@@ -336,6 +337,16 @@ def test_features_are_made_in_full_precision_and_the_images_as_fast_as_the_calle
     assert speeds() == fast
     with pytest.raises(RuntimeError, match="of the extractor"):
         image_statistics(batches(), Noting(fails_at=2))
+    assert speeds() == fast
+
+
+def test_distances_to_training_images_are_taken_in_full_precision(fast, digits):
+    extractor, classifier = Noting(), features.SmallClassifier(1, 10)
+    feature_vectors(torch.rand(4, 1, 8, 8), extractor)
+    plain = classifier.forward
+    classifier.forward = lambda x: (extractor.features(x), plain(x))[1]
+    classifier_accuracy(classifier, digits[0][:20], digits[1][:20], batch_size=10)
+    assert extractor.seen == [SLOW] * 3
     assert speeds() == fast
 
 

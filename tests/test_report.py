@@ -23,7 +23,7 @@ from runs import ROOT, TINY
 import test as sampling
 import train
 from beta_schedule import LinearSchedule
-from checkpoint import load, save
+from checkpoint import load, load_diffusion, save
 from config import build_dataset, load_config
 from discrete_diffusion import DiscreteDiffusion
 from evaluation.charts import Axis, Series, line_chart
@@ -226,6 +226,11 @@ def test_a_row_a_class(folder, tmp_path):
         assert np.array_equal(real[2 + 66 * row : 66 + 66 * row : 8, 2:66:8], valid.pixels(number)[0].numpy())
     settings = json.loads((tmp_path / "run/last_gen/metrics.json").read_text())["settings"]
     assert (settings["label"], settings["n"]) == ("all", 40)
+    page = report(checkpoint, "-n", "40", "--pictures", "4", "--guidance", "2", "--guide", str(checkpoint))
+    assert "A row a class: 0, 1, 2, 3." in page.text
+    size = sum(p.numel() for p in load_diffusion(checkpoint)[0].time_aware_net.parameters())
+    assert page.text.count(f"{size:,}") == 2  # of the network, and not of its guide
+    assert f"{2 * size:,}" not in page.text
 
 
 def test_the_distance_beside_it_is_of_real_images_of_the_same_classes(folder, tmp_path):

@@ -77,8 +77,8 @@ def test_the_first_picture_is_drawn_inside_an_epoch_and_said_at_once(here, monke
     monkeypatch.setattr(while_training, "FIRST_PICTURE", 0.0)
     assert train.main(tiny(here / "early", "train_cfg.sample_period=9", "train_cfg.max_steps=6")) == 0
     said = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "first samples" in line]
-    assert said == [f"{here}/early/epoch_1.png: the first samples, after 1 steps"]
-    assert {path.name for path in (here / "early").glob("*.png")} == {"epoch_1.png", "epoch_2.png"}  # and at the end
+    assert said == [f"{here}/early/first.png: the first samples, after 1 steps"]
+    assert {path.name for path in (here / "early").glob("*.png")} == {"first.png", "epoch_2.png"}  # and at the end
 
 
 def test_the_distance_recorded_is_that_of_best_fd_pth_by_numpy(measured, here):

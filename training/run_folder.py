@@ -16,7 +16,7 @@ from training.averages import snapshots
 
 log = logging.getLogger("train")
 PATTERNS = ("last.pth", "best.pth", "best_fd.pth", "epoch_*.pth", "power_*.pth", "epoch_*.png", "metrics.jsonl", "train.log")
-PATTERNS += (".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
+PATTERNS += ("first*.png", ".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
 
 _locked: dict[int, Path] = {}  # the handles by which this process has locked folders, and the folders
 
