@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffusion_process import mean_from
 
 Weighting = Literal["bound", "noisy"]
+ROUNDS = TRIALS = 16  # of classify, by default
 PATIENCE = 4.0  # standard errors by which a class must be worse than the best one to be given up
 
 
@@ -21,8 +22,8 @@ def classify(
     x0: Tensor,
     n_classes: int,
     weighting: Weighting = "bound",
-    rounds: int = 16,
-    trials: int = 16,
+    rounds: int = ROUNDS,
+    trials: int = TRIALS,
     chunk_size: int = 128,
     generator: torch.Generator | None = None,
     return_calls: bool = False,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from classify import Weighting
+from classify import ROUNDS, TRIALS, Weighting
 from config import build_dataset, find
 from dataset import ImageDataset
 from diffusion_process import Bound
@@ -371,9 +371,11 @@ class Accuracy:
             raise Mistake(f"--metrics accuracy: {OF_GUIDED}")
         if diffusion.n_levels:
             raise Mistake("--metrics accuracy: this checkpoint is of symbols, and classes are told apart by numbers only")
-        if getattr(diffusion.time_aware_net, "n_classes", None) is None:
+        n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
+        if n_classes is None:
             raise Mistake("--metrics accuracy: this network has no classes")
         evaluation.dataset("valid")
+        self.calls = ROUNDS * TRIALS * n_classes  # of the network, for an image, at most
 
     def measure(self) -> dict[str, Any]:
         e, found = self.evaluation, []

@@ -161,15 +161,22 @@ class Quality:
                 run.ema, n, run.shape, sampler(run), **how, labels=labels, ranks=run.ranks, check=self.evaluation.check
             ).samples
 
+    def _cost(self, metric: object) -> float:
+        """Of an image, in samples: the bound takes about as long as one, and a class as many calls as it says, at most."""
+        if not hasattr(metric, "calls"):
+            return 1
+        steps = min(self.run.cfg.sample_timesteps, self.run.ema.T)
+        return metric.calls / self.run.ema.network_calls(steps, sampler(self.run))
+
     def _too_long(self, epoch: int) -> bool:
         """Would measuring now take the time spent on it above its share? Said once."""
         share, n = self.run.cfg.metric_share, self.run.cfg.metric_samples
-        if self.expected is None:  # the bound costs about as much as the samples; so one batch a rank tells
+        if self.expected is None:  # one batch a rank tells
             begin, batch = time.monotonic(), BATCH_SIZE * self.run.ranks.world
             self._draw(min(n, batch))
             probe = time.monotonic() - begin
             self.seconds += probe
-            self.expected = probe * math.ceil(n / batch) * len(self.metrics)
+            self.expected = probe * math.ceil(n / batch) * sum(map(self._cost, self.metrics.values()))
         part = (self.seconds + self.expected) / (time.monotonic() - self.began + self.expected)
         too_long = self.run.ranks.largest(float(part > share)) > 0
         if too_long and not self.told and self.run.ranks.rank == 0:

@@ -319,6 +319,26 @@ def test_metrics_never_take_more_than_their_share_of_the_time(share, seconds, cl
     assert len(said) == (at != list(range(2, 101, 2)))
 
 
+def test_a_class_is_known_to_take_more_calls_than_a_sample(clock, here, monkeypatch):
+    """At most 256 calls for each of 10 classes, where a sample of the tiny run has 3."""
+    found, step = [], train.Trainer.train_step
+
+    def second(run, *args):
+        clock.now += 1.0
+        step(run, *args)
+
+    def two_seconds(quality, n):
+        clock.now += 2.0
+        found.append(quality)
+
+    monkeypatch.setattr(train.Trainer, "train_step", second)
+    monkeypatch.setattr(Quality, "_draw", two_seconds)
+    of_classes = ('train_cfg.metrics=["accuracy"]', "train_cfg.metric_period=1", "train_cfg.metric_samples=100")
+    assert train.main(tiny(here / "classes", "train_cfg.max_steps=1", "time_aware_net.kwargs.n_classes=10", *of_classes)) == 0
+    assert found[0].expected == pytest.approx(2.0 * 2 * 2560 / 3)  # of two batches
+    assert "metrics" not in metrics(here / "classes")[0]  # left out, as it would take nearly all of the time
+
+
 def test_the_time_spent_is_kept_when_a_run_goes_on(clock):
     run = SimpleNamespace(cfg=SimpleNamespace(metric_period=0))
     quality = Quality(run)
