@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from diffusion_process import mean_from
+from diffusion_process import choice, mean_from
 
 Weighting = Literal["bound", "noisy"]
 ROUNDS = TRIALS = 16  # of classify, by default
@@ -68,8 +68,7 @@ def _check(diffusion: nn.Module, n_classes: int, weighting: str, rounds: int, tr
         raise ValueError(f"n_classes = {n_classes}: this network has no classes")
     if not 1 <= n_classes <= known:
         raise ValueError(f"n_classes = {n_classes}: must lie in 1..{known}, the classes of the network")
-    if weighting not in get_args(Weighting):
-        raise ValueError(f"weighting = {weighting!r}: must be one of {', '.join(get_args(Weighting))}")
+    choice("weighting", weighting, get_args(Weighting))
     if rounds < 1 or trials < 2:
         raise ValueError(f"rounds = {rounds}, trials = {trials}: must be at least 1 round of at least 2 trials")
 

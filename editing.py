@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion_process import Condition, repeat_condition
+from diffusion_process import Condition, choice, repeat_condition
 from gaussian_diffusion import GaussianDiffusion
 from samplers import SAMPLERS, Level, Normal, PredictX0, ddpm
 
@@ -189,8 +189,7 @@ def posterior_sample(
     """
     if not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise = {noise}: must be a standard deviation, 0 or more")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler = {sampler!r}: must be one of {', '.join(SAMPLERS)}")
+    choice("sampler", sampler, SAMPLERS)
     if iterations < 1:
         raise ValueError(f"iterations = {iterations}: must be at least 1")
     adjoint = _adjoint(operator, y, shape)

@@ -14,7 +14,6 @@ the number of rounds limits, for both weightings (classify.py).
 
 import argparse
 import json
-from pathlib import Path
 from typing import get_args
 
 import torch
@@ -101,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {"device": device_name(device), "versions": versions(), "settings": vars(args), "valid": right, "rows": rows}
     result["classify"] = calls
     out = result_path("classes", device, quick=False)
-    Path(out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"\n{out}")
 
 

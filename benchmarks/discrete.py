@@ -18,7 +18,7 @@ import tempfile
 import time
 
 import torch
-from common import ROOT, options, write
+from common import ROOT, write
 from torch import Tensor
 
 from config import build_dataset, load_config
@@ -107,7 +107,10 @@ def samples(model: torch.nn.Module, count: int, frames: int) -> tuple[Tensor, Te
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = options("Digits as numbers and as symbols.", threads=1, network="small", batch_size=32)
+    parser = argparse.ArgumentParser(description="Digits as numbers and as symbols.")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it runs")
+    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="folder of the JSON file")
     parser.add_argument("--minutes", type=float, default=5.0, help="of one core, for training each")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--timesteps", type=int, default=1000, help="T")

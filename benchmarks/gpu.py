@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import ROOT, device_name, versions
+from common import ROOT, device_name, result_path, versions
 
 PROBE_STEPS = 60  # of a training whose speed is measured
 
@@ -139,8 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda" and not args.quick:
         sys.exit("benchmarks/gpu.py: there is no CUDA device here; --quick runs anywhere")
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    folder = ROOT / "benchmarks" / "results" / f"gpu-{slug}{'-quick' if args.quick else ''}"
+    folder = result_path("gpu", device, args.quick).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for part in parts(device, args.quick, folder):

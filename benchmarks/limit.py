@@ -81,13 +81,9 @@ def share(args, device: torch.device, limits: list[dict]) -> list[dict]:
         if precision == "fp16":  # the cost of bf16
             continue
         for compiled in (False, True) if args.compile else (False,):
-            make = {"precision": precision, "compile": compiled}
+            run = trainer(device, args.network, args.batch_size, args.image_size, precision=precision, compile=compiled)
             if not compiled:
-                run = trainer(device, args.network, args.batch_size, args.image_size, precision=precision)
                 flops = {name: counted(step) for name, step in steps_of(run, 1).items()}
-            run = trainer(device, args.network, args.batch_size, args.image_size, **make)
-            if compiled:
-                run.ema.time_aware_net.compile()
             calls = {"training step": 1, "sampling step": min(4, args.steps)}
             seconds = interleaved(steps_of(run, calls["sampling step"]), device, args.rounds, args.inner)
             for name, times in seconds.items():

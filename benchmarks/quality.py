@@ -15,15 +15,12 @@ import argparse
 import json
 import math
 import platform
-import sys
 import time
-from pathlib import Path
 
 import torch
-from common import steps_within
+from common import ROOT, steps_within
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import load_diffusion
 from config import build_dataset
 from dataset import ImageDataset
@@ -33,7 +30,6 @@ from gaussian_diffusion import GaussianDiffusion
 from samplers import SAMPLERS
 from training import speed
 
-ROOT = Path(__file__).parents[1]
 VARIANCES = ("beta", "sigma_bar_square", "learnable", "fitted")
 CALLS = (10, 20, 50, 100, 1000)
 

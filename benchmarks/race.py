@@ -283,9 +283,7 @@ def of_diffusers(args: argparse.Namespace, device: torch.device) -> Iterator[Fin
     def loss_of(x0: Tensor, labels: Tensor) -> Tensor:
         noise, t = torch.randn_like(x0), torch.randint(0, 1000, (len(x0),), device=device).long()
         out = unet(noising.add_noise(x0, noise, t), t).sample.float()
-        target = {"eps": lambda: noise, "x0": lambda: x0, "v": lambda: noising.get_velocity(x0, noise, t)}[
-            args.predicts or "eps"
-        ]()
+        target = {"eps": lambda: noise, "x0": lambda: x0, "v": lambda: noising.get_velocity(x0, noise, t)}[predicts]()
         if not args.min_snr:
             return F.mse_loss(out, target)
         snr = alpha_bar[t] / (1 - alpha_bar[t])

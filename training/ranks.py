@@ -23,7 +23,7 @@ class Ranks:
 
     def __init__(self, device: str | None = None, alone: bool = False):
         self.world, self.rank = (1, 0) if alone else (int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
-        local_rank, local_world = (int(os.environ.get(name, default)) for name, default in _LOCAL.items())
+        local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device = _device(device, local_rank, 1 if alone else local_world)
         self.cpu_group = None
         if self.world > 1:
@@ -76,9 +76,6 @@ class Ranks:
         shares = [torch.empty_like(x) for _ in range(self.world)]
         dist.all_gather(shares, x.contiguous())
         return torch.cat(shares)
-
-
-_LOCAL = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
 
 
 def leave_ranks() -> None:
