@@ -91,7 +91,8 @@ def _check_weights(state: Mapping, weights: Mapping) -> None:
     for name, expected in net.state_dict(prefix="time_aware_net.").items():
         found, expected = (getattr(value, "shape", None) for value in (weights.get(name), expected))  # None of an extra state
         if found != expected:
-            raise Mistake(f"{name}: of shape {found and list(found)}, which the config makes {expected and list(expected)}")
+            found = "missing" if found is None else f"of shape {list(found)}"
+            raise Mistake(f"{name}: {found}, which the config makes {expected and list(expected)}")
     check_shape(state["config"], state["shape"])
 
 

@@ -113,11 +113,11 @@ class TrainConfig:
             raise ValueError(f"model_save_dirpath = {self.model_save_dirpath!r}: must name a folder")
 
 
-# What --resume may change: how long a run is, what it shows, and how it is computed, but for the precision.
+# What --resume may change: how long a run is, what it shows, how it is computed, but for the precision, and where its data are.
 MAY_CHANGE = {"epochs", "max_steps", "record_period", "save_period", "save_best", "save_minutes", "sample_period"}
 MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers"}
 MAY_CHANGE |= {"metric_period", "metrics", "metric_samples", "metric_features", "metric_share", "power_ema_snapshots"}
-MAY_CHANGE |= {"cuda_graph", "compile"}
+MAY_CHANGE |= {"cuda_graph", "compile", "dataset.train.root", "dataset.valid.root", "dataset.test.root"}
 
 
 # Checks
@@ -125,7 +125,7 @@ MAY_CHANGE |= {"cuda_graph", "compile"}
 
 def _nearest(name: str, allowed: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"Allowed: {', '.join(allowed)}"
+    return (f"did you mean {near[0]!r}? " if near else "") + f"Allowed: {', '.join(allowed) or 'none'}"
 
 
 def _matches(value: Any, kind: Any) -> bool:
@@ -187,7 +187,8 @@ def as_json_line(value: Any) -> str:
 def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[str] = ()) -> dict:
     """value, if it is a JSON object with all the required keys and none but the optional ones besides."""
     if not isinstance(value, Mapping):
-        raise Mistake(f"{path or 'the config'}: must be an object with the keys {', '.join(required)}")
+        keys = f" with the keys {', '.join(required)}" if required else ""
+        raise Mistake(f"{path or 'the config'}: must be an object{keys}")
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in (*required, *optional):
@@ -448,6 +449,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     return resolve(config)
 
 
+def with_data(config: dict, overrides: Sequence[str]) -> dict:
+    """A checkpoint's config with overrides of its section dataset: other data, or the same elsewhere."""
+    config = copy.deepcopy(config)
+    for assignment in overrides:
+        if not assignment.startswith("dataset."):
+            raise Mistake(f"--set {assignment}: of a checkpoint, only where its data are can be set: dataset.valid.root=FOLDER")
+        _override(config, assignment)
+    return resolve(config, stored=True)
+
+
 # Builders
 
 
@@ -552,4 +563,8 @@ def build_diffusion(config: Mapping, net: nn.Module | None = None) -> GaussianDi
         net, clusters = _build_network(config), config["dataset"].get("clusters")
         if clusters and getattr(net, "n_classes", None) != clusters:
             raise Mistake(f"dataset.clusters = {clusters}: time_aware_net.kwargs.n_classes must be {clusters}, too")
-    return _build("diffusion", _diffusion_class(name), settings, schedule=schedule, time_aware_net=net)
+    diffusion = _build("diffusion", _diffusion_class(name), settings, schedule=schedule, time_aware_net=net)
+    if getattr(net, "n_levels", diffusion.n_levels) != diffusion.n_levels:
+        given, must = map(as_json_line, (net.n_levels, diffusion.n_levels))
+        raise Mistake(f"time_aware_net.kwargs.n_levels = {given}: must be {must}, as in the section diffusion")
+    return diffusion

@@ -294,6 +294,15 @@ def give_clusters(images: ImageDataset, centres: Tensor, x: np.ndarray | None = 
     images.class_names, images.centres = [str(i) for i in range(len(centres))], centres
 
 
+def shared_images(train: ImageDataset, valid: ImageDataset) -> int:
+    """How many images of valid are known to be in train, too: the same files of a folder, or the same array."""
+    if isinstance(train, ImageFolder) and isinstance(valid, ImageFolder):
+        seen = set(map(os.path.abspath, train.paths))
+        return sum(os.path.abspath(path) in seen for path in valid.paths)
+    arrays = isinstance(train, ArrayDataset) and isinstance(valid, ArrayDataset)
+    return len(valid) if arrays and np.array_equal(train.images, valid.images) else 0
+
+
 def check_dataset(images: ImageDataset, where: str) -> None:
     """Mistake unless it was set up by ImageDataset, with labels that are None or a long tensor [N]."""
     if getattr(images, "shape", None) is None:

@@ -181,6 +181,8 @@ def posterior_sample(
     "ddpm" adds noise for the error e_t of x_0_hat without y, so that with few steps its samples spread otherwise than they
     should; the others assume no error.
 
+    Where alpha_bar_T is 0, and x_T knows nothing of x_0, it begins at T - 1.
+
     y           [B, ...], whatever operator gives
     operator    A: a linear function of tensors of this shape, that autograd goes through
     noise       standard deviation of the noise in y, 0 or more
@@ -194,8 +196,8 @@ def posterior_sample(
         raise ValueError(f"iterations = {iterations}: must be at least 1")
     adjoint = _adjoint(operator, y, shape)
     steps = diffusion.steps(timesteps, sampler)
-    if diffusion.signal_scale[steps[0] - 1] == 0:
-        raise ValueError(f"timesteps: at t = {steps[0]} no signal is left, so no covariance is known there; begin below it")
+    if diffusion.signal_scale[steps[0] - 1] == 0:  # nor is a covariance known there
+        steps = list(dict.fromkeys([steps[0] - 1, *steps[1:]]))
 
     def rule(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -> Iterator[Tensor]:
         alpha_bar = {level.t: level.alpha_bar for level in levels}

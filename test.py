@@ -13,7 +13,7 @@
 
 Writes to the folder NAME_gen beside NAME.pth: 0.png, 1.png, ..., a strip of states from x_T to x_0 for each sample; strips.png,
 the first eight of them; grid.png, the samples; trajectory.gif, the grid as it comes out of the noise; metrics.json, what was
-measured; report.html, if asked for. The same seed and batch size give the same pictures.
+measured; report.html, if asked for. The same seed, batch size and -n give the same pictures.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 from checkpoint import MAX_VALUES, diffusion_of, load_diffusion, save
 from classify import Weighting
-from config import check_shape, find
+from config import check_shape, find, with_data
 from dataset import ImageDataset
 from evaluation.edits import EDITS, Edit
 from evaluation.metrics import METRICS, Evaluation, build_metric, measured
-from evaluation.pictures import grid, save_gif, save_png
+from evaluation.pictures import grid, plain, save_gif, save_png
 from evaluation.report import Report, Sampled
 from evaluation.sampling import Drawn, draw, labels_by_row, labels_in_shares
 from files import as_json, whole_file
@@ -70,15 +70,30 @@ def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, has_cl
 
 
 def pictured(args: argparse.Namespace, n_classes: int | None, columns: int | None) -> tuple[list[int], int | None]:
-    """Numbers of the samples that get a picture, and the columns of the grid: in a report, as many of each class as fit."""
-    if not args.report or columns is None:
+    """Numbers of the samples that get a picture, and the columns of the grid: with a row a class, as many of each as fit."""
+    if columns is None:
         return list(range(min(args.n, args.pictures))), columns
     kept = max(1, min(columns, args.pictures // n_classes))
     rows = range(min(n_classes, args.pictures))
     return [row * columns + i for row in rows for i in range(kept)], kept
 
 
+def check_writable(folder: Path) -> None:
+    """OSError if nothing can be written there: now, and not after hours of sampling."""
+    (folder / ".test.part").touch()
+    (folder / ".test.part").unlink(missing_ok=True)  # another rank may have been here
+
+
+def make_folder(folder: Path, count: int) -> None:
+    """A folder for the pictures 0.png to count - 1, without the later ones of another call."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob("*.png"):
+        if path.stem.isdecimal() and int(path.stem) >= count:
+            path.unlink()
+
+
 def save_pictures(folder: Path, drawn: Drawn, shown: list[int], columns: int | None) -> None:
+    make_folder(folder, len(drawn.strips))
     for i, strip in enumerate(drawn.strips):
         save_png(folder / f"{i}.png", grid(strip, columns=len(strip)))
     save_png(folder / "strips.png", grid(drawn.strips[:8].flatten(0, 1), columns=drawn.strips.shape[1]))
@@ -94,7 +109,7 @@ def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path, 
     generator = torch.Generator(ranks.device).manual_seed(seed)
     evaluation.diffusion.fit_reverse_variance(images, generator=generator)
     if ranks.rank == 0:
-        save(target, state | {weights: evaluation.diffusion.state_dict()})
+        save(target, state | {weights: evaluation.diffusion.state_dict(), "fitted": count})
 
 
 def set_speed(diffusion: GaussianDiffusion, x0: Tensor, asked: str, compiled: bool, ranks: Ranks) -> str:
@@ -173,10 +188,10 @@ def edit_of(args: argparse.Namespace, shape: list[int]) -> Edit | None:
 
 
 def save_edited(folder: Path, given: Tensor, samples: Tensor) -> None:
-    """0.png, 1.png, ... of the samples, and grid.png with what was given before them."""
-    folder.mkdir(exist_ok=True)
+    """0.png, 1.png, ... of the samples, pixel for pixel, and grid.png with what was given before them."""
+    make_folder(folder, len(samples))
     for i, x in enumerate(samples):
-        save_png(folder / f"{i}.png", grid(x[None]))
+        save_png(folder / f"{i}.png", plain(x))
     save_png(folder / "grid.png", grid(torch.cat([given, samples]), columns=8))
     print(f"{folder}: 0.png .. {len(samples) - 1}.png, grid.png (first what was given)")
 
@@ -213,8 +228,10 @@ def load_model(args: argparse.Namespace, ema_length: float | None, ranks: Ranks)
     """The model, its checkpoint's state and path; with a length those of that average, which is not saved yet."""
     path = Path(args.checkpoint)
     if ema_length is None:
-        return *load_diffusion(path, ema=not args.raw), path
+        diffusion, state = load_diffusion(path, ema=not args.raw)
+        return diffusion, state | {"config": with_data(state["config"], args.set)}, path
     state, error = average_of(path, ema_length)
+    state["config"] = with_data(state["config"], args.set)
     path = path.with_name(f"{path.stem}_ema{ema_length:g}.pth")
     if ranks.rank == 0:
         print(f"{path}: the average of length {ema_length:g} after step {state['step']}; its profile is off by {error:.2%}")
@@ -265,14 +282,14 @@ def run(
         if labels is None and not args.guide:
             raise Mistake("--guidance: exaggerates a class; add --class (a number, a name, all or data), or --guide WEAKER")
     if edit := edit_of(args, shape):
+        check_writable(path.parent)
         edit_images(args, edit, diffusion, path, labels, sampler, ranks)
         return None
     evaluation = evaluation_of(args, diffusion, state, ranks, datasets)
     metrics = {name: build_metric(name, evaluation, "--metrics") for name in args.metrics}
     weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
     folder = path.with_name(f"{path.stem}{weight_name}_gen")
-    folder.parent.joinpath(f".{folder.name}.part").touch()  # writable? now, and not after hours of sampling
-    folder.parent.joinpath(f".{folder.name}.part").unlink(missing_ok=True)  # another rank may have been here
+    check_writable(path.parent)
     if ema_length is not None and ranks.rank == 0:
         save(path, state)
     report = Report(evaluation, metrics, path, state, args.command) if args.report else None
@@ -291,7 +308,6 @@ def run(
         raise Mistake(f"--sampler {args.sampler}: {bad} values of the samples are not finite")
     evaluation.samples = drawn.samples
     if ranks.rank == 0:
-        folder.mkdir(exist_ok=True)
         save_pictures(folder, drawn, shown, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
     settings = vars(args) | {"ema_length": ema_length, "guidance": weight}
@@ -393,6 +409,9 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         metavar="LENGTH",
         help="the power-function average of this length instead, or each",
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="dataset.KEY=VALUE", help="where the data are now"
     )
     parser.add_argument("--precision", default="fp32", choices=["auto", *speed.PRECISIONS])
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")

@@ -12,7 +12,7 @@ from common import ROOT
 from torch import Tensor, nn
 
 from config import build_dataset, load_config
-from evaluation.features import cached_classifier, from_uint8, split
+from evaluation.features import N_FEATURES, cached_classifier, from_uint8, split
 from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
 from mistakes import Mistake
 
@@ -132,8 +132,10 @@ class Measure:
     def __init__(self, arena: Arena, device: torch.device):
         self.arena, self.extractor = arena, arena.classifier(device)
         valid = arena.images("valid")[0]
-        few = len(valid) < FEW_IMAGES
-        self.real = self._statistics(torch.cat([valid, arena.images("train")[0]]) if few else valid)
+        real = torch.cat([valid, arena.images("train")[0]]) if len(valid) < FEW_IMAGES else valid
+        if len(real) <= N_FEATURES:
+            raise Mistake(f"{arena.name}: has {len(real)} images, where the distance needs at least {N_FEATURES + 1}")
+        self.real = self._statistics(real)
 
     def _statistics(self, images: Tensor) -> FeatureStatistics:
         return image_statistics(map(from_uint8, images.split(500)), self.extractor)

@@ -591,6 +591,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--racers plain: there is no plain config for {', '.join(without)}; give one with --plain")
     if args.plain and any(arena.data_of(arena.config) != arena.data_of(args.plain) for arena in arenas):
         parser.error(f"--plain {args.plain}: is of other data than --data {' '.join(args.data)}")
+    if args.name and len(args.racers) > 1:
+        parser.error("--name: is of the rows of one racer; see --racers")
     if args.n <= N_FEATURES:
         parser.error(f"-n {args.n}: the distance needs more samples than features, at least {N_FEATURES + 1}")
     device = torch.device(args.device)

@@ -18,11 +18,11 @@ EDITS = ("inpaint", "from", "interpolate", "upscale", "colour")
 GREY = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # luma of ITU-R BT.601, as Pillow's "L"
 
 
-def _read(path: str, channels: int) -> Tensor:
-    """The image of a file, [1, C, H, W] in [-1, 1]."""
+def _read(path: str, channels: int, background: tuple[int, int, int] = (255, 255, 255)) -> Tensor:
+    """The image of a file, [1, C, H, W] in [-1, 1], its transparent pixels on the background."""
     if channels not in (1, 3):
         raise Mistake(f"{path}: this model draws {channels} channels, and a file has 1 or 3")
-    return from_uint8(pil_to_tensor(read_image(path, "L" if channels == 1 else "RGB")))[None]
+    return from_uint8(pil_to_tensor(read_image(path, "L" if channels == 1 else "RGB", background)))[None]
 
 
 def _of_size(x: Tensor, shape: list[int], path: str) -> Tensor:
@@ -36,7 +36,7 @@ class Edit:
 
     kind      one of EDITS
     paths     of its image, of both images to interpolate between
-    mask      of "inpaint": the file whose white pixels are known
+    mask      of "inpaint": the file whose white pixels are known; black and transparent ones are not
     strength  of "from": the share of T that the image is noised to
     """
 
@@ -52,7 +52,9 @@ class Edit:
         else:
             self.given = [_of_size(x, shape, path) for x, path in zip(self.given, paths, strict=True)]
         if kind == "inpaint":
-            self.known = (_of_size(_read(mask, 1), shape, mask) > 0).float()
+            self.known = (_of_size(_read(mask, 1, (0, 0, 0)), shape, mask) > 0).float()
+            if self.known.all():
+                raise Mistake(f"{mask}: every pixel is white, and so known: nothing is left to draw")
 
     def _factor(self, path: str) -> int:
         small = list(self.given[0].shape[2:])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from files import whole_file
@@ -17,11 +18,21 @@ LEAST_SIDE = 64  # pixels, of an image in a picture
 FONT_SIZE = 16  # pixels
 
 
+def _levels(images: Tensor) -> Tensor:
+    """uint8 of images [B, C, H, W]: grey ones, or of more channels the first three."""
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1]
+    return (images.detach().float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+
+
+def plain(image: Tensor) -> Image.Image:
+    """An image [C, H, W], pixel for pixel."""
+    return to_pil_image(_levels(image[None])[0])
+
+
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Images [B, C, H, W], C = 1 or 3 (of more, the first three), side by side; by default about as many columns as rows."""
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1]
-    pixels = (images.detach().float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    pixels = _levels(images)
     scale = max(1, math.ceil(LEAST_SIDE / min(images.shape[2:])))
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return Image.fromarray(make_grid(pixels, columns, padding=2, pad_value=255).permute(1, 2, 0).numpy())

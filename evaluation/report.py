@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from config import network_without_memory
-from dataset import ImageDataset
+from dataset import ImageDataset, shared_images
 from evaluation import page
 from evaluation.charts import Series, line_chart
 from evaluation.features import from_uint8
@@ -146,7 +146,7 @@ class Report:
         figures = [page.figure(page.picture(images, columns), f"A grid of {len(images)} samples", what)]
         if self.data:
             real = self._real_images(len(images), columns)
-            caption = f"{len(real)} real images of the validation set, which training never saw."
+            caption = f"{len(real)} real images of the validation set, {self._seen()}."
             figures.append(page.figure(page.picture(real, columns), f"A grid of {len(real)} real images", caption))
         texts = [f"No real image is shown: {self.missing['data']}."] if "data" in self.missing else []
         if columns:
@@ -154,6 +154,10 @@ class Report:
             names = self.state.get("class_names") or range(rows)
             texts.append(f"A row a class: {', '.join(map(str, names[:rows]))}.")
         return page.section("Samples beside real images", *map(page.p, texts), page.columns_of_two(*figures))
+
+    def _seen(self) -> str:
+        shared, of = shared_images(self.data["train"], self.data["valid"]), len(self.data["valid"])
+        return f"of which {shared} of {of} are among those to train on" if shared else "which training never saw"
 
     def _real_images(self, count: int, columns: int | None) -> Tensor:
         """Of the validation set, evenly spread; of a picture with a row a class, as many of each class."""
@@ -323,7 +327,7 @@ class Report:
         size = self.evaluation.batch_size
         found = nearest_training_images(torch.cat([samples, held_out]), train, self.extractor, size)
         text = f"For each of {len(samples)} samples, the nearest of all {len(train):,} training images was searched, and for"
-        text += f" each of {len(held_out)} validation images, which training never saw. Copies would lie nearer than those."
+        text += f" each of {len(held_out)} validation images, {self._seen()}. Copies would lie nearer than unseen ones."
         why = f"Features: the {self.extractor.name}." if self.extractor else f"In pixels only: {self.missing['features']}."
         random = "The random transforms of the training images were drawn once." if train.is_random else ""
         return page.section(title, page.p(text, why, random), *Copies(samples, found, train).parts())

@@ -99,6 +99,28 @@ def test_every_sample_of_all_classes_is_that_of_its_class_alone_from_the_same_no
     assert (run / "last_gen" / "7.png").read_bytes() != ours
 
 
+def test_all_classes_have_a_row_where_not_all_samples_have_a_place(run):
+    assert draw(run, "-n", "100", "--class", "all") == 0
+    assert Image.open(run / "last_gen" / "grid.png").size == (6 * 66 + 2, 10 * 66 + 2)
+    assert len(list((run / "last_gen").glob("[0-9]*.png"))) == 60
+    assert draw(run, "-n", "3") == 0
+    assert {path.stem for path in (run / "last_gen").glob("[0-9]*.png")} == {"0", "1", "2"}  # none of the call before
+
+
+def test_what_is_transparent_in_a_mask_is_unknown(run, capsys):
+    given, mask = run.parent / "a.png", Image.new("LA", (8, 8), (255, 255))
+    mask.paste((255, 0), (0, 4, 8, 8))
+    mask.save(run.parent / "erased.png")
+    pictures = []
+    for name in ("mask.png", "erased.png"):
+        assert draw(run, "-n", "1", "--class", "2", "--inpaint", str(given), "--mask", str(run.parent / name)) == 0
+        pictures.append((run / "last_inpaint" / "0.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    Image.new("L", (8, 8), 255).save(run.parent / "white.png")
+    assert draw(run, "--inpaint", str(given), "--mask", str(run.parent / "white.png")) == 2
+    assert "white.png: every pixel is white" in capsys.readouterr().err
+
+
 def test_guidance_of_weight_1_is_the_network_alone_and_others_are_not(run):
     pictures = {}
     for name, flags in {
@@ -184,7 +206,10 @@ def test_an_edit_writes_its_samples_and_keeps_what_it_must(flags, kind, run):
     if kind == "inpaint":
         given, drawn = (Image.open(path).convert("L") for path in (run.parent / "a.png", run / "last_inpaint" / "1.png"))
         for x in range(8):
-            assert abs(given.getpixel((x, 2)) - drawn.getpixel((2 + 8 * x, 2 + 8 * 2))) <= 1  # known
+            assert abs(given.getpixel((x, 2)) - drawn.getpixel((x, 2))) <= 1  # known
+        again = ["--from", str(run / "last_inpaint" / "1.png"), "--strength", "0"]  # what was drawn can be given
+        assert draw(run, "-n", "1", "--class", "2", *again) == 0
+        assert (run / "last_from" / "0.png").read_bytes() == (run / "last_inpaint" / "1.png").read_bytes()
 
 
 @pytest.mark.parametrize(

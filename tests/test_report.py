@@ -251,6 +251,12 @@ def test_the_distance_beside_it_is_of_real_images_of_the_same_classes(folder, tm
     assert float(shown[1]) == pytest.approx(distance, abs=2e-3)
 
 
+def test_validation_images_that_training_saw_are_not_called_unseen(folder, tmp_path):
+    page = report(train_run(tmp_path / "run", "train_cfg.max_steps=1", "dataset.valid.train=true"), "-n", "3")
+    assert "which training never saw" not in page.text
+    assert page.text.count("of which 1617 of 1617 are among those to train on") >= 1
+
+
 def test_guidance_has_no_likelihood_and_it_says_so(folder, tmp_path):
     checkpoint = train_run(tmp_path / "run", "train_cfg.max_steps=1", config="Digits_class")
     page = report(checkpoint, "-n", "3", "--guidance", "2", "--class", "1")

@@ -98,7 +98,8 @@ def test_mistakes_are_one_line(capsys, tmp_path):
     cases = {
         "diffusion.name=Discrete": "did you mean 'DiscreteDiffusion'?",
         "diffusion.name=3": "diffusion.name = 3: unknown",
-        "diffusion.n_levels=18": "n_levels = 18",
+        "diffusion.n_levels=18": "time_aware_net.kwargs.n_levels = 17: must be 18",
+        "time_aware_net.kwargs.n_levels=null": "time_aware_net.kwargs.n_levels = null: must be 17",
         "diffusion.transition=binomial": "diffusion.transition = 'binomial': is for n_levels = 2, not 17",
         "diffusion.prediction=denoising": "diffusion.prediction: unknown key",
         "time_aware_net.kwargs.logits=ordered": "time_aware_net.kwargs.logits",

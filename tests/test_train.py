@@ -16,7 +16,7 @@ import pytest
 import torch
 from children import files
 from PIL import Image
-from runs import ROOT, TINY, assert_same_state, losses, metrics, stop_at, tiny, torchrun
+from runs import CROP, ROOT, TINY, assert_same_state, losses, metrics, stop_at, tiny, torchrun
 
 import checkpoint
 import test as sampling
@@ -101,6 +101,53 @@ def test_records_that_are_missing_or_cut_short_leave_each_step_once(run, tmp_pat
     assert train.main(tiny(tmp_path / "second", flags=("--resume",))) == 0
     assert [line["step"] for line in metrics(tmp_path / "second")] == [6, 8]
     assert losses(tmp_path / "second")[-1] == losses(run)[-1]
+
+
+def test_overwrite_deletes_what_was_found_of_the_run_too(tmp_path):
+    assert train.main(tiny(tmp_path / "a", "train_cfg.max_steps=1")) == 0
+    flags = ["--device", "cpu", "-n", "2", "--timesteps", "2", "--fit-variance", "2"]
+    assert sampling.main([str(tmp_path / "a" / "last.pth"), *flags, "--metrics", "bpd", "--bpd-images", "2"]) == 0
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    assert (tmp_path / "a" / "last_gen" / "metrics.json").exists()
+    assert train.main(tiny(tmp_path / "a", "train_cfg.max_steps=2", flags=("--overwrite",))) == 0
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} >= {"last.pth", "notes.txt"}
+    assert not {"last_fitted.pth", "metrics.json", "grid.png", "0.png"} & {path.name for path in tmp_path.rglob("*")}
+
+
+def test_a_fitted_checkpoint_is_not_gone_on_with(tmp_path, capsys):
+    assert train.main(tiny(tmp_path / "a", "train_cfg.max_steps=1")) == 0
+    last = tmp_path / "a" / "last.pth"
+    assert sampling.main([str(last), "--device", "cpu", "-n", "1", "--timesteps", "2", "--fit-variance", "2"]) == 0
+    argv = tiny(tmp_path / "a", "train_cfg.max_steps=2")
+    assert train.main([*argv, "--resume", str(tmp_path / "a" / "last_fitted.pth")]) == 2
+    assert "last_fitted.pth: its variance was fitted after training" in capsys.readouterr().err
+    last.write_bytes(last.read_bytes()[:9000])
+    assert train.main([*argv, "--resume"]) == 2
+    assert f"the newest good one is {tmp_path / 'a' / 'best.pth'}" in capsys.readouterr().err
+
+
+def test_data_that_have_moved_are_found_and_those_that_have_changed_are_told(tmp_path, capsys, caplog):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(20):
+        Digits().image(i).save(images / f"{i}.png")
+    part = f'{{"root": "{images}", "mode": "L", "train": %s, "pipeline": [{CROP}]}}'
+    data = ["dataset.name=ImageFolder", f"dataset.train={part % 'true'}", f"dataset.valid={part % 'false'}"]
+    assert train.main(tiny(tmp_path / "a", *data, "train_cfg.epochs=1")) == 0
+    images = images.rename(tmp_path / "elsewhere")
+    measure = [str(tmp_path / "a" / "last.pth"), "--device", "cpu", "-n", "1", "--timesteps", "2", "--metrics", "bpd"]
+    assert sampling.main(measure) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert sampling.main([*measure, "--set", f"dataset.valid.root={images}"]) == 0
+    assert sampling.main([*measure, "--set", "schedule.kwargs.timesteps=5"]) == 2
+    assert "--set schedule.kwargs.timesteps=5: of a checkpoint, only" in capsys.readouterr().err
+    moved = [*data, f"dataset.train.root={images}", f"dataset.valid.root={images}"]
+    assert train.main(tiny(tmp_path / "a", *moved, "train_cfg.epochs=2", flags=("--resume",))) == 0
+    assert "the training images are not those of the run" not in capsys.readouterr().err
+    Digits().image(20).save(images / "more.png")
+    Digits().image(21).save(images / "most.png")
+    assert train.main(tiny(tmp_path / "a", *moved, "train_cfg.epochs=3", flags=("--resume",))) == 0
+    assert "the training images are not those of the run: 18 then, 19 now" in capsys.readouterr().err
 
 
 MORE = {

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from config import TrainConfig
-from dataset import DATASETS, ImageDataset
+from dataset import DATASETS, ImageDataset, shared_images
 from diffusion_process import Condition
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
@@ -77,8 +77,9 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
         raise Mistake("time_aware_net: has lazy layers, whose shapes its config does not say: no checkpoint could be read")
     label = None if n_classes is None else torch.zeros(1, dtype=torch.long)
     for split, data in images.items():
-        with torch.no_grad(), as_mistake(f"time_aware_net: does not fit the images of dataset.{split}: "):
-            x = model.eval().x0_of(torch.zeros(1, *data.shape))
+        says = as_mistake(f"time_aware_net: does not fit the images of dataset.{split}: ")
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), says:
+            x = model.eval().q_sample(model.x0_of(torch.zeros(1, *data.shape)), model.T)  # also beyond [-1, 1]
             _check_call(model, x, run.condition(label))
             if n_classes is not None and run.cfg.label_dropout:
                 _check_no_label(run, x)
@@ -87,8 +88,8 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
             log.warning(f"dataset.{split}: {data.name_of(0)} changes from call to call, and may be read once: set is_random")
     model.train()
     train, valid = images["train"], images["valid"]
-    if getattr(train, "paths", None) == getattr(valid, "paths", ()):
-        log.warning("dataset.valid: has the same files as dataset.train, so that nothing is measured on unseen images")
+    if shared := shared_images(train, valid):
+        log.warning(f"dataset.valid: {shared} of its {len(valid)} images are in dataset.train, so that training sees them")
     if train.shape != valid.shape:
         log.warning(f"dataset.valid: its images have the shape {list(valid.shape)}, and those to train on {list(train.shape)}")
     if model.n_levels:  # what is left of x_0 at T is part of p(x_T)

@@ -17,6 +17,8 @@ from training.averages import snapshots
 log = logging.getLogger("train")
 PATTERNS = ("last.pth", "best.pth", "best_fd.pth", "epoch_*.pth", "power_*.pth", "epoch_*.png", "metrics.jsonl", "train.log")
 PATTERNS += ("first*.png", ".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
+RESULTS = ("*_fitted.pth", "*_ema[0-9]*.pth")  # of test.py, which --overwrite deletes with the run
+RESULTS += tuple(f"*_gen/{name}" for name in ("*.png", "trajectory.gif", "metrics.json", "report.html"))
 
 _locked: dict[int, Path] = {}  # the handles by which this process has locked folders, and the folders
 
@@ -44,6 +46,8 @@ class RunFolder:
         there = _first_existing(path)
         if not there.is_dir():
             raise Mistake(f"train_cfg.model_save_dirpath = {path}: {there} is not a folder")
+        if self.writes and not os.access(there, os.W_OK):
+            raise Mistake(f"train_cfg.model_save_dirpath = {path}: {there} cannot be written to")
         if self.writes and path.exists():
             self.lock()  # before anything in it is read
         resume = str(Path(resume) / "last.pth") if resume and Path(resume).is_dir() else resume
@@ -103,7 +107,7 @@ class RunFolder:
         self.lock()
         if records is None:
             self._refuse_a_second()  # which another process may have begun since
-            for path in self.files():
+            for path in [*self.files(), *(path for pattern in RESULTS for path in self.path.glob(pattern))]:
                 path.unlink()
         kept = 0 if records is None else self._go_on(records, step)
         self.log_file = _LogFile(self.path / "train.log", encoding="utf-8")

@@ -65,7 +65,8 @@ def take_snapshot(run) -> dict | None:
 def _head(run) -> dict:
     """What every file with weights says of them."""
     classes = {"class_names": run.class_names, "class_counts": run.class_counts}
-    classes |= {"cluster_centres": run.train_data.images.centres}
+    images = run.train_data.images
+    classes |= {"cluster_centres": images.centres, "train_images": len(images)}
     return {"config": run.config, "shape": list(run.shape), **classes, "step": run.step}
 
 
@@ -95,6 +96,8 @@ def restore_state(run, state: dict) -> None:
         if run.config["dataset"].get("clusters") and state.get("cluster_centres") is None:  # older, so that others were found
             raise Mistake(f"{run.folder.resume_from}: the training images are not the run's, and so its clusters are lost")
         log.warning("the training images are not those of the run: a class has more or fewer of them now")
+    elif state.get("train_images") not in (None, images := len(run.train_data.images)):
+        log.warning(f"the training images are not those of the run: {state['train_images']} then, {images} now")
     try:
         run.model.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
@@ -165,6 +168,10 @@ def _flat(value: object, path: str = "") -> dict[str, object]:
 
 def _check_counters(state: dict) -> None:
     """ValueError if a plain value is not such as a run saves."""
+    if "fitted" in state:
+        raise ValueError("its variance was fitted after training: a run goes on from the checkpoint that it was fitted to")
+    if "closed" not in state:
+        raise ValueError("holds a model, and not what a run needs to go on")
     for name, least in {"step": 0, "closed": 0, "records": 0, "world": 1}.items():
         if type(state.get(name)) is not int or not least <= state[name] < 2**63:
             raise ValueError(f"{name}: must be a whole number of at least {least}")
