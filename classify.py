@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from diffusion_process import choice, mean_from
+from diffusion_process import check_chunk_size, choice, mean_from
 
 Weighting = Literal["bound", "noisy"]
 ROUNDS = TRIALS = 16  # of classify, by default
@@ -41,11 +41,11 @@ def classify(
                   there is little noise the bound weighs an error most, and a network has errors there that are its own
     rounds        at most, until each sample has one class left
     trials        in a round, for each sample and each class that it has left
-    chunk_size    rows of one network call
+    chunk_size    rows of one network call, which has at least all the classes of one sample
     generator     of all draws, on x_0's device
     return_calls  also return how often the network saw each sample, long [B]
     """
-    _check(diffusion, n_classes, weighting, rounds, trials)
+    _check(diffusion, n_classes, weighting, rounds, trials, chunk_size)
     alive = torch.ones(len(x0), n_classes, dtype=torch.bool, device=x0.device)
     errors = torch.empty(len(x0), n_classes, 0, device=x0.device)  # nan for a class that was given up before
     with diffusion._evaluating():
@@ -62,13 +62,14 @@ def classify(
     return (label, errors.isfinite().sum((1, 2))) if return_calls else label
 
 
-def _check(diffusion: nn.Module, n_classes: int, weighting: str, rounds: int, trials: int) -> None:
+def _check(diffusion: nn.Module, n_classes: int, weighting: str, rounds: int, trials: int, chunk_size: int) -> None:
     known = getattr(diffusion.time_aware_net, "n_classes", n_classes)  # a network of your own need not say
     if known is None:
         raise ValueError(f"n_classes = {n_classes}: this network has no classes")
     if not 1 <= n_classes <= known:
         raise ValueError(f"n_classes = {n_classes}: must lie in 1..{known}, the classes of the network")
     choice("weighting", weighting, get_args(Weighting))
+    check_chunk_size(chunk_size)
     if rounds < 1 or trials < 2:
         raise ValueError(f"rounds = {rounds}, trials = {trials}: must be at least 1 round of at least 2 trials")
 
@@ -94,7 +95,7 @@ def _errors(diffusion: nn.Module, x0: Tensor, alive: Tensor, times: Tensor, chun
         xt = diffusion.q_sample(x0[i], t, noise)
         row, label = alive[i].nonzero(as_tuple=True)
         wrong = diffusion.predict(xt[row], t[row], {"label": label}).x0 - x0[i][row]
-        error[row, label] = (mean_from(1, wrong.square()) / unit_error[t - 1][row]).float()
+        error[row, label] = (mean_from(1, wrong.square()) / unit_error[t - 1][row]).to(error)
     return errors.view(len(x0), trials, -1).transpose(1, 2)
 
 

@@ -41,6 +41,21 @@ def mean_from(dim: int, x: Tensor) -> Tensor:
     return x[..., None].flatten(dim).mean(dim)
 
 
+def arguments_of(condition: Condition) -> Mapping[str, Any]:
+    """The network's keyword arguments in a condition; ValueError if it is no dictionary, such as a bare tensor of labels."""
+    if condition is not None and not isinstance(condition, Mapping):
+        found = f"a {type(condition).__name__}: must be a dictionary of the network's keyword arguments"
+        raise ValueError(f'condition: {found}, such as {{"label": label}}')
+    return condition or {}
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """ValueError unless it is None, or a whole number of at least 1."""
+    if chunk_size is not None and not (isinstance(chunk_size, Integral) and chunk_size >= 1):
+        found = f" = {chunk_size}" if isinstance(chunk_size, int | float) else f": a {type(chunk_size).__name__}"
+        raise ValueError(f"chunk_size{found}: must be None or a whole number of at least 1; a condition is given by its name")
+
+
 def repeat_condition(condition: Condition, batch: int, times: int) -> Condition:
     """The condition of `batch` samples, so many times over: every tensor [batch, ...] in it is repeated, the rest stays."""
 
@@ -48,7 +63,7 @@ def repeat_condition(condition: Condition, batch: int, times: int) -> Condition:
         each = isinstance(value, Tensor) and value.shape[:1] == (batch,)
         return value.repeat(times, *[1] * (value.ndim - 1)) if each else value
 
-    return condition and {name: rows(value) for name, value in condition.items()}
+    return {name: rows(value) for name, value in arguments_of(condition).items()}
 
 
 def every_pair(x0: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Condition]:
@@ -68,12 +83,12 @@ class DiffusionProcess(nn.Module):
         self.last_terms: tuple[Tensor, Tensor] | None = None  # of forward
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        """As any module; ValueError where the tables over t are left with fewer digits than those of float32."""
-        super()._apply(fn, recurse)
+        """As any module; ValueError, and all left as it is, where the tables over t would have fewer digits than float32."""
         for table in self.buffers(recurse=False):
-            if table.dtype in (torch.bfloat16, torch.float16):
-                raise ValueError(f"{table.dtype}: the tables of a diffusion need float32; run the network alone under autocast")
-        return self
+            dtype = fn(torch.empty(0, dtype=table.dtype, device=table.device)).dtype
+            if dtype in (torch.bfloat16, torch.float16):
+                raise ValueError(f"{dtype}: the tables of a diffusion need float32; run the network alone under autocast")
+        return super()._apply(fn, recurse)
 
     # Times
 
@@ -102,11 +117,8 @@ class DiffusionProcess(nn.Module):
 
     def _chunks(self, x0: Tensor, times: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
         """times [k, B] in pieces of chunk_size of the k, None for as many as make CHUNK_ROWS rows."""
-        if chunk_size is None:
-            chunk_size = max(1, CHUNK_ROWS // max(1, len(x0)))
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size = {chunk_size}: must be at least 1")
-        return times.split(chunk_size)
+        check_chunk_size(chunk_size)
+        return times.split(chunk_size or max(1, CHUNK_ROWS // max(1, len(x0))))
 
     @staticmethod
     def _for_each(x0: Tensor, first: int, last: int) -> Tensor:

@@ -15,7 +15,16 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from diffusion_process import Bound, Condition, DiffusionProcess, choice, every_pair, mean_from
+from diffusion_process import (
+    Bound,
+    Condition,
+    DiffusionProcess,
+    arguments_of,
+    check_chunk_size,
+    choice,
+    every_pair,
+    mean_from,
+)
 from samplers import even_in_time
 
 MAX_LEVELS = 2**16
@@ -117,8 +126,9 @@ class MatrixKernel(NamedTuple):
         return self._rows(self.log_matrix.mT, x)
 
     def log_push(self, log_p: Tensor) -> Tensor:
-        p = _product(log_p.exp().flatten(1, -2), self.log_matrix.exp()).view_as(log_p)
-        stay = self.log_matrix.diagonal(dim1=1, dim2=2).view(len(p), *[1] * (p.ndim - 2), -1)
+        p = _product(log_p.exp()[:, None].flatten(1, -2), self.log_matrix.exp()).view_as(log_p)
+        stay = self.log_matrix.diagonal(dim1=1, dim2=2)
+        stay = stay.view(len(p), *[1] * (p.ndim - 2), stay.shape[-1])
         # one of the sum's own terms, in case that all of them are too small for float32
         return torch.maximum(p.clamp_min(torch.finfo(p.dtype).tiny).log(), log_p + stay)
 
@@ -350,6 +360,8 @@ class DiscreteDiffusion(DiffusionProcess):
 
         S is n_levels, and with the mask n_levels + 1.
         """
+        if x0.shape != xt.shape:
+            raise ValueError(f"x0 of shape {list(x0.shape)}: must have the shape of xt, {list(xt.shape)}")
         t = self._times(t, self._symbols("xt", xt, self.n_states))
         return (self.transitions.step(t).log_into(xt) + self.transitions.jump(t - 1).log_from(self._x0(x0))).softmax(-1)
 
@@ -358,7 +370,7 @@ class DiscreteDiffusion(DiffusionProcess):
     def predict(self, xt: Tensor, t: int | Tensor, condition: Condition = None) -> Tensor:
         """log p_hat(x_0 | x_t) [B, ..., n_levels], the network's logits normalised, by one call of it."""
         t = self._times(t, self._symbols("xt", xt, self.n_states))
-        logits = self.time_aware_net(xt, t, **(condition or {}))
+        logits = self.time_aware_net(xt, t, **arguments_of(condition))
         found, wanted = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__, [*xt.shape, self.n_levels]
         if found != wanted:
             raise ValueError(f"time_aware_net: gives {found}, where n_levels = {self.n_levels} asks for logits of {wanted}")
@@ -413,6 +425,7 @@ class DiscreteDiffusion(DiffusionProcess):
         That sum is the bound but for its prior term, which has no parameter. chunk_size is for the sums of other processes.
         The times that it drew and T times their losses, (t, loss) [B] each, are left in `last_terms`.
         """
+        check_chunk_size(chunk_size)
         t = self._random_times(x0)
         loss = self.loss(x0, t, condition=condition)
         self.last_terms = t, self.T * loss.detach()

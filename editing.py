@@ -77,7 +77,7 @@ def interpolate(
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """The point of the arc from a (share 0) to b (share 1), each sample of [B, ...] by itself (Shoemake 1985)."""
-    unit_a, unit_b = (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (a, b))
+    unit_a, unit_b = (x / x.norm(dim=1, keepdim=True) for x in (a[..., None].flatten(1), b[..., None].flatten(1)))
     angle = (unit_a * unit_b).sum(1).clamp(-1, 1).acos().view(-1, *[1] * (a.ndim - 1))
     arc = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
     return torch.where(angle.sin() > 1e-4, arc, torch.lerp(a, b, share))  # of parallel ones the arc is the line
@@ -194,6 +194,10 @@ def posterior_sample(
     choice("sampler", sampler, SAMPLERS)
     if iterations < 1:
         raise ValueError(f"iterations = {iterations}: must be at least 1")
+    if y.is_complex():
+        raise ValueError("y: is complex: give it and the operator as torch.view_as_real")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("posterior_sample: needs derivatives, which inference_mode has none of; no_grad is right")
     adjoint = _adjoint(operator, y, shape)
     steps = diffusion.steps(timesteps, sampler)
     if diffusion.signal_scale[steps[0] - 1] == 0:  # nor is a covariance known there
@@ -208,7 +212,7 @@ def posterior_sample(
                 lambda v: operator(covariance(adjoint(v))) + noise * noise * v, y - operator(x0), iterations
             )
             x0 = x0 + covariance(adjoint(u))
-            return x0.clamp_(-1, 1) if clip_x0 else x0
+            return x0.clamp_(-1, 1) if clip_x0 or diffusion.bounded else x0
 
         return SAMPLERS[sampler](given_y, x, levels, normal)
 
@@ -222,8 +226,11 @@ def _adjoint(operator: Operator, y: Tensor, shape: Sequence[int]) -> Operator:
         Ax = operator(x)
     if Ax.shape != y.shape:
         raise ValueError(f"y of shape {list(y.shape)}: operator gives {list(Ax.shape)} of {list(shape)}")
-    if Ax.any():
-        raise ValueError("operator: must be linear, but gives other than 0 of 0")
+    probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype).to(y.device)
+    once, twice = operator(probe), operator(-2 * probe)
+    near = 1e-3 * once.norm().item() / max(1, once.numel()) ** 0.5
+    if Ax.any() or not torch.allclose(twice, -2 * once, rtol=1e-3, atol=near):
+        raise ValueError("operator: must be linear, but A(0) is not 0, or A(-2 x) not -2 A(x)")
     return lambda v: torch.autograd.grad(Ax, x, v, retain_graph=True)[0]
 
 

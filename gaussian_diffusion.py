@@ -25,7 +25,16 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from classify import classify
-from diffusion_process import Bound, Condition, DiffusionProcess, choice, every_pair, mean_from
+from diffusion_process import (
+    Bound,
+    Condition,
+    DiffusionProcess,
+    arguments_of,
+    check_chunk_size,
+    choice,
+    every_pair,
+    mean_from,
+)
 from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
@@ -233,6 +242,8 @@ class GaussianDiffusion(DiffusionProcess):
 
         At t = 1 the mean is x_0 itself, and sigma_bar_1^2, 0 by the formula, is taken as beta_1.
         """
+        if x0.shape != xt.shape:
+            raise ValueError(f"x0 of shape {list(x0.shape)}: must have the shape of xt, {list(xt.shape)}")
         t = self._times(t, xt)
         variance = self._at(self.sigma_bar_square, t, xt)
         first = self._at(self.step_noise_scale**2, t, xt)
@@ -243,7 +254,7 @@ class GaussianDiffusion(DiffusionProcess):
 
     def _net(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output in x's precision, whatever precision autocast let it run in."""
-        out = self.time_aware_net(xt, t, **(condition or {}))
+        out = self.time_aware_net(xt, t, **arguments_of(condition))
         found = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
         if found != list(xt.shape):  # which would broadcast, and train on something else
             raise ValueError(f"time_aware_net: gives {found} for xt of shape {list(xt.shape)}: must be xt's shape")
@@ -377,6 +388,7 @@ class GaussianDiffusion(DiffusionProcess):
         The times that it drew and their losses, (t, loss) [B] each, are left in `last_terms`, unweighted; not by the full loss,
         of all t.
         """
+        check_chunk_size(chunk_size)
         if self.loss_mode == "full":
             return self.loss_full(x0, chunk_size, condition).mean()
         return self._drawn_loss(self.loss_mode, x0, condition).mean()
@@ -472,7 +484,7 @@ class GaussianDiffusion(DiffusionProcess):
         total = len(batches) * self.T if hasattr(batches, "__len__") else None
         with self._evaluating(), tqdm(total=total, desc="fitting the reverse variance", unit="t") as bar:
             for batch in batches:
-                x0, condition = (batch, None) if isinstance(batch, Tensor) else batch
+                x0, condition = (batch, None) if isinstance(batch, Tensor) else _pair(batch)
                 pieces = []
                 for t, residual in self._residuals(x0, self._for_each(x0, 2, self.T), chunk_size, generator, condition):
                     pieces.append(mean_from(2, residual.square()).sum(1))
@@ -506,7 +518,7 @@ class GaussianDiffusion(DiffusionProcess):
 
         sampler    a name in samplers.SAMPLERS ("ddpm", "ddim", "dpm", "heun": equations 16 to 19), or a function like those
         timesteps  the steps. None: all. An int: that many, T and 1 included, spread as `steps` says. Or the times, descending
-        eta        of "ddim" only, 0 to 1
+        eta        of "ddim" only, 0 to 1; 0 leaves a function of your own its own
         clip_x0    keep every predicted x_0 in [-1, 1], and the error that a variance assumes of it at most 1
         x_T        the state to start from, of the given shape; drawn if None
         generator  of all draws, on the module's device
@@ -514,11 +526,10 @@ class GaussianDiffusion(DiffusionProcess):
         rule = _sampler(sampler)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta = {eta:g}: must lie between 0 and 1")
-        if _takes_eta(rule):
-            rule = partial(rule, eta=eta)
-        elif eta:
+        if eta and not _takes_eta(rule):
             those = " or ".join(repr(name) for name in SAMPLERS if _takes_eta(SAMPLERS[name]))
-            raise ValueError(f"eta = {eta:g}: only the sampler {those} has it, not {rule.__name__!r}")
+            raise ValueError(f"eta = {eta:g}: only the sampler {those} has it, not {getattr(rule, '__name__', rule)!r}")
+        rule = partial(rule, eta=eta) if eta else rule
         levels = self._levels(self.steps(timesteps, sampler), clip_x0)
         if x_T is None:
             of = {"device": self.signal_scale.device, "dtype": self.signal_scale.dtype}
@@ -592,6 +603,12 @@ class GaussianDiffusion(DiffusionProcess):
         return (excess / self.mu_bar_from_x0.cpu().double() ** 2).clamp(min=0)  # a learnt one may be a little too small
 
     classify = classify  # the class of the least bound
+
+
+def _pair(batch: object) -> tuple[Tensor, Condition]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError("batches: each must be x_0, a tensor, or a pair (x_0, condition)")
+    return tuple(batch)
 
 
 def _sampler(sampler: str | Sampler) -> Sampler:

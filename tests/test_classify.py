@@ -24,6 +24,13 @@ def bayes(x):
     return CLASSES._joint(x.double(), torch.ones(len(x), dtype=torch.float64)).softmax(1)
 
 
+def test_classes_may_be_told_in_float64():
+    x = CLASSES.sample(50)
+    probability, label = bayes(x).max(1)
+    sure = probability > 0.9
+    assert torch.equal(model("beta").double().classify(x.double(), 3)[sure], label[sure])
+
+
 @pytest.mark.parametrize("reverse_variance", ["beta", "sigma_bar_square"])
 def test_the_class_of_least_bound_is_that_of_bayes_wherever_it_is_nearly_certain(reverse_variance):
     x = CLASSES.sample(300)

@@ -329,6 +329,26 @@ def test_the_absorbing_bound_is_the_weighted_masked_prediction_loss():
         torch.testing.assert_close(diffusion.loss(x0, t, noise), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("transition", TRANSITIONS)
+def test_a_sample_may_be_one_symbol(transition):
+    """x [B] has the losses and the probabilities of the same symbols as [B, 1, 1]; a batch may be empty."""
+    K = levels_of(transition)
+    logits = torch.randn(len(BETA) + 1, K + 1, K)
+
+    class OfOneSymbol(nn.Module):
+        def forward(self, xt, t):
+            return logits[t.view(-1, *[1] * (xt.ndim - 1)), xt]
+
+    diffusion = build(transition, net=lambda chain: OfOneSymbol())[0]
+    x0, t, noise = torch.arange(12) % K, torch.arange(12) % T + 1, torch.rand(12)
+    more = (12, 1, 1)
+    assert torch.equal(diffusion.loss(x0, t, noise), diffusion.loss(x0.view(more), t, noise.view(more)))
+    xt = diffusion.q_sample(x0, t, noise)
+    assert torch.equal(diffusion.p_probabilities(xt, t), diffusion.p_probabilities(xt.view(more), t)[:, 0, 0])
+    assert diffusion.variational_bound(x0).total.shape == (12,)
+    assert diffusion.loss(x0[:0].view(0, 3), 2).shape == (0,)
+
+
 def test_hybrid_adds_the_cross_entropy():
     diffusion, _ = build("uniform", loss_mode="hybrid", cross_entropy_weight=0.3)
     plain, _ = build("uniform")

@@ -134,6 +134,14 @@ def test_an_interpolation_goes_from_the_one_to_the_other():
     torch.testing.assert_close(way[-1], b, atol=0.02, rtol=0)
 
 
+def test_numbers_are_interpolated_as_vectors_of_one():
+    a, b = torch.randn(5, 1), torch.randn(5, 1)
+    diffusion = optimal(MIXTURE, LinearSchedule(800, 0.1 / 800, 12 / 800))
+    diffusion.time_aware_net.forward = lambda xt, t: 0.5 * xt
+    way = interpolate(diffusion, a[:, 0], b[:, 0], 3, timesteps=5)
+    torch.testing.assert_close(way[..., None], interpolate(diffusion, a, b, 3, timesteps=5))
+
+
 # Inpainting
 
 MASK = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # the left half is known
@@ -301,6 +309,10 @@ def test_gradients_stay_off_outside_and_the_network_gets_its_condition():
         (lambda d, x: posterior_sample(d, x, lambda x: x, math.nan, x.shape), "noise = nan"),
         (lambda d, x: posterior_sample(d, x[:1], lambda x: x, 0.1, x.shape), "y of shape"),
         (lambda d, x: posterior_sample(d, x, lambda x: x + 1, 0.1, x.shape), "operator: must be linear"),
+        (lambda d, x: posterior_sample(d, x, lambda x: x.square(), 0.1, x.shape), "operator: must be linear"),
+        (lambda d, x: posterior_sample(d, x, lambda x: x.clamp(min=0), 0.1, x.shape), "operator: must be linear"),
+        (lambda d, x: posterior_sample(d, x, lambda x: x**3, 0.1, x.shape), "operator: must be linear"),
+        (lambda d, x: posterior_sample(d, x.to(torch.complex64), torch.fft.fft, 0.1, x.shape), "y: is complex"),
         (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, "euler"), "sampler = 'euler'"),
         (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, iterations=0), "iterations = 0"),
     ],
@@ -308,6 +320,24 @@ def test_gradients_stay_off_outside_and_the_network_gets_its_condition():
 def test_a_bad_argument_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(images_model(), torch.zeros(2, *SHAPE))
+
+
+def test_derivatives_are_asked_for_where_there_can_be_some():
+    x = torch.zeros(2, *SHAPE)
+    with torch.inference_mode(), pytest.raises(ValueError, match="needs derivatives, which inference_mode has none of"):
+        posterior_sample(images_model(), x, lambda x: x, 0.1, x.shape)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm"])
+def test_a_bounded_network_stays_in_range_given_y_too(sampler):
+    class Bounded(nn.Module):
+        def forward(self, xt, t):
+            return 0.9 * torch.tanh(3 * xt)
+
+    diffusion = GaussianDiffusion(SCHEDULE, Bounded(), prediction="reconstruction", bounded=True)
+    y = torch.full((200, 3, 1, 1), 0.95)
+    x = posterior_sample(diffusion, y, OPERATORS["super-resolution"], 0.0, (200, *SHAPE), sampler, 20)
+    assert x.abs().max() <= 1
 
 
 def test_where_no_signal_is_left_the_posterior_begins_below_it_and_is_exact():

@@ -807,6 +807,42 @@ def test_a_learnt_variance_of_bounded_data_is_that_of_the_bound(loss_mode):
     assert diffusion.time_aware_net.value.grad > 0  # it learns that 1.5 is too much
 
 
+def test_tables_that_may_not_be_rounded_are_left_as_they_are():
+    diffusion = GaussianDiffusion(LinearSchedule(1000), Elementwise())
+    before = {name: table.clone() for name, table in diffusion.named_buffers()}
+    for convert in (diffusion.half, diffusion.bfloat16, lambda: diffusion.to(torch.float16)):
+        with pytest.raises(ValueError, match="the tables of a diffusion need float32"):
+            convert()
+    assert all(torch.equal(table, before[name]) for name, table in diffusion.named_buffers())
+
+
+@pytest.mark.parametrize("loss_mode", ["simple", "full"])
+def test_a_condition_that_is_none_is_refused(loss_mode):
+    """And not taken for a chunk_size, or for no label where it is class 0."""
+    diffusion = GaussianDiffusion(LinearSchedule(10), Elementwise(), loss_mode=loss_mode)
+    x0, label = torch.randn(2, 3), torch.zeros(2, dtype=torch.long)
+    for condition in ({"label": label}, label, 0, 2.5):
+        with pytest.raises(ValueError, match=r"chunk_size.*a condition is given by its name"):
+            diffusion(x0, condition)
+    first = torch.zeros(1, dtype=torch.long)
+    for call in (
+        lambda: diffusion(x0, condition=label),
+        lambda: diffusion.predict(x0[:1], 5, first),
+        lambda: diffusion.sample((1, 3), condition=first),
+        lambda: diffusion.variational_bound(x0, condition=label),
+    ):
+        with pytest.raises(ValueError, match=r'condition: a Tensor: must be a dictionary .* such as {"label": label}'):
+            call()
+    for batch in ([x0], (x0, label, label), "x0"):
+        with pytest.raises(ValueError, match="batches: each must be x_0"):
+            diffusion.fit_reverse_variance([batch])
+
+
+def test_the_posterior_of_two_shapes_is_refused():
+    with pytest.raises(ValueError, match=r"x0 of shape \[3\]: must have the shape of xt, \[3, 1\]"):
+        GaussianDiffusion(LinearSchedule(10), Elementwise()).q_posterior(torch.randn(3), torch.randn(3, 1), 2)
+
+
 def test_the_tables_and_the_network_may_be_float64():
     diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), Elementwise()).double()
     assert diffusion.sample((3, 2)).dtype == torch.float64

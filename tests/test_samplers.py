@@ -1,5 +1,6 @@
 import inspect
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -545,6 +546,19 @@ def own(predict_x0, x, levels, normal, eta=0.3):
     for level in levels[:-1]:
         x = predict_x0(x, level.t)
         yield x
+
+
+def test_the_eta_that_a_sampler_of_ones_own_has_stays_unless_another_is_asked_for():
+    diffusion = GaussianDiffusion(SHORT, OptimalNet(GAUSSIAN, SHORT.beta, "denoising"))
+
+    def draw(sampler, **more):
+        return diffusion.sample((4, 2), sampler, 5, **more, generator=torch.Generator().manual_seed(0))
+
+    ancestral = partial(SAMPLERS["ddim"], eta=1.0)
+    assert torch.equal(draw(ancestral), draw("ddim", eta=1.0))
+    assert torch.equal(draw(ancestral, eta=0.5), draw("ddim", eta=0.5))
+    with pytest.raises(ValueError, match=r"eta = 0.5: only the sampler 'ddim' has it, not functools.partial"):
+        draw(partial(SAMPLERS["dpm"]), eta=0.5)
 
 
 def test_a_function_is_a_sampler_too():
