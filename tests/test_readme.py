@@ -20,7 +20,7 @@ PYTHON = [code for language, code in FENCED.findall(README) if language == "pyth
 # What a page names and a run, a reader or another package has
 ELSEWHERE = re.compile(
     r"(models|my|data)/|my_|train_unconditional\.py|image_\w+\.py|metrics\.json|.*\bNAME\b|"
-    r"(epoch_N|\d+|strips|grid|image|mask|other|small|grey)\.png"
+    r"(epoch_N|first|\d+|strips|grid|image|mask|other|small|grey)\.png"
 )
 
 
