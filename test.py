@@ -45,7 +45,7 @@ from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
 from samplers import SAMPLERS
 from training import speed
-from training.averages import MAX_LENGTH, average_of
+from training.averages import MAX_LENGTH, average_of, model_of
 from training.ranks import Ranks, leave_ranks
 from training.seeds import STEP, mixed_seed
 
@@ -58,12 +58,14 @@ NOT_OF_EDITS = ("metrics", "fit_variance", "compile", "eta", "precision", "frame
 NOT_OF_EDITS += ("weighting", "bpd_images", "bpd_timesteps")
 
 
-def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, has_clusters: bool) -> None:
-    """Fill in the flags whose default depends on --report, and --class, where no one knows what the classes are."""
+def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, needs_class: bool) -> None:
+    """Fill in the flags whose default depends on --report, and --class, where no one knows what the classes are, or the network
+    nothing without one.
+    """
     for name, value in (REPORT_DEFAULTS if args.report else DEFAULTS).items():
         if getattr(args, name) is None and not ("timesteps" in name and value is not None and value >= T):
             setattr(args, name, value)
-    if has_clusters and args.label is None and not any(getattr(args, kind) for kind in EDITS):
+    if needs_class and args.label is None and not any(getattr(args, kind) for kind in EDITS):
         args.label = "data"
     if args.report and args.label is None and n_classes and args.n >= n_classes:
         args.label = "all"
@@ -101,15 +103,15 @@ def save_pictures(folder: Path, drawn: Drawn, shown: list[int], columns: int | N
     save_gif(folder / "trajectory.gif", [grid(frame, columns) for frame in drawn.animation.unbind(1)])
 
 
-def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path, weights: str) -> None:
-    """Fit the reverse variance to training images, the same on every rank, and save it with the rest of the checkpoint."""
+def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path) -> None:
+    """Fit the reverse variance to training images, the same on every rank, and save it with the weights it was fitted to."""
     ranks, seed = evaluation.ranks, mixed_seed(STEP, evaluation.seed)
     torch.manual_seed(seed)  # of their flips
     images = list(evaluation.images("train", count, Ranks(str(ranks.device), alone=True)))  # and their labels
     generator = torch.Generator(ranks.device).manual_seed(seed)
     evaluation.diffusion.fit_reverse_variance(images, generator=generator)
     if ranks.rank == 0:
-        save(target, state | {weights: evaluation.diffusion.state_dict(), "fitted": count})
+        save(target, model_of(state) | {"ema": evaluation.diffusion.state_dict(), "fitted": count})
 
 
 def set_speed(diffusion: GaussianDiffusion, x0: Tensor, asked: str, compiled: bool, ranks: Ranks) -> str:
@@ -260,7 +262,8 @@ def run(
     diffusion, state, path = load_model(args, ema_length, ranks)
     diffusion.to(ranks.device)
     n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
-    set_defaults(args, diffusion.T, n_classes, bool(n_classes and state["config"]["dataset"].get("clusters")))
+    unnamed = state["config"]["dataset"].get("clusters") or not state["config"]["train_cfg"]["label_dropout"]
+    set_defaults(args, diffusion.T, n_classes, bool(n_classes and unnamed))
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
     count = args.n if args.interpolate else min(args.n, args.batch_size)
     if count * math.prod(shape) > MAX_VALUES:
@@ -274,18 +277,21 @@ def run(
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
     if args.report:  # first, as it may find a fault of a sampler of the user's own
         chain = [*diffusion.steps(args.timesteps, sampler), 0], diffusion.network_calls(args.timesteps, sampler)
-    if "fd" in args.metrics and shape != state["shape"]:
-        raise Mistake(f"--metrics fd: compares with images of {state['shape'][1]} x {state['shape'][2]}; leave out H W")
     labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"), state.get("class_counts"))
+    if n_classes and labels is None and not state["config"]["train_cfg"]["label_dropout"]:
+        raise Mistake("--class: the network was trained with train_cfg.label_dropout = 0, and knows nothing without a label")
     if weight is not None:
         guide(diffusion, state, weight, args.interval, args.guide)
         if labels is None and not args.guide:
             raise Mistake("--guidance: exaggerates a class; add --class (a number, a name, all or data), or --guide WEAKER")
     if edit := edit_of(args, shape):
         check_writable(path.parent)
+        if ema_length is not None:
+            save(path, state)
         edit_images(args, edit, diffusion, path, labels, sampler, ranks)
         return None
     evaluation = evaluation_of(args, diffusion, state, ranks, datasets)
+    evaluation.other_size = shape != state["shape"]
     metrics = {name: build_metric(name, evaluation, "--metrics") for name in args.metrics}
     weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
     folder = path.with_name(f"{path.stem}{weight_name}_gen")
@@ -298,8 +304,8 @@ def run(
     shown, columns = pictured(args, n_classes, columns)
     with speed.autocast(ranks.device, precision):
         if args.fit_variance:
-            target = path.with_stem(f"{path.stem}_fitted")
-            fit_variance(evaluation, state, args.fit_variance, target, "model" if args.raw else "ema")
+            target = path.with_stem(f"{path.stem}{'_raw' if args.raw else ''}_fitted")
+            fit_variance(evaluation, state, args.fit_variance, target)
         how = {name: getattr(args, name) for name in ("batch_size", "seed", "frames")}
         start = time.perf_counter()
         drawn = draw(diffusion, args.n, shape, **options, **how, pictures=shown, labels=labels, ranks=ranks)

@@ -80,10 +80,10 @@ def line_chart(
     if not lines:
         return f"<p>{escape(title)}: no value to draw.</p>"
     everything = [pair for _, pairs in lines for pair in pairs]
-    x = Axis([pair[0] for pair in everything], (LEFT, WIDTH - RIGHT), log_x)
+    x = Axis([pair[0] for pair in everything] + ([] if mark is None else [mark]), (LEFT, WIDTH - RIGHT), log_x)
     y = Axis([pair[1] for pair in everything], (HEIGHT - BOTTOM, TOP), log_y)
     parts = [*_axes(x, y, x_label, y_label), *(_line(one, pairs, x, y) for one, pairs in lines)]
-    if mark is not None and LEFT <= x.place(mark) <= WIDTH - RIGHT:
+    if mark is not None:
         parts.append(f'<path class="mark" d="M{x.place(mark):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
     keys = "".join(f"<li>{KEY.format(one.colour)}{escape(one.name)}</li>" for one, _ in lines)
     return (

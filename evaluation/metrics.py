@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from classify import ROUNDS, TRIALS, Weighting
-from config import build_dataset, find
+from config import build_dataset, check_shape, find
 from dataset import ImageDataset
 from diffusion_process import Bound
 from evaluation.features import (
@@ -250,6 +250,7 @@ class Evaluation:
     features: str = "classifier"  # or "inception"
     classifier: str | None = None  # its file; None for one in models/, of this data set
     guided: bool = False  # are the samples drawn with guidance?
+    other_size: bool = False  # have they another size than the data?
     samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
     check: Callable[[], object] = lambda: None  # called before each batch of images
     class_names: list[str] | None = None  # of the checkpoint, if it says them
@@ -264,6 +265,8 @@ class Evaluation:
         has_classes = getattr(self.diffusion.time_aware_net, "n_classes", None) is not None
         if has_classes and self.class_names not in (None, images.class_names):
             raise Mistake(f"dataset.{split}: has the classes {images.class_names}, and the network learned {self.class_names}")
+        with as_mistake(f"dataset.{split}: "):
+            check_shape(self.config, images.shape)
         return self.datasets.setdefault(split, images)
 
     def images(self, split: str, count: int | None = None, ranks: Ranks | None = None) -> Iterable[tuple[Tensor, dict]]:
@@ -338,6 +341,9 @@ class FrechetDistance:
         self.evaluation, self.real = evaluation, None
         if evaluation.ranks.rank:
             return
+        shape = evaluation.dataset("valid").shape
+        if evaluation.other_size:
+            raise Mistake(f"--metrics fd: compares with images of {shape[1]} x {shape[2]}; leave out H W")
         needed = 1 + {"classifier": SmallClassifier, "inception": InceptionFeatures}[evaluation.features].n_features
         counts = {"-n": evaluation.n, "dataset.valid": len(evaluation.dataset("valid"))}
         for name, count in counts.items():
@@ -345,6 +351,7 @@ class FrechetDistance:
                 raise Mistake(f"{name} = {count}: the Fréchet distance needs at least {needed}, one more than features")
         with as_mistake("--metrics fd: "):
             self.extractor = build_extractor(evaluation)
+            self.extractor.features(torch.zeros(1, *shape, device=evaluation.ranks.device))  # does it take them?
 
     def measure(self) -> dict[str, Any]:
         e = self.evaluation
@@ -398,7 +405,10 @@ class Accuracy:
 
 def measured(metric: Any) -> dict[str, Any]:
     """What a metric finds, with tensors and numpy's numbers as the plain ones that JSON holds."""
-    return json.loads(json.dumps(metric.measure(), default=lambda number: number.tolist()))
+    found = metric.measure()
+    if not isinstance(found, dict):
+        raise Mistake(f"{type(metric).__name__}.measure: gives a {type(found).__name__}, where a metric must give a dictionary")
+    return json.loads(json.dumps(found, default=lambda number: number.tolist()))
 
 
 OF_A_METRIC = ("uses_model", "measure", "describe")

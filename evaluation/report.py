@@ -79,7 +79,7 @@ class Report:
         try:
             self.metrics[name] = METRICS[name](self.evaluation)
         except Mistake as mistake:
-            if name == "bpd" and self.data and not self.evaluation.guided:
+            if name == "bpd" and self.data and not self.evaluation.guided and len(self.data["valid"]) > 1:
                 raise
             self.missing[name] = self.missing.get("data", str(mistake).removeprefix(f"--metrics {name}: "))
 

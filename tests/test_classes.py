@@ -284,6 +284,55 @@ def test_a_network_of_other_classes_cannot_guide(run, tmp_path, capsys):
     assert "--guidance: interval" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_a_network_that_never_went_without_a_label_gets_one(tmp_path, run, capsys, monkeypatch):
+    seen, drawn = [], sampling.draw
+    assert train.main(classes(tmp_path / "a", "train_cfg.max_steps=1", "train_cfg.label_dropout=0")) == 0
+    monkeypatch.setattr(sampling, "draw", lambda *args, **more: seen.append(more["labels"]) or drawn(*args, **more))
+    assert draw(tmp_path / "a", "-n", "50") == 0
+    counts = checkpoint.load(tmp_path / "a" / "last.pth")["class_counts"]
+    assert (torch.bincount(seen[0], minlength=10) - 50 * torch.tensor(counts) / sum(counts)).abs().max() < 1
+    assert draw(tmp_path / "a", "--from", str(run.parent / "a.png")) == 2
+    assert "--class: the network was trained with train_cfg.label_dropout = 0" in capsys.readouterr().err
+
+
+def test_the_average_that_an_edit_is_of_is_saved_too(tmp_path, run):
+    assert train.main(classes(tmp_path / "a", "train_cfg.max_steps=2", "train_cfg.power_ema=[0.1]")) == 0
+    flags = ["-n", "1", "--class", "2", "--ema-length", "0.2", "--from", str(run.parent / "a.png")]
+    assert draw(tmp_path / "a", *flags) == 0
+    assert (tmp_path / "a" / "last_ema0.2.pth").exists()
+    assert (tmp_path / "a" / "last_ema0.2_from" / "0.png").exists()
+
+
+class OfNumbers:
+    """A metric that gives no dictionary."""
+
+    uses_model, describe = False, staticmethod(str)
+
+    def __init__(self, evaluation):
+        pass
+
+    def measure(self):
+        return 0.5
+
+
+def test_a_metric_that_gives_no_dictionary_is_told_so(run, monkeypatch, capsys):
+    monkeypatch.setitem(METRICS, "numbers", OfNumbers)
+    assert draw(run, "-n", "2", "--class", "3", "--metrics", "numbers") == 2
+    assert "OfNumbers.measure: gives a float" in capsys.readouterr().err
+
+
+def test_data_that_the_network_does_not_take_are_refused_before_sampling(run, tmp_path, capsys):
+    for label in range(10):
+        (tmp_path / "odd" / str(label)).mkdir(parents=True)
+        Image.new("L", (9, 9)).save(tmp_path / "odd" / str(label) / "a.png")
+    data = {"root": str(tmp_path / "odd"), "mode": "L", "labels": "folders", "pipeline": []}
+    state = checkpoint.load(run / "last.pth")
+    state["config"]["dataset"] |= {"name": "ImageFolder", "train": data, "valid": data}
+    checkpoint.save(tmp_path / "last.pth", state)
+    assert draw(tmp_path, "-n", "1", "--metrics", "bpd") == 2
+    assert "dataset.valid: images of 9 x 9 pixels" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -257,6 +257,23 @@ def test_validation_images_that_training_saw_are_not_called_unseen(folder, tmp_p
     assert page.text.count("of which 1617 of 1617 are among those to train on") >= 1
 
 
+def test_samples_of_another_size_have_no_distance_and_one_image_no_likelihood(folder, tmp_path):
+    page = report(train_run(tmp_path / "run", "train_cfg.max_steps=1"), "16", "12", "-n", "3")
+    assert "compares with images of 8 x 8; leave out H W" in page.text
+    (tmp_path / "images").mkdir()
+    for i in range(10):
+        Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    part = {"root": str(tmp_path / "images"), "mode": "L"}
+    data = [f"dataset={json.dumps({'name': 'ImageFolder', 'train': part | {'train': True}, 'valid': part | {'train': False}})}"]
+    page = report(train_run(tmp_path / "few", *data, "train_cfg.max_steps=1", "train_cfg.batch_size=2"), "-n", "3")
+    assert "needs at least 2 images for a standard error" in page.text
+
+
+def test_the_line_of_the_step_is_in_the_chart_also_after_the_last_record():
+    chart = line_chart("a", [Series("b", [1, 2], [3.0, 4.0], "c0")], "step", "loss", mark=5)
+    assert chart.count('class="mark"') == 1
+
+
 def test_guidance_has_no_likelihood_and_it_says_so(folder, tmp_path):
     checkpoint = train_run(tmp_path / "run", "train_cfg.max_steps=1", config="Digits_class")
     page = report(checkpoint, "-n", "3", "--guidance", "2", "--class", "1")

@@ -114,6 +114,46 @@ def test_overwrite_deletes_what_was_found_of_the_run_too(tmp_path):
     assert not {"last_fitted.pth", "metrics.json", "grid.png", "0.png"} & {path.name for path in tmp_path.rglob("*")}
 
 
+@pytest.mark.parametrize("flags", [(), ("--overwrite",), ("--resume",)])
+def test_models_in_a_folder_without_a_run_are_kept(flags, tmp_path):
+    folder = tmp_path / "a"
+    (folder / "last_gen").mkdir(parents=True)
+    kept = [folder / "last_fitted.pth", folder / "last_ema0.1.pth", folder / "last_gen" / "report.html"]
+    for path in kept:
+        path.write_text("mine")
+    assert train.main(tiny(folder, "train_cfg.max_steps=1", flags=flags)) == 0
+    assert all(path.read_text() == "mine" for path in kept)
+
+
+def test_going_on_from_an_earlier_epoch_deletes_only_the_best_of_later_ones(tmp_path):
+    folder = tmp_path / "a"
+    argv = tiny(folder, "train_cfg.save_period=1", "train_cfg.epochs=3")
+    assert train.main(argv) == 0
+    assert checkpoint.load(folder / "best.pth")["step"] > 4
+    shutil.copy(folder / "best.pth", folder / "best_mine.pth")
+    assert train.main([*argv, "train_cfg.epochs=2", "--resume", str(folder / "epoch_1.pth")]) == 0
+    assert checkpoint.load(folder / "best.pth")["step"] == 8
+    assert checkpoint.load(folder / "best_mine.pth")["step"] > 8
+
+
+def test_a_fitted_checkpoint_holds_the_weights_that_it_was_fitted_to(tmp_path, capsys):
+    assert train.main(tiny(tmp_path / "a", "train_cfg.power_ema=[0.1]", "train_cfg.max_steps=4")) == 0
+    last = tmp_path / "a" / "last.pth"
+    flags = ["--device", "cpu", "-n", "1", "--timesteps", "2"]
+    for raw in ([], ["--raw"]):
+        assert sampling.main([str(last), *flags, "--fit-variance", "2", *raw]) == 0
+    whole = checkpoint.load(last)
+    fitted, raw = (checkpoint.load(last.with_name(f"last{name}_fitted.pth")) for name in ("", "_raw"))
+    name = "time_aware_net.conv_in.weight"
+    assert torch.equal(fitted["ema"][name], whole["ema"][name])
+    assert torch.equal(raw["ema"][name], whole["model"][name])
+    assert not torch.equal(fitted["ema"]["x0_error"], raw["ema"]["x0_error"])
+    capsys.readouterr()
+    for other in (["--raw"], ["--ema-length", "0.1"]):
+        assert sampling.main([str(last.with_name("last_fitted.pth")), *flags, *other]) == 2
+        assert "last_fitted.pth: " in capsys.readouterr().err
+
+
 def test_a_fitted_checkpoint_is_not_gone_on_with(tmp_path, capsys):
     assert train.main(tiny(tmp_path / "a", "train_cfg.max_steps=1")) == 0
     last = tmp_path / "a" / "last.pth"
@@ -300,7 +340,7 @@ def test_a_run_that_goes_on_in_another_folder_takes_its_best_along(tmp_path, mon
     assert train.main(tiny(tmp_path / "b", "train_cfg.epochs=3", flags=("--resume", last))) == 0
     assert (tmp_path / "b" / "best.pth").read_bytes() == (tmp_path / "a" / "best.pth").read_bytes()
     assert train.main(tiny(tmp_path / "c", flags=("--resume", first))) == 0
-    assert not (tmp_path / "c" / "best.pth").exists()
+    assert checkpoint.load(tmp_path / "c" / "best.pth")["best_loss"] == 0.6  # of what is left
 
 
 @pytest.fixture(scope="module")
@@ -700,7 +740,7 @@ def test_a_fitted_variance_does_not_depend_on_what_was_drawn_before(tmp_path):
         torch.nn.init.normal_(diffusion.time_aware_net.conv_out.weight)  # of zeros, x_0 would not matter
         torch.manual_seed(seed)
         evaluation, state = Evaluation(diffusion, config, Ranks("cpu"), n=1), {"config": config, "shape": [1, 8, 8]}
-        sampling.fit_variance(evaluation, state, 6, tmp_path / "fitted.pth", "ema")
+        sampling.fit_variance(evaluation, state, 6, tmp_path / "fitted.pth")
         found.append(checkpoint.load(tmp_path / "fitted.pth")["ema"])
     assert_same_state(*found)
 

@@ -77,7 +77,7 @@ class Averages:
 
     def state(self) -> list[dict[str, Tensor]]:
         """The power-function averages of the parameters, by name."""
-        return [{name: p.detach() for name, p in average.named_parameters()} for average in self.power]
+        return [{name: p.detach() for name, p in each.named_parameters(remove_duplicate=False)} for each in self.power]
 
     def restore(self, state: list[dict[str, Tensor]]) -> None:
         for average, found in zip(self.power, state, strict=True):
@@ -138,10 +138,14 @@ def average_of(path: Path, length: float) -> tuple[dict, float]:
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as cause:
             reason = " ".join(str(cause).split())[:200]
             raise Mistake(f"{file}: does not hold the averages of the run of {path} ({reason})") from cause
-    names = ("config", "shape", "class_names", "class_counts", "cluster_centres", "step", "epoch")
-    kept = {name: state.get(name) for name in names}
     buffers = state["buffers"] if "buffers" in state else state["ema"]
-    return kept | {"ema": buffers | {name: p.float() for name, p in total.items()}}, error
+    return model_of(state) | {"ema": buffers | {name: p.float() for name, p in total.items()}}, error
+
+
+def model_of(state: Mapping) -> dict:
+    """What the state of a run says of its model, without the weights and what resuming needs."""
+    names = ("config", "shape", "class_names", "class_counts", "cluster_centres", "step", "epoch")
+    return {name: state.get(name) for name in names}
 
 
 def _add(total: dict[str, Tensor], averages: list[Mapping[str, Tensor]], factors: Tensor) -> None:

@@ -17,6 +17,7 @@ from training.averages import snapshots
 log = logging.getLogger("train")
 PATTERNS = ("last.pth", "best.pth", "best_fd.pth", "epoch_*.pth", "power_*.pth", "epoch_*.png", "metrics.jsonl", "train.log")
 PATTERNS += ("first*.png", ".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
+BEST = ("best.pth", "best_fd.pth")
 RESULTS = ("*_fitted.pth", "*_ema[0-9]*.pth")  # of test.py, which --overwrite deletes with the run
 RESULTS += tuple(f"*_gen/{name}" for name in ("*.png", "trajectory.gif", "metrics.json", "report.html"))
 
@@ -42,7 +43,7 @@ class RunFolder:
 
     def claim(self, resume: str | None, overwrite: bool) -> None:
         """Lock it, if it is there, and refuse what would harm the run in it. resume and overwrite are the Trainer's."""
-        path, self.overwrite = self.path, overwrite
+        path, self.overwrite, self.results_too = self.path, overwrite, overwrite
         there = _first_existing(path)
         if not there.is_dir():
             raise Mistake(f"train_cfg.model_save_dirpath = {path}: {there} is not a folder")
@@ -107,7 +108,8 @@ class RunFolder:
         self.lock()
         if records is None:
             self._refuse_a_second()  # which another process may have begun since
-            for path in [*self.files(), *(path for pattern in RESULTS for path in self.path.glob(pattern))]:
+            results = RESULTS if self.results_too and self.files() else ()
+            for path in [*self.files(), *(path for pattern in results for path in self.path.glob(pattern))]:
                 path.unlink()
         kept = 0 if records is None else self._go_on(records, step)
         self.log_file = _LogFile(self.path / "train.log", encoding="utf-8")
@@ -122,17 +124,26 @@ class RunFolder:
             lines = _whole_records(metrics, records, step)
             with whole_file(self.path / "metrics.jsonl") as file:
                 file.writelines(lines)
-        old, goes_on = self.resume_from.parent, self.resume_from.resolve() == (self.path / "last.pth").resolve()
-        best = [] if goes_on else self.path.glob("best*.pth")  # of later than last.pth only by a kill between the two
+        old = self.resume_from.parent
+        best = [] if self._in_place() else [self.path / name for name in BEST]
         for path, taken in _taken(self.path, best).items():
             if taken > step:
                 path.unlink()
-        missing = (path for path in old.glob("best*.pth") if not (self.path / path.name).exists())
+        missing = [old / name for name in BEST if not (self.path / name).exists()]
         for path, taken in _taken(old, missing).items():
             if taken <= step and not (self.path / path.name).exists():
                 with whole_file(self.path / path.name) as file, open(path, "rb") as source:
                     shutil.copyfileobj(source, file)
         return len(lines)
+
+    def _in_place(self) -> bool:
+        """Is last.pth gone on with? Then best.pth is of a later step only by a kill between the two."""
+        return self.resume_from.resolve() == (self.path / "last.pth").resolve()
+
+    def keeps(self, name: str, step: int) -> bool:
+        """Is there a best checkpoint of that name when a run goes on from a step?"""
+        old = self.resume_from.parent
+        return self._in_place() or any(taken <= step for taken in _taken(old, [old / name]).values())
 
     def add_record(self, record: dict) -> None:
         """Append a line to metrics.jsonl, and see it to the disk: before the checkpoint that counts it."""
@@ -168,7 +179,7 @@ def _taken(folder: Path, best: Iterable[Path]) -> dict[Path, int]:
     """The snapshots of the averages in a folder and the best checkpoints given, but for broken ones, and the step of each."""
     taken = {path: step for step, path in snapshots(folder).items()}
     for path in best:
-        with contextlib.suppress(Mistake):
+        with contextlib.suppress(Mistake):  # also where there is none
             taken[path] = checkpoint.load(path).get("step", 0)
     return taken
 

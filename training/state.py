@@ -108,11 +108,12 @@ def restore_state(run, state: dict) -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Mistake(f"{run.folder.resume_from}: is not the state of a run ({reason})") from error
     run.step, run.closed, run.records = state["step"], state["closed"], state["records"]
-    run.best_loss = math.inf if math.isnan(state["best_loss"]) else state["best_loss"]  # older runs kept a nan
+    lost = math.isnan(state["best_loss"]) or not run.folder.keeps("best.pth", run.step)  # older runs kept a nan
+    run.best_loss = math.inf if lost else state["best_loss"]
     loss_sums = state["loss_sums"] + state.get("loss_by_t", [0] * 2 * BINS)  # older checkpoints have no loss by t
     run.meter.restore(loss_sums, state["bad_steps"], run.ranks.rank)
     then, now = (config["train_cfg"] for config in (state["config"], run.config))
-    same = all(then.get(key) == now.get(key) for key in OF_DISTANCE)
+    same = all(then.get(key) == now.get(key) for key in OF_DISTANCE) and run.folder.keeps("best_fd.pth", run.step)
     run.quality.restore(state.get("quality", {}) | ({} if same else {"best_fd": math.inf}))
     run.scheduler.last_epoch = run.step
     for group, rate, factor in zip(run.optimizer.param_groups, run.scheduler.base_lrs, run.scheduler.lr_lambdas, strict=True):
