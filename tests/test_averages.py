@@ -1,5 +1,6 @@
 """Power-function averages of the weights: each step, those made afterwards, and what a stop or a kill leaves."""
 
+import copy
 import math
 import shutil
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from torch import nn
 import checkpoint
 import test as sampling
 import train
+from beta_schedule import LinearSchedule
+from gaussian_diffusion import GaussianDiffusion
 from training.averages import MAX_LENGTH, Averages, average_of, coefficients, gamma_of, snapshots
 
 POWER = ("train_cfg.power_ema=[0.1,0.2]", "train_cfg.power_ema_snapshots=4", "train_cfg.sample_period=0")
@@ -116,6 +119,26 @@ def test_of_a_run_any_length_is_found_at_any_stored_step(name, step, length, run
     nearest = min((average - direct).norm().item() for average in recorded)
     assert (made - direct).norm().item() < nearest / 5  # the profile is off by a tenth of what theirs are
     assert error < 0.06
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.second.weight = self.first.weight
+
+
+def test_weights_that_have_two_names_are_recorded_by_both():
+    model = GaussianDiffusion(LinearSchedule(10), Tied())
+    cfg = SimpleNamespace(ema_decay=0.9, power_ema=(0.1,), power_ema_snapshots=1)
+    run = SimpleNamespace(model=model, ema=copy.deepcopy(model).eval(), cfg=cfg, total_steps=2)
+    averages = Averages(run)
+    with torch.no_grad():
+        model.time_aware_net.first.weight += 1
+    averages.update(1)
+    (state,) = averages.state()
+    assert torch.equal(state["time_aware_net.first.weight"], state["time_aware_net.second.weight"])
+    averages.restore([state])
 
 
 def test_of_a_recorded_length_the_checkpoint_has_the_average_itself(run):
