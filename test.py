@@ -58,17 +58,20 @@ NOT_OF_EDITS = ("metrics", "fit_variance", "compile", "eta", "precision", "frame
 NOT_OF_EDITS += ("weighting", "bpd_images", "bpd_timesteps")
 
 
-def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, needs_class: bool) -> None:
-    """Fill in the flags whose default depends on --report, and --class, where no one knows what the classes are, or the network
-    nothing without one.
+def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, config: dict) -> None:
+    """Fill in the flags whose default depends on --report, and --class: a report has a row a class, unless no one knows what the
+    classes are, as those of clusters; where the network knows nothing without one, samples are of all in their shares.
     """
     for name, value in (REPORT_DEFAULTS if args.report else DEFAULTS).items():
         if getattr(args, name) is None and not ("timesteps" in name and value is not None and value >= T):
             setattr(args, name, value)
-    if needs_class and args.label is None and not any(getattr(args, kind) for kind in EDITS):
-        args.label = "data"
-    if args.report and args.label is None and n_classes and args.n >= n_classes:
+    clusters = config["dataset"].get("clusters")
+    if args.label is not None or not n_classes or any(getattr(args, kind) for kind in EDITS):
+        return
+    if args.report and args.n >= n_classes and not clusters:
         args.label = "all"
+    elif clusters or not config["train_cfg"]["label_dropout"]:
+        args.label = "data"
 
 
 def pictured(args: argparse.Namespace, n_classes: int | None, columns: int | None) -> tuple[list[int], int | None]:
@@ -262,8 +265,7 @@ def run(
     diffusion, state, path = load_model(args, ema_length, ranks)
     diffusion.to(ranks.device)
     n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
-    unnamed = state["config"]["dataset"].get("clusters") or not state["config"]["train_cfg"]["label_dropout"]
-    set_defaults(args, diffusion.T, n_classes, bool(n_classes and unnamed))
+    set_defaults(args, diffusion.T, n_classes, state["config"])
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
     count = args.n if args.interpolate else min(args.n, args.batch_size)
     if count * math.prod(shape) > MAX_VALUES:
