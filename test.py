@@ -59,8 +59,10 @@ NOT_OF_EDITS += ("weighting", "bpd_images", "bpd_timesteps")
 
 
 def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, config: dict) -> None:
-    """Fill in the flags whose default depends on --report, and --class: a report has a row a class, unless no one knows what the
-    classes are, as those of clusters; where the network knows nothing without one, samples are of all in their shares.
+    """Fill in the flags whose default depends on --report, and --class.
+
+    A report has a row a class, but for clusters, of which no one knows what they are. Samples of those, and of a network that
+    knows nothing without a class, are of all classes in their shares.
     """
     for name, value in (REPORT_DEFAULTS if args.report else DEFAULTS).items():
         if getattr(args, name) is None and not ("timesteps" in name and value is not None and value >= T):
