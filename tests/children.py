@@ -112,7 +112,7 @@ def _child(script: str, argv: list[str], folder: str, output: str, faults: Fault
         begun.append(time.process_time())
         if faults.signal_after:
             signal_after(*faults.signal_after)
-        open_folder(*args)
+        return open_folder(*args)
 
     run_folder.RunFolder.open = opening
     code = SCRIPTS[script].main(argv)
