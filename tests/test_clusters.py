@@ -137,6 +137,19 @@ def test_a_run_that_kept_no_clusters_does_not_go_on_with_others(grown, tmp_path,
     assert "last.pth: the training images are not the run's, and so its clusters are lost" in capsys.readouterr().err
 
 
+def test_a_run_that_kept_no_clusters_goes_on_where_one_image_lies_between_two(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, "train_step", 2)
+        assert train.main(tiny(tmp_path / "run", *CLUSTERS)) == 143
+    last = tmp_path / "run" / "last.pth"
+    state = checkpoint.load(last)
+    del state["cluster_centres"]
+    state["class_counts"][0] += 1
+    state["class_counts"][1] -= 1
+    checkpoint.save(last, state)
+    assert train.main(tiny(tmp_path / "run", *CLUSTERS, flags=("--resume",))) == 0
+
+
 @pytest.mark.parametrize("centres", ["text", torch.zeros(5), torch.zeros(5, 7), torch.full((5, 16), torch.nan)])
 def test_centres_that_are_not_of_the_images_are_one_line(run, centres, tmp_path, capsys):
     state = checkpoint.load(run / "last.pth") | {"cluster_centres": centres}

@@ -20,6 +20,7 @@ from training.meter import BINS
 from training.optimizers import restore_moments
 
 log = logging.getLogger("train")
+SAME_CLUSTERS = 0.01  # share of images that may lie between two of the clusters found again: others move nearly all
 OF_DISTANCE = ("metric_features", "metric_samples", "sample_timesteps")  # two Fréchet distances compare where these agree
 
 
@@ -93,7 +94,8 @@ def restore_state(run, state: dict) -> None:
         if state.get(name) not in (None, found):  # older checkpoints may not say
             raise Mistake(f"{run.folder.resume_from}: the data are not the run's: {name} {state[name]} then, {found} now")
     if state.get("class_counts") not in (None, run.class_counts):
-        if run.config["dataset"].get("clusters") and state.get("cluster_centres") is None:  # older, so that others were found
+        found_again = run.config["dataset"].get("clusters") and state.get("cluster_centres") is None  # as older runs do
+        if found_again and _moved(state["class_counts"], run.class_counts) > SAME_CLUSTERS:
             raise Mistake(f"{run.folder.resume_from}: the training images are not the run's, and so its clusters are lost")
         log.warning("the training images are not those of the run: a class has more or fewer of them now")
     elif state.get("train_images") not in (None, images := len(run.train_data.images)):
@@ -120,6 +122,14 @@ def restore_state(run, state: dict) -> None:
         group["lr"] = rate * factor(run.step)
     if run.ranks.world != state["world"]:
         log.warning(f"the run had {state['world']} ranks and has {run.ranks.world} now: its draws will differ")
+
+
+def _moved(then: object, now: list[int]) -> float:
+    """The share of images that must have changed their class for the counts to be so."""
+    try:
+        return sum(abs(a - b) for a, b in zip(then, now, strict=True)) / 2 / sum(now)
+    except (TypeError, ValueError):
+        return 1.0
 
 
 # Reading
