@@ -16,7 +16,7 @@ from training.averages import snapshots
 
 log = logging.getLogger("train")
 PATTERNS = ("last.pth", "best.pth", "best_fd.pth", "epoch_*.pth", "power_*.pth", "epoch_*.png", "metrics.jsonl", "train.log")
-PATTERNS += ("first*.png", ".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
+PATTERNS += ("first.png", "first_strip.png", ".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
 BEST = ("best.pth", "best_fd.pth")
 RESULTS = ("*_fitted.pth", "*_ema[0-9]*.pth")  # of test.py, which --overwrite deletes with the run
 RESULTS += tuple(f"*_gen/{name}" for name in ("*.png", "trajectory.gif", "metrics.json", "report.html"))

@@ -199,7 +199,8 @@ def _check_counters(state: dict) -> None:
 
 def _newest_good(broken: Path) -> str:
     """What to resume from instead of a broken checkpoint."""
-    for path in sorted(broken.parent.glob("*.pth"), key=lambda path: -path.stat().st_mtime):
+    found = [path for path in broken.parent.glob("*.pth") if not path.stem.endswith("_fitted")]  # older ones do not say it
+    for path in sorted(found, key=lambda path: -path.stat().st_mtime):
         with contextlib.suppress(ValueError):
             _check_counters(checkpoint.load(path))
             return f"the newest good one is {path}: to go on from there, --resume {path}"
