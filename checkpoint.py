@@ -1,6 +1,6 @@
 """Checkpoints: saved whole or not at all, read without running what they hold, enough by themselves to rebuild a model.
 
-A checkpoint is one dictionary of tensors and plain values; train.py says what is in it. `FORMAT` marks it as ours.
+A checkpoint is one dictionary of tensors and plain values, which training/state.py makes. `FORMAT` marks it as ours.
 """
 
 import math

@@ -249,8 +249,8 @@ def find(name: Any, registry: Mapping[str, Callable], base: type, where: str = "
     if isinstance(name, str) and name in registry:
         return registry[name]
     if not isinstance(name, str) or "." not in name:
-        known = _nearest(str(name)[:80], list(registry))
-        raise Mistake(f'{where} = {as_json_line(name)}: unknown; {known}, or your own as "my_file.MyName"')
+        known, own = _nearest(str(name)[:80], list(registry)), "my_name" if base is types.FunctionType else "MyName"
+        raise Mistake(f'{where} = {as_json_line(name)}: unknown; {known}, or your own as "my_file.{own}"')
     module, _, attribute = name.rpartition(".")
     where = f"{where} = {as_json_line(name)}"
     _check_is_in_this_folder(module, where)

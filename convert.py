@@ -417,8 +417,8 @@ def main(argv: list[str] | None = None) -> int:
         description="Carry a model from diffusers, or to it.", epilog="See the head of convert.py for examples."
     )
     way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--from-diffusers", nargs=2, metavar=("FOLDER", "CHECKPOINT"))
-    way.add_argument("--to-diffusers", nargs=2, metavar=("CHECKPOINT", "FOLDER"))
+    way.add_argument("--from-diffusers", nargs=2, metavar=("FOLDER", "CHECKPOINT"), help="make CHECKPOINT of a DDPMPipeline")
+    way.add_argument("--to-diffusers", nargs=2, metavar=("CHECKPOINT", "FOLDER"), help="make a DDPMPipeline of CHECKPOINT")
     parser.add_argument("--config", help="with --from-diffusers: JSON file to take dataset, train_cfg and the loss from")
     parser.add_argument("--raw", action="store_true", help="with --to-diffusers: the weights themselves, not their average")
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
 Every data set takes a `pipeline` of transforms, torchvision's or your own, applied to the PIL image in order. Flips that end
 the pipeline are left to `to_float`, which does them for a whole batch at once, on any device. A new data set is a subclass of
-`ImageDataset` and an entry of `DATASETS`, a new transform an entry of `TRANSFORMS`.
+`ImageDataset` and an entry of `DATASETS`, a new transform an entry of `FIXED_TRANSFORMS` or `RANDOM_TRANSFORMS`.
 
 What a user can mend, a file or an argument, is a Mistake. An error inside a class of the user's own passes as it is.
 
@@ -452,7 +452,7 @@ def main(argv: list[str] | None = None) -> int:
         picture = draw_data(images, process)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, picture)
-        print(f"{path}: what the network will see, and one image noised, by steps and at once (the README's equations)")
+        print(f"{path}: what the network will see, and one image noised, by steps and at once (README, equations 1 and 2)")
 
     return run_script("dataset.py", work)
 

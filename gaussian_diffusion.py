@@ -677,10 +677,9 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = OneLineParser(description="Time and memory of a forward and backward pass in every setting.")
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
-    parser.add_argument("--timesteps", type=int, help="T")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--image-size", type=int)
-    parser.add_argument("--base-channels", type=int, help="of the U-Net")
+    for name, (on_cuda, elsewhere) in TABLE.items():
+        default = f"by default {on_cuda} on CUDA, {elsewhere} elsewhere"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=default)
     parser.add_argument("--chunk-size", type=int, help="timesteps in one network call of the full loss")
     parser.add_argument("--activation-checkpointing", action="store_true", help="in the U-Net")
     parser.add_argument("--iterations", type=int, default=3, help="timed ones, after one to warm up; the median is shown")

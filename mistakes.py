@@ -50,11 +50,19 @@ def _passed_own_code(error: OSError) -> bool:
     return any(_module(frame) in OWN - LIBRARY for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
+class _DefaultsFormatter(argparse.HelpFormatter):
+    """Adds to an option's help the default that it does not say itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default in (None, [], argparse.SUPPRESS) or action.default is False or "default" in action.help
+        return action.help + ("" if silent else " (by default %(default)s)")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage. An option is its whole name: `--o` is not `--overwrite`."""
 
     def __init__(self, **settings: Any):
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=_DefaultsFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")

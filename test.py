@@ -155,7 +155,7 @@ def labels_of(
     number = class_names.index(name) if class_names and name in class_names else int(name) if name.isdecimal() else -1
     if not 0 <= number < n_classes:
         known = f" ({', '.join(class_names)})" if class_names else ""
-        raise Mistake(f"--class {name}: must lie in 0..{n_classes - 1}{known}, or be all or data")
+        raise Mistake(f"--class {name}: must be one of 0..{n_classes - 1}{known}, all or data")
     return torch.full((n,), number), None
 
 
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
         "size", nargs="*", type=int, metavar="H W", help="height and width, by default those of the training images"
     )
     parser.add_argument("-n", type=int, help="number of samples, by default 16, of a report 160")
-    parser.add_argument("-s", "--seed", type=int, default=0)
+    parser.add_argument("-s", "--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument(
         "--sampler", default="ddpm", help=f"{', '.join(SAMPLERS)}, or a function of your own as my_file.my_sampler"
     )
@@ -395,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--pictures", type=int, default=64, help="samples that get a strip, a place in the grid and the animation"
     )
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="samples in one call of the network")
     parser.add_argument(
         "--metrics", nargs="+", default=[], help=f"{', '.join(METRICS)}, or a class of your own as my_file.MyMetric"
     )
@@ -423,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="dataset.KEY=VALUE", help="where the data are now"
     )
-    parser.add_argument("--precision", default="fp32", choices=["auto", *speed.PRECISIONS])
+    parser.add_argument("--precision", default="fp32", choices=["auto", *speed.PRECISIONS], help="of the network")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
     args = parser.parse_intermixed_args(argv)

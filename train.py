@@ -196,7 +196,7 @@ class Trainer:
                     self.writer.wait()
                 self._run(bar)
             self.writer.wait()
-            log.info(f"finished: {self.epoch} epochs, {self.step} steps; the checkpoints are in {folder.path}")
+            log.info(f"finished: {self.step} steps, in epoch {self.epoch}; the checkpoints are in {folder.path}")
         except Stopped as stopped:
             self.save_last(take_state(self))
             self.writer.wait()

@@ -52,7 +52,7 @@ def sampler(run) -> str:
 
 
 def save_samples(run, path: Path) -> None:
-    """Samples from the same noise every time, a row a class, of which each rank draws its share.
+    """Samples from the same noise every time, of which each rank draws its share: a row a class, of the first 16.
 
     With train_cfg.loggers also the way of the first ones from x_T to x_0, beside path as NAME_strip.png.
     """
@@ -66,7 +66,8 @@ def save_samples(run, path: Path) -> None:
     for _, x in run.ema.trajectory((share, *run.shape), sampler(run), steps, **how):
         run.stopper.check()
         states += [run.ema.values_of(x[:STRIPS])] if run.cfg.loggers else []
-    x = run.ranks.gather_tensor(run.ema.values_of(x))[:SAMPLES]
+    whole_rows = SAMPLES if columns is None else min(SAMPLES, columns * run.n_classes)
+    x = run.ranks.gather_tensor(run.ema.values_of(x))[:whole_rows]
     if run.ranks.rank:
         return
     save_png(path, grid(x, columns))
