@@ -38,7 +38,8 @@ LossMode = Literal["bound", "hybrid"]
 #
 #   log_from(x)    log M[x, .]     [b, ..., S]: where a state x goes
 #   log_into(x)    log M[., x]     [b, ..., S]: how likely each state is to go to x
-#   log_push(p)    log (exp(p) M)  [b, ..., S]: the distribution after M, of that before it, p [b, ..., n_levels] in logs
+#   log_push(p)    log (exp(p) M)  [b, ..., S]: the distribution after M, of that before it, p [b, ..., n_levels] in logs;
+#                  near, states of x's shape: about them it is exact where p is small, too
 #   draw(x, u)     one draw of M[x, .], by u uniform on [0, 1) of x's shape
 
 
@@ -65,7 +66,7 @@ class UniformKernel(NamedTuple):
 
     log_into = log_from  # the matrix is symmetric
 
-    def log_push(self, log_p: Tensor) -> Tensor:
+    def log_push(self, log_p: Tensor, near: Tensor | None = None) -> Tensor:
         keep, share = _beside(self.keep, log_p[..., 0]), _beside(self.move / self.n_levels, log_p[..., 0])
         return torch.logaddexp(keep.log() + log_p, share.log())
 
@@ -101,7 +102,7 @@ class AbsorbingKernel(NamedTuple):
         keep, move = _beside(self.keep, x).log(), _beside(self.move, x).log()
         return torch.where(here, torch.where(masked, 0.0, keep), torch.where(masked, move, -math.inf))
 
-    def log_push(self, log_p: Tensor) -> Tensor:
+    def log_push(self, log_p: Tensor, near: Tensor | None = None) -> Tensor:
         keep, move = _beside(self.keep, log_p[..., 0]), _beside(self.move, log_p[..., 0])
         return torch.cat([keep.log() + log_p, move.log().expand(*log_p.shape[:-1], 1)], dim=-1)
 
@@ -125,12 +126,22 @@ class MatrixKernel(NamedTuple):
     def log_into(self, x: Tensor) -> Tensor:
         return self._rows(self.log_matrix.mT, x)
 
-    def log_push(self, log_p: Tensor) -> Tensor:
-        p = _product(log_p.exp()[:, None].flatten(1, -2), self.log_matrix.exp()).view_as(log_p)
-        stay = self.log_matrix.diagonal(dim1=1, dim2=2)
-        stay = stay.view(len(p), *[1] * (p.ndim - 2), stay.shape[-1])
+    def log_push(self, log_p: Tensor, near: Tensor | None = None) -> Tensor:
+        total = self._log_sums(log_p)
+        # float32 has none below e^-87: where p is less about `near`, they are taken again of a larger p, cut at its top
+        shift = 0 if near is None else (log_p.detach().gather(-1, near[..., None]) + 60).clamp(-1e30, 0)
+        if near is not None and (log_p.is_cuda or shift.any()):  # there, to know it would be to wait
+            total = torch.maximum(total, self._log_sums((log_p - shift).clamp(max=80)) + shift)
         # one of the sum's own terms, in case that all of them are too small for float32
-        return torch.maximum(p.clamp_min(torch.finfo(p.dtype).tiny).log(), log_p + stay)
+        stay = self.log_matrix.diagonal(dim1=1, dim2=2)
+        stay = stay.view(len(log_p), *[1] * (log_p.ndim - 2), stay.shape[-1])
+        return torch.maximum(total, log_p + stay)
+
+    def _log_sums(self, log_p: Tensor) -> Tensor:
+        """log (exp(log_p) M), -inf for what is too small."""
+        p = _product(log_p.exp()[:, None].flatten(1, -2), self.log_matrix.exp()).view_as(log_p)
+        tiny = torch.finfo(p.dtype).tiny
+        return torch.where(p > tiny, p.clamp_min(tiny).log(), -math.inf)
 
     def draw(self, x: Tensor, u: Tensor) -> Tensor:
         return _categorical(self.log_from(x), u)
@@ -379,7 +390,7 @@ class DiscreteDiffusion(DiffusionProcess):
     def _log_p(self, xt: Tensor, t: int | Tensor, condition: Condition) -> Tensor:
         """log p(x_{t-1} | x_t) [B, ..., S], not normalised (equation 28)."""
         t, log_p = self._times(t, xt), self.predict(xt, t, condition)
-        return self.transitions.step(t).log_into(xt) + self.transitions.jump(t - 1).log_push(log_p)
+        return self.transitions.step(t).log_into(xt) + self.transitions.jump(t - 1).log_push(log_p, xt)
 
     def p_probabilities(self, xt: Tensor, t: int | Tensor, condition: Condition = None) -> Tensor:
         """Probabilities [B, ..., S] of p(x_{t-1} | x_t) (equation 28)."""
@@ -397,7 +408,7 @@ class DiscreteDiffusion(DiffusionProcess):
         t [b]; x_0, x_t [b, ...] and log_p [b, ..., n_levels]. Q_t[., x_t] is a factor of both distributions and cancels.
         """
         into, before = self.transitions.step(t).log_into(xt), self.transitions.jump(t - 1)
-        log_from_x0, log_from_p = before.log_from(x0), before.log_push(log_p)
+        log_from_x0, log_from_p = before.log_from(x0), before.log_push(log_p, xt)
         log_q, log_p = into + log_from_x0, into + log_from_p  # not normalised
         q = log_q.softmax(-1)
         ratio = torch.where(q > 0, log_from_x0 - log_from_p, 0.0)
@@ -440,7 +451,6 @@ class DiscreteDiffusion(DiffusionProcess):
         ratio = torch.where(log_q > -math.inf, log_q - self.log_prior, 0.0)
         return mean_from(1, (log_q.exp() * ratio).sum(-1))
 
-    @torch.no_grad()
     def variational_bound(
         self,
         x0: Tensor,
