@@ -411,7 +411,6 @@ class GaussianDiffusion(DiffusionProcess):
                     residual = torch.where(x0_hat.abs() > 1, (x0_hat.clamp(-1, 1) - rows) / from_out, residual)
                 yield t, residual.unflatten(0, t.shape)
 
-    @torch.no_grad()
     def variational_bound(
         self,
         x0: Tensor,
@@ -590,6 +589,10 @@ class GaussianDiffusion(DiffusionProcess):
     def _levels(self, steps: list[int], clip_x0: bool) -> list[Level]:
         """What a sampler may know of the times it visits, and of t = 0 after them, as Python floats."""
         x0_error = self._assumed_x0_error()
+        if self.reverse_variance == "learnable" and len(steps) < self.T:
+            # near T a learned sigma_t^2 says next to nothing of e_t, and a longer step magnifies what it says wrongly: at most
+            # what beta claims, as in Nichol & Dhariwal 2021, equation 15
+            x0_error = torch.minimum(x0_error, 1 - self._alpha_bar)
         if clip_x0 or self.bounded:  # of data in [-1, 1] no good guess errs by more (Bao et al. 2022, theorem 2)
             x0_error = x0_error.clamp(max=1)
         table = list(zip(self._alpha_bar.tolist(), x0_error.tolist(), strict=True))
