@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
@@ -215,7 +215,8 @@ class ImageFolder(ImageDataset):
         background: str = "white",
         labels: Literal["folders"] | None = None,
     ):
-        root, self.mode = os.path.expanduser(root), mode
+        self.root = root = os.path.expanduser(root)
+        self.mode = mode
         self.background = _colour(background)
         if labels not in (None, "folders"):
             raise Mistake(f'labels = {labels!r}: must be "folders" or None')
@@ -297,8 +298,8 @@ def give_clusters(images: ImageDataset, centres: Tensor, x: np.ndarray | None = 
 def shared_images(train: ImageDataset, valid: ImageDataset) -> int:
     """How many images of valid are known to be in train, too: the same files of a folder, or the same array."""
     if isinstance(train, ImageFolder) and isinstance(valid, ImageFolder):
-        seen = set(map(os.path.abspath, train.paths))
-        return sum(os.path.abspath(path) in seen for path in valid.paths)
+        seen = set(map(os.path.realpath, train.paths))
+        return sum(os.path.realpath(path) in seen for path in valid.paths)
     arrays = isinstance(train, ArrayDataset) and isinstance(valid, ArrayDataset)
     return len(valid) if arrays and np.array_equal(train.images, valid.images) else 0
 
@@ -307,6 +308,8 @@ def check_dataset(images: ImageDataset, where: str) -> None:
     """Mistake unless it was set up by ImageDataset, with labels that are None or a long tensor [N]."""
     if getattr(images, "shape", None) is None:
         raise Mistake(f"{where}: {type(images).__name__}.__init__ must end with super().__init__(pipeline)")
+    if len(images.shape) != 3:
+        raise Mistake(f"{where}: its items have the shape {list(images.shape)}: must be images, [C, H, W]")
     labels, count = images.labels, len(images)
     if labels is not None and (getattr(labels, "dtype", None) != torch.long or labels.shape != (count,)):
         raise Mistake(f"{where}: labels must be a long tensor [{count}], the number of each image's class, or None")
@@ -320,7 +323,7 @@ DATASETS = {cls.__name__: cls for cls in (Digits, FashionMNIST, CIFAR10, CelebA_
 
 def _image_paths(root: str) -> tuple[list[str], Counter[str]]:
     """Every image file below root with an extension that torchvision knows, in either case, sorted; how many have others."""
-    if not Path(root).is_dir():
+    if not os.path.isdir(root):
         raise Mistake(f"root = {root!r}: no such folder")
     paths, others, seen = [], Counter(), set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
@@ -346,7 +349,7 @@ def _not_read(extensions: Mapping[str, int]) -> str:
 
 def _class_folder(path: str, root: str) -> str:
     """The first folder on the way from root to an image; Mistake if there is none."""
-    name, *rest = Path(path).relative_to(root).parts
+    name, *rest = path.removeprefix(root).lstrip(os.sep).split(os.sep)  # pathlib takes a minute for a million
     if not rest:
         raise Mistake(f'labels = "folders": {path} lies in no folder below root = {root!r}, and so has no class')
     return name
@@ -377,13 +380,38 @@ def _read_image(path: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 _scale_transparent_colour(image)
-                image = ImageOps.exif_transpose(image)
                 image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+                _check_levels(image)
+                image = _upright(image)
+    except Exception as error:  # Pillow raises whatever a broken file leads to
         raise Mistake(f"{path}: cannot be read as an image ({error})") from error
     if image.mode == "F":
         raise Mistake(f"{path}: cannot be read as an image (floating-point pixels have no known range)")
     return _with_8_bits(image) if image.mode.startswith("I") else image
+
+
+def _check_levels(image: Image.Image) -> None:
+    """ValueError if a TIFF is grey of more than 8 bits and not of 16, from 0, black, to 65535: Pillow gives its levels raw."""
+    if image.format != "TIFF" or not image.mode.startswith("I"):
+        return
+    bits, meaning = (image.tag_v2.get(getattr(ExifTags.Base, tag)) for tag in ("BitsPerSample", "PhotometricInterpretation"))
+    if image.mode == "I" or bits != (16,) or meaning != 1:  # "I" is signed, or of 32 bits
+        raise ValueError("of a grey TIFF of more than 8 bits, pixels must have 16 without a sign, and 0 must be black")
+
+
+# What turns an image upright, by its EXIF orientation
+FLIP_X, FLIP_Y, ROTATE_90, ROTATE_180, ROTATE_270, TRANSPOSE, TRANSVERSE = Image.Transpose
+TURNS = {2: FLIP_X, 3: ROTATE_180, 4: FLIP_Y, 5: TRANSPOSE, 6: ROTATE_270, 7: TRANSVERSE, 8: ROTATE_90}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data say. ImageOps.exif_transpose writes them all anew, and fails on an odd one of them."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of broken EXIF data; the pixels are there
+        orientation = None
+    turn = TURNS.get(orientation)
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:
