@@ -18,6 +18,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 import beta_schedule
 import dataset
 import time_aware_module
+from diffusion_process import DiffusionProcess
 from discrete_diffusion import DiscreteDiffusion
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import OWN, Mistake, as_mistake
@@ -81,7 +83,7 @@ class TrainConfig:
     save_minutes: Annotated[float, Range(ge=0)] = 5.0  # minutes between saves of last.pth and best.pth, 0: after each epoch
     sample_period: Annotated[int, Range(ge=0)] = 1  # epochs between pictures of samples, 0 for none
     sample_timesteps: Annotated[int, Range(ge=1)] = 20  # network calls of such a picture (DPM-Solver++)
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # that get what metrics.jsonl gets, and the pictures
+    loggers: tuple[str, ...] = ()  # "tensorboard", "wandb", or your own: they get what metrics.jsonl gets, and the pictures
     metric_period: Annotated[int, Range(ge=0)] = 0  # epochs between measurements of the averaged weights, 0 for none
     metrics: tuple[str, ...] = ("fd", "bpd")  # that are taken then: as test.py --metrics; best_fd.pth has the least distance
     metric_samples: Annotated[int, Range(ge=1)] = 500  # images in them: drawn in sample_timesteps, and of the valid split
@@ -109,7 +111,8 @@ class TrainConfig:
     max_bad_steps: Annotated[int, Range(ge=1)] = 10  # steps in a row with a non-finite loss or gradient; then the run stops
 
     def __post_init__(self):
-        if not self.model_save_dirpath.strip() or "\0" in self.model_save_dirpath:
+        unusable = any(c == "\0" or "\ud800" <= c <= "\udfff" for c in self.model_save_dirpath)  # the latter are not UTF-8
+        if not self.model_save_dirpath.strip() or unusable:
             raise ValueError(f"model_save_dirpath = {self.model_save_dirpath!r}: must name a folder")
 
 
@@ -311,11 +314,8 @@ def _split_name(value: Any) -> tuple[Any, Any]:
     return value.get("name"), {key: item for key, item in value.items() if key != "name"}
 
 
-def _diffusion_class(name: Any) -> type[GaussianDiffusion | DiscreteDiffusion]:
-    name = "GaussianDiffusion" if name is None else name
-    if not isinstance(name, str) or name not in DIFFUSIONS:
-        raise Mistake(f"diffusion.name = {as_json_line(name)}: unknown; {_nearest(str(name)[:80], list(DIFFUSIONS))}")
-    return DIFFUSIONS[name]
+def _diffusion_class(name: Any) -> type[DiffusionProcess]:
+    return find("GaussianDiffusion" if name is None else name, DIFFUSIONS, DiffusionProcess, "diffusion.name")
 
 
 def _dataset(path: str, value: Any, stored: bool) -> dict:
@@ -462,7 +462,10 @@ def with_data(config: dict, overrides: Sequence[str]) -> dict:
 # Builders
 
 
-def _build(path: str, cls: Callable, kwargs: Mapping[str, Any], blamed: Any = ValueError, **more: Any) -> Any:
+BLAMED = (ValueError, OverflowError)  # what a constructor of the library's raises for an argument out of range
+
+
+def _build(path: str, cls: Callable, kwargs: Mapping[str, Any], blamed: Any = BLAMED, **more: Any) -> Any:
     """cls(**kwargs, **more), with the path put before what it finds wrong, an error of the kind blamed; others pass."""
     try:
         return cls(**kwargs, **more)
@@ -472,7 +475,7 @@ def _build(path: str, cls: Callable, kwargs: Mapping[str, Any], blamed: Any = Va
         raise Mistake(f"{path}{separator}{line}") from error
 
 
-def _build_named(path: str, config: Mapping, registry: Mapping[str, Callable], base: type, blamed: Any = ValueError) -> Any:
+def _build_named(path: str, config: Mapping, registry: Mapping[str, Callable], base: type, blamed: Any = BLAMED) -> Any:
     """The object of {"name": ..., "kwargs": {...}}. Of the user's own classes, only a Mistake is taken for one."""
     cls = find(config["name"], registry, base, f"{path}.name")
     return _build(f"{path}.kwargs", cls, config.get("kwargs", {}), Mistake if _is_own(config["name"]) else blamed)
@@ -563,7 +566,9 @@ def build_diffusion(config: Mapping, net: nn.Module | None = None) -> GaussianDi
         net, clusters = _build_network(config), config["dataset"].get("clusters")
         if clusters and getattr(net, "n_classes", None) != clusters:
             raise Mistake(f"dataset.clusters = {clusters}: time_aware_net.kwargs.n_classes must be {clusters}, too")
-    diffusion = _build("diffusion", _diffusion_class(name), settings, schedule=schedule, time_aware_net=net)
+    with as_mistake("diffusion: ") if _is_own(name) else nullcontext():  # its own ValueErrors pass
+        how, blamed = {"schedule": schedule, "time_aware_net": net}, () if _is_own(name) else BLAMED
+        diffusion = _build("diffusion", _diffusion_class(name), settings, blamed, **how)
     if getattr(net, "n_levels", diffusion.n_levels) != diffusion.n_levels:
         given, must = map(as_json_line, (net.n_levels, diffusion.n_levels))
         raise Mistake(f"time_aware_net.kwargs.n_levels = {given}: must be {must}, as in the section diffusion")

@@ -79,7 +79,7 @@ class _Console:
 
     def write(self, text: str) -> int:
         with self._lost():
-            self._stream.write(text)
+            self._stream.write(text.encode(errors="backslashreplace").decode())  # a file's name need not be UTF-8
         return len(text)
 
     def flush(self) -> None:

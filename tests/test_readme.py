@@ -12,6 +12,9 @@ from runs import ROOT
 
 import test as sampling
 import train
+from beta_schedule import CosineSchedule
+from checkpoint import load_diffusion
+from gaussian_diffusion import GaussianDiffusion
 
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "tests/README.md"]
@@ -35,7 +38,13 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
 def test_the_python_of_the_readme_runs_as_printed(code, folder, capsys):
     names = {"__name__": "readme"}
+    if "pretrained" in code:
+        exec(compile(PYTHON[0], "README.md", "exec"), {"__name__": "readme"})
     exec(compile(code, "README.md", "exec"), names)
+    if "pretrained" in names:
+        tuned, before = names["trainer"].model.time_aware_net.state_dict(), names["pretrained"].time_aware_net.state_dict()
+        assert {name.split(".")[0] for name in tuned if not torch.equal(tuned[name], before[name])} == {"conv_out"}
+        return
     if "frechet" in names:
         bits, distance = (ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
         assert 0 < bits["total"] < 100
@@ -77,6 +86,27 @@ def test_the_data_set_of_ones_own_trains_as_printed(more, folder, monkeypatch):
     saved = torch.load("models/Digits_den/last.pth", weights_only=True)
     assert (saved["step"], saved["shape"], saved["class_names"]) == (2, [1, 8, 8], ["dark", "bright"])
     assert saved["class_counts"] == ([30, 30] if more else None)
+
+
+def test_the_loss_of_ones_own_trains_as_printed_and_is_the_simple_one_with_its_weight(folder, monkeypatch):
+    code = next(code for code in PYTHON if "class P2" in code)
+    section = re.search(r'`"diffusion": (\{"name": "my_loss\.P2".*\})`', README)[1]
+    (folder / "my_loss.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    small = [f"diffusion={section}", "train_cfg.max_steps=2", "train_cfg.sample_period=0", "schedule.kwargs.timesteps=20"]
+    try:
+        assert train.main(["configs/Digits_den.json", "--device", "cpu", "--set", *small]) == 0
+        assert sampling.main(["models/Digits_den/last.pth", "-n", "2", "--device", "cpu"]) == 0
+        assert train.main(["configs/Digits_den.json", "--set", "diffusion.name=my_loss.P2", "diffusion.gama=1"]) == 2
+        model, state = load_diffusion("models/Digits_den/last.pth")
+    finally:
+        sys.modules.pop("my_loss", None)
+    assert state["config"]["diffusion"] == {"name": "my_loss.P2", "gamma": 0.5}
+    plain = GaussianDiffusion(CosineSchedule(20), model.time_aware_net)
+    x0, t, noise = torch.rand(20, 1, 8, 8), torch.arange(1, 21), torch.randn(20, 1, 8, 8)
+    weight = (1 + CosineSchedule(20).snr) ** -0.5
+    with torch.no_grad():
+        torch.testing.assert_close(model.loss(x0, t, noise), weight.float() * plain.loss(x0, t, noise))
 
 
 @pytest.mark.parametrize("page", PAGES)

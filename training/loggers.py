@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from config import find
 from files import whole_file
 from mistakes import Mistake
 
@@ -49,6 +51,8 @@ def pictures(folder: Path, record: dict) -> dict[str, Path]:
 class TensorBoard:
     """Event files in the folder tensorboard of the run: `tensorboard --logdir FOLDER`."""
 
+    package = "torch.utils.tensorboard"  # whether it is there is known before the run
+
     def __init__(self, folder: Path, config: dict):
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -74,7 +78,7 @@ class TensorBoard:
     def add(self, record: dict) -> None:
         parts = [self.summary.scalar(name, value) for name, value in numbers(record)]
         for name, path in pictures(self.folder, record).items():
-            parts.append(self.summary.image(name, _pixels(path), dataformats="HWC"))
+            parts.append(self.summary.image(name, np.asarray(Image.open(path)), dataformats="HWC"))
         for part in parts:
             self._write(record.get("time"), step=record["step"], summary=part)
         self.writer.flush()
@@ -83,18 +87,14 @@ class TensorBoard:
         self.writer.close()
 
 
-def _pixels(path: Path) -> Any:
-    import numpy as np
-
-    return np.asarray(Image.open(path))
-
-
 class WeightsAndBiases:
     """A run of Weights & Biases, whose id is in the file wandb_id of the run's folder.
 
     It is begun anew with the same id each time, and gets everything again, which `wandb sync` and the server put in place of
     what they had by that id. (Going on with a run cannot take records back, and is not to be had offline.)
     """
+
+    package = "wandb.sdk"
 
     def __init__(self, folder: Path, config: dict):
         import wandb
@@ -130,24 +130,24 @@ class WeightsAndBiases:
 
 
 LOGGERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
-PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb.sdk"}  # what they import
 
 
 class Loggers:
-    """The dashboards of these names, none where the list is empty. Mistake if the package of one is not there."""
+    """The dashboards of these names, none where the list is empty. Mistake if one, or its package, is not there."""
 
     def __init__(self, names: Sequence[str], config: dict):
-        self.names, self.config, self.threads = dict.fromkeys(names), config, []
-        for name in self.names:
+        self.classes = {name: find(name, LOGGERS, object, "train_cfg.loggers") for name in names}
+        self.config, self.threads = config, []
+        for name in set(names) & set(LOGGERS):
             try:
-                importlib.import_module(PACKAGES[name])
+                importlib.import_module(LOGGERS[name].package)
             except ImportError as error:
                 raise Mistake(f'train_cfg.loggers: "{name}" needs a package: pip install {name} ({error})') from None
 
     def open(self, folder: Path) -> None:
         """Begin, with the records that metrics.jsonl holds."""
-        for name in self.names:
-            self.threads.append(_Thread(name, lambda name=name: LOGGERS[name](folder, self.config)))
+        for name, cls in self.classes.items():
+            self.threads.append(_Thread(name, lambda cls=cls: cls(folder, self.config)))
         if self.threads and (folder / "metrics.jsonl").exists():
             for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
                 self.add(json.loads(line))
@@ -173,7 +173,7 @@ class Loggers:
 class _Thread(threading.Thread):
     """What hands records to a dashboard, in turn, until there is None."""
 
-    def __init__(self, name: str, make: Callable[[], TensorBoard | WeightsAndBiases]):
+    def __init__(self, name: str, make: Callable[[], Any]):
         super().__init__(name=name, daemon=True)
         self.make, self.records = make, queue.SimpleQueue()
         self.start()
