@@ -24,6 +24,7 @@ from torch import Tensor
 from config import build_dataset, load_config
 from discrete_diffusion import to_symbols, to_values
 from evaluation.pictures import grid, save_png
+from evaluation.sampling import evenly
 from train import Trainer
 
 LEVELS = 17
@@ -97,9 +98,8 @@ def bits(model: torch.nn.Module, train: Tensor, valid: Tensor, args: argparse.Na
 
 def samples(model: torch.nn.Module, count: int, frames: int) -> tuple[Tensor, Tensor]:
     """Samples [count, 1, 8, 8], and `frames` states of the first one, from noise to image."""
-    generator, steps = torch.Generator().manual_seed(2), model.T
-    shown = set(torch.linspace(0, steps, frames).round().int().tolist())
-    strip = []
+    generator = torch.Generator().manual_seed(2)
+    shown, strip = evenly(frames, model.T + 1), []
     for i, (_, x) in enumerate(model.trajectory((count, 1, 8, 8), generator=generator, clip_x0=True)):
         if i in shown:
             strip.append(model.values_of(x[:1]))

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from common import NETWORKS, ROOT, options, random_images, start, synchronize, write
+from common import NETWORKS, ROOT, interleaved, options, random_images, start, synchronize, write
 from tqdm import tqdm
 
 from config import load_config
@@ -62,14 +62,7 @@ def trainer(args: argparse.Namespace, device: torch.device) -> Iterator[Trainer]
 
 def seconds_of(device: torch.device, rounds: int, action: Callable[[], object]) -> float:
     """Median over the rounds, after one to warm up."""
-    seconds = []
-    for _ in range(rounds + 1):
-        synchronize(device)
-        begin = time.perf_counter()
-        action()
-        synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:])
+    return statistics.median(interleaved({"once": action}, device, rounds, warmup=1)["once"])
 
 
 def slowdown(run: Trainer, pixels: torch.Tensor, step: float, rounds: int) -> float:

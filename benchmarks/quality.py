@@ -16,6 +16,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Iterator
 
 import torch
 from common import ROOT, steps_within
@@ -25,7 +26,8 @@ from checkpoint import load_diffusion
 from config import build_dataset
 from dataset import ImageDataset
 from evaluation.features import cached_classifier
-from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
+from evaluation.metrics import frechet_distance, image_statistics
+from evaluation.pictures import new_figure
 from gaussian_diffusion import GaussianDiffusion
 from samplers import SAMPLERS
 from training import speed
@@ -62,13 +64,15 @@ class Bench:
 
     def distance(self, diffusion: GaussianDiffusion, sampler: str, steps: int) -> float:
         """Fréchet distance of -n samples; the same x_T for every row."""
-        statistics = FeatureStatistics()
-        with speed.autocast(self.device, self.args.precision):
+
+        def batches() -> Iterator[Tensor]:
             for i in range(0, self.args.n, self.args.batch_size):
                 shape = (min(self.args.batch_size, self.args.n - i), *self.shape)
-                x0 = diffusion.sample(shape, sampler, steps, clip_x0=True, generator=self._generator(i))
-                statistics.merge(image_statistics([x0], self.classifier))
-        return frechet_distance(statistics, self.real)
+                with speed.autocast(self.device, self.args.precision):  # and not the classifier
+                    x0 = diffusion.sample(shape, sampler, steps, clip_x0=True, generator=self._generator(i))
+                yield x0
+
+        return frechet_distance(image_statistics(batches(), self.classifier), self.real)
 
     def bits(self, diffusion: GaussianDiffusion) -> tuple[float, float]:
         """Bits per dimension and their standard error; the same draws for every row."""
@@ -138,12 +142,8 @@ def print_row(name: str, row: dict[str, float]) -> None:
 
 
 def plot(rows: dict[str, dict], n: int) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = new_figure(figsize=(6, 4))
+    axes = figure.subplots()
     for sampler in SAMPLERS:
         counts = [int(count) for count in rows.get(sampler, {})]
         axes.semilogx(counts, rows.get(sampler, {}).values(), "o-", label=sampler)

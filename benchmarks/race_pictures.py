@@ -13,7 +13,7 @@ from common import ROOT
 from PIL import Image, ImageDraw
 
 from evaluation.features import from_uint8
-from evaluation.pictures import grid, save_png
+from evaluation.pictures import grid, new_figure, save_png
 
 FOLDER = ROOT / "models" / "race"  # samples and our checkpoints, not in git
 SAME = ("racer", "budget", "n", "calls")  # of rows that differ in the seed alone
@@ -63,14 +63,10 @@ def plot(means: Sequence[dict], names: Sequence[str], data: tuple[str, float], p
 
     Of the rows with the most samples and calls: distances of other numbers do not compare.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     most = max((row["n"], row["calls"]) for row in means)
     means = [row for row in means if (row["n"], row["calls"]) == most and row["racer"] in names]
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = new_figure(figsize=(6, 4))
+    axes = figure.subplots()
     for name in names:
         points = sorted((row for row in means if row["racer"] == name), key=lambda row: row["budget"])
         if points:

@@ -149,6 +149,8 @@ def cached_classifier(
     epochs and seed is an error: nothing is overwritten.
     """
     labels = _check_labelled(images, labels)
+    contents = hashlib.sha256(images.cpu().contiguous().numpy())  # of the memory itself: a copy of it may be gigabytes
+    contents.update(labels.cpu().numpy())
     key = {
         "format": CLASSIFIER_FORMAT,
         "data set": name,
@@ -158,7 +160,7 @@ def cached_classifier(
         "number of images": len(images),
         "epochs": epochs,
         "seed": seed,
-        "contents": hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()[:16],
+        "contents": contents.hexdigest()[:16],
     }
     path = Path(path)
     saved = _load(path, key) if path.exists() else None

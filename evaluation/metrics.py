@@ -221,7 +221,7 @@ def bits_by_time(
         how = {"timesteps": timesteps, "generator": generator, "condition": condition}
         bound, _, length, kl = diffusion.bound_by_time(diffusion.x0_of(x0), **kind, **how)
         bounds.append(torch.stack(bound).cpu() / math.log(2))
-        terms.append(torch.stack([length.double(), kl.double().sum(1) / math.log(2)]).cpu())
+        terms.append(torch.stack([length.cpu().double(), kl.cpu().double().sum(1) / math.log(2)]))  # mps has no float64
     bounds = torch.cat(ranks.gather_everywhere(bounds) if ranks else bounds, dim=1)  # [4, images]
     length, kl = torch.stack(ranks.gather_everywhere(terms) if ranks else terms).unbind(1)  # [batches, k]
     means = dict(zip(Bound._fields, bounds.mean(1).tolist(), strict=True))
@@ -257,13 +257,16 @@ class Evaluation:
     centres: Tensor | None = None  # of the clusters that are its classes
     datasets: dict[str, ImageDataset] = field(default_factory=dict)  # that were built, by split
 
+    @property
+    def n_classes(self) -> int | None:
+        return getattr(self.diffusion.time_aware_net, "n_classes", None)
+
     def dataset(self, split: str) -> ImageDataset:
         """The data set of a split; Mistake if its classes are not those that the network has learned."""
         if split in self.datasets:
             return self.datasets[split]
         images = build_dataset(self.config, split, self.centres)
-        has_classes = getattr(self.diffusion.time_aware_net, "n_classes", None) is not None
-        if has_classes and self.class_names not in (None, images.class_names):
+        if self.n_classes is not None and self.class_names not in (None, images.class_names):
             raise Mistake(f"dataset.{split}: has the classes {images.class_names}, and the network learned {self.class_names}")
         with as_mistake(f"dataset.{split}: "):
             check_shape(self.config, images.shape)
@@ -280,8 +283,7 @@ class Evaluation:
         for batch in tqdm(batches, desc=f"{split} images", unit="batch", leave=None, disable=ranks.rank > 0):
             self.check()
             x0 = images.to_float(torch.stack([images.fixed_pixels(i) for i in batch.tolist()])).to(ranks.device)
-            has_classes = getattr(self.diffusion.time_aware_net, "n_classes", None) is not None
-            yield x0, {"label": images.labels[batch].to(ranks.device)} if has_classes else {}
+            yield x0, {} if self.n_classes is None else {"label": images.labels[batch].to(ranks.device)}
 
 
 def build_extractor(e: Evaluation) -> nn.Module:
@@ -373,24 +375,23 @@ class Accuracy:
 
     def __init__(self, evaluation: Evaluation):
         """Refuse what cannot be measured, before the first network call."""
-        self.evaluation, diffusion = evaluation, evaluation.diffusion
+        self.evaluation = evaluation
         if evaluation.guided:
             raise Mistake(f"--metrics accuracy: {OF_GUIDED}")
-        if diffusion.n_levels:
+        if evaluation.diffusion.n_levels:
             raise Mistake("--metrics accuracy: this checkpoint is of symbols, and classes are told apart by numbers only")
-        n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
-        if n_classes is None:
+        if evaluation.n_classes is None:
             raise Mistake("--metrics accuracy: this network has no classes")
         evaluation.dataset("valid")
-        self.calls = ROUNDS * TRIALS * n_classes  # of the network, for an image, at most
+        self.calls = ROUNDS * TRIALS * evaluation.n_classes  # of the network, for an image, at most
 
     def measure(self) -> dict[str, Any]:
         e, found = self.evaluation, []
         for i, (x0, condition) in enumerate(e.images("valid", e.bpd_images)):
             generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, e.seed, e.ranks.rank, i))
             how = {"weighting": e.weighting, "generator": generator, "return_calls": True}
-            label, calls = e.diffusion.classify(x0, e.diffusion.time_aware_net.n_classes, **how)
-            found.append(torch.stack([label == condition["label"], calls]).double().cpu())
+            label, calls = e.diffusion.classify(x0, e.n_classes, **how)
+            found.append(torch.stack([label == condition["label"], calls]).cpu().double())
         right, calls = torch.cat(e.ranks.gather_everywhere(found), dim=1)
         accuracy, images = right.mean().item(), len(right)
         error = (accuracy * (1 - accuracy) / images) ** 0.5

@@ -4,6 +4,7 @@
 What cannot be known, without the data or without metrics.jsonl, is left out, and the page says why.
 """
 
+import contextlib
 import json
 import math
 import platform
@@ -114,8 +115,9 @@ class Report:
         try:
             with open(self.checkpoint.with_name("metrics.jsonl"), encoding="utf-8", errors="replace") as file:
                 for line in file:
-                    record = _parsed(line)
-                    records += [record] if isinstance(record, dict) and "step" in record else []
+                    with contextlib.suppress(ValueError):
+                        record = json.loads(line)
+                        records += [record] if isinstance(record, dict) and "step" in record else []
         except OSError as error:
             self.missing["records"] = f"{error.filename}: {error.strerror}"
         if not records:
@@ -127,8 +129,9 @@ class Report:
     def _summary(self, title: str) -> str:
         state, results = self.state, self.results
         epochs = "" if state.get("epoch") is None else f", {state['epoch']} epochs"  # which a snapshot of averages does not say
-        rows = [("Trained for", f"{state['step']:,}", f"steps{epochs}")]
-        rows.append(("Network", f"{_size(state['config']):,}", "parameters"))
+        rows = [("Network", f"{_size(state['config']):,}", "parameters")]
+        if "step" in state:  # which one's own loop may not say
+            rows.insert(0, ("Trained for", f"{state['step']:,}", f"steps{epochs}"))
         if bpd := results.get("bpd"):
             error = f"± {bpd['standard_error']:.4f} bits per dimension, on {bpd['images']} validation images"
             rows.append(("Likelihood bound", f"{bpd['total']:.4f}", error))
@@ -191,7 +194,7 @@ class Report:
     def _curves(self) -> str:
         if not self.records:
             return page.section("Training", page.p(f"There are no curves: {self.missing['records']}."))
-        steps, step = [record["step"] for record in self.records], self.state["step"]
+        steps, step = [record["step"] for record in self.records], self.state.get("step")
         mark = step if step != steps[-1] else None
 
         def of(name: str) -> list:
@@ -357,13 +360,6 @@ class Report:
         config = page.details("The resolved config", json.dumps(self.state["config"], indent=4))
         commands = page.pre(f"python train.py config.json\n{self.command}")
         return page.section("How to reproduce it", page.p(text, versions), commands, config)
-
-
-def _parsed(line: str) -> object:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def _size(config: dict) -> int:

@@ -156,7 +156,8 @@ def has_bfloat16(device: torch.device) -> bool:
         return False
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None), getattr(torch.cpu, "_is_amx_tile_supported", None)
     x86 = any(check() for check in supported if check)
-    arm = "AVX" not in torch.backends.cpu.get_cpu_capability() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn = torch.backends.mkldnn.is_available()  # not on a Mac, where the operator does not exist
+    arm = onednn and "AVX" not in torch.backends.cpu.get_cpu_capability() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return x86 or arm
 
 
