@@ -5,7 +5,7 @@ network, and not what x is. Equation numbers are those of the README, section "T
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from numbers import Integral
@@ -133,7 +133,7 @@ class DiffusionProcess(nn.Module):
         device = x0.device
         if timesteps is None:  # draws nothing, so that the noise is that of fit_reverse_variance
             return self._for_each(x0, 2, self.T), torch.ones(self.T - 1, device=device)
-        if not 1 <= timesteps <= self.T - 1:
+        if not isinstance(timesteps, Integral) or not 1 <= timesteps <= self.T - 1:
             raise ValueError(f"timesteps = {timesteps}: must be None or lie in 1..{self.T - 1}, the number of KL terms")
         edges = torch.linspace(2, self.T + 1, timesteps + 1, device=device).round().long()
         width = edges.diff()
@@ -199,7 +199,7 @@ class DiffusionProcess(nn.Module):
             if not 1 <= timesteps <= self.T:
                 raise ValueError(f"timesteps = {timesteps}: must lie in 1..{self.T}")
             return spacing(self._alpha_bar, int(timesteps))
-        steps = list(timesteps)
+        steps = list(timesteps) if isinstance(timesteps, Iterable) and getattr(timesteps, "ndim", 1) else [timesteps]
         if not all(isinstance(t, Integral) for t in steps):
             raise ValueError(f"timesteps = {steps}: must be whole numbers")
         if not steps or steps[0] > self.T or steps[-1] < 1 or any(s >= t for t, s in pairwise(steps)):

@@ -196,11 +196,15 @@ def posterior_sample(
         raise ValueError(f"iterations = {iterations}: must be at least 1")
     if y.is_complex():
         raise ValueError("y: is complex: give it and the operator as torch.view_as_real")
+    if not y.is_floating_point():
+        raise ValueError(f"y: is {y.dtype}: must be of floats")
     if torch.is_inference_mode_enabled():
         raise ValueError("posterior_sample: needs derivatives, which inference_mode has none of; no_grad is right")
     adjoint = _adjoint(operator, y, shape)
     steps = diffusion.steps(timesteps, sampler)
     if diffusion.signal_scale[steps[0] - 1] == 0:  # nor is a covariance known there
+        if steps[0] == 1:
+            raise ValueError("timesteps: at t = 1 no signal is left, and there is no time before it to begin at")
         steps = list(dict.fromkeys([steps[0] - 1, *steps[1:]]))
 
     def rule(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -> Iterator[Tensor]:
@@ -224,6 +228,8 @@ def _adjoint(operator: Operator, y: Tensor, shape: Sequence[int]) -> Operator:
     with torch.enable_grad():
         x = torch.zeros(*shape, device=y.device, dtype=y.dtype, requires_grad=True)
         Ax = operator(x)
+    if not Ax.requires_grad:
+        raise ValueError("operator: does not depend on x, or autograd does not go through it")
     if Ax.shape != y.shape:
         raise ValueError(f"y of shape {list(y.shape)}: operator gives {list(Ax.shape)} of {list(shape)}")
     probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype).to(y.device)

@@ -51,6 +51,8 @@ class _Guidance(nn.Module):
         """better, with worse + weight (better - worse) in those rows; of the precision of better."""
         if len(worse) == 0:
             return better
+        if worse.shape != better[rows].shape:  # which would broadcast
+            raise ValueError(f"the network to guide away from gives {list(worse.shape)} for {list(better[rows].shape)}")
         guided = torch.lerp(worse, better[rows], self.weight)
         return guided if isinstance(rows, slice) else better.index_copy(0, rows, guided)
 

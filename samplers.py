@@ -3,7 +3,7 @@
 A sampler is a generator, sampler(predict_x0, x, levels, normal), that yields x after every step:
 
     predict_x0(x, t)  x_0_hat, a new tensor of x's shape, by one call of the network; t is an int in 1..T
-    x                 the state at levels[0]
+    x                 the state at levels[0]; what the sampler writes into is a tensor of its own
     levels            the times to visit, descending, and what is known at each; the last is Level(0, 1.0, 0.0), x_0 itself
     normal()          standard noise of x's shape, in a buffer that the next call overwrites
 

@@ -54,8 +54,8 @@ DEFAULTS = {"n": 16, "timesteps": None, "bpd_images": 1000, "bpd_timesteps": Non
 REPORT_DEFAULTS = {"n": 160, "timesteps": 200, "bpd_images": 200, "bpd_timesteps": 100}
 
 # Flags that no edit heeds
-NOT_OF_EDITS = ("metrics", "fit_variance", "compile", "eta", "precision", "frames", "pictures", "features", "classifier")
-NOT_OF_EDITS += ("weighting", "bpd_images", "bpd_timesteps")
+OF_METRICS = ("features", "classifier", "weighting", "bpd_images", "bpd_timesteps")
+NOT_OF_EDITS = ("metrics", "fit_variance", "compile", "eta", "precision", "frames", "pictures", *OF_METRICS)
 
 
 def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, config: dict) -> None:
@@ -320,7 +320,7 @@ def run(
     if ranks.rank == 0:
         save_pictures(folder, drawn, shown, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
-    settings = vars(args) | {"ema_length": ema_length, "guidance": weight}
+    settings = vars(args) | {"ema_length": ema_length, "guidance": weight, "step": state.get("step")}
     results = measure(metrics, folder / "metrics.json", settings, precision, ranks)
     if report and ranks.rank == 0:
         words = in_words(args, precision, weight)
@@ -471,6 +471,9 @@ def _check(args: argparse.Namespace, default: Callable[[str], object]) -> None:
         raise Mistake(f"--interpolate: is of one class, not of --class {args.label}")
     if args.interpolate and args.n == 1:
         raise Mistake("-n 1: --interpolate needs at least 2, the two ends")
+    given = [name for name in OF_METRICS if getattr(args, name) != default(name)]
+    if given and not (args.metrics or args.report or edits):
+        raise Mistake(f"--{given[0].replace('_', '-')} is of --metrics and of --report: neither is there")
     if args.report and edits:
         raise Mistake(f"--report is of samples: leave out {', '.join(edits)}")
     if args.seed < 0:

@@ -82,7 +82,7 @@ class TimeEmbedding(nn.Module):
     def _labels(self, label: Tensor | None, t: Tensor) -> Tensor:
         """label as a long tensor [B]; ValueError if it is not one, or leaves 0..n_classes."""
         if label is None:
-            return torch.full_like(t, self.n_classes)
+            return torch.full_like(t, self.n_classes, dtype=torch.long)
         if not isinstance(label, Tensor) or label.shape != t.shape or label.dtype != torch.long:
             found = f"{label.dtype} of shape {list(label.shape)}" if isinstance(label, Tensor) else repr(label)
             raise ValueError(f"label: {found}: must be a long tensor [{len(t)}], one a sample")
@@ -113,7 +113,7 @@ def _group_norm(channels: int, num_groups: int | None) -> nn.Module:
     With a channel a group the normalisation would erase each channel's mean, and with it the brightness of the image.
     """
     if num_groups is None:
-        num_groups = math.gcd(32, channels, channels // 4)
+        num_groups = math.gcd(32, channels, max(1, channels // 4))
     if channels % num_groups:
         raise ValueError(f"num_groups = {num_groups}: must divide the channels of every layer, of which one has {channels}")
     return _GroupNorm(num_groups, channels, eps=1e-6)

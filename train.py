@@ -34,7 +34,7 @@ from mistakes import OneLineParser, run_script
 from training import speed
 from training.averages import Averages
 from training.batches import Batches, drop_labels
-from training.checks import bad_numbers, check_batch, check_fit
+from training.checks import bad_numbers, check_batch, check_fit, check_resume
 from training.graph import Launcher
 from training.loggers import Loggers
 from training.meter import Meter, end_time, rounded
@@ -81,6 +81,7 @@ class Trainer:
 
     def _set_up(self, deterministic: bool) -> None:
         state = read_state(self.folder.resume_from, self.config) if self.folder.resume_from else None
+        check_resume(state, self.ranks)
         self.cfg = build_train_config(self.config)
         check_batch(self.cfg, self.ranks)
         self.loggers = Loggers(() if self.ranks.rank else self.cfg.loggers, self.config)
@@ -102,14 +103,13 @@ class Trainer:
         cfg = self.cfg
         torch.manual_seed(mixed_seed(WEIGHTS, cfg.seed))
         self.model = build_diffusion(self.config)  # before the data, which may be a long download
-        images = {split: build_dataset(self.config, split, centres) for split in ("train", "valid")}
+        images = self.ranks.in_turn(lambda: {split: build_dataset(self.config, split, centres) for split in ("train", "valid")})
         self.n_classes = getattr(self.model.time_aware_net, "n_classes", None)
         check_fit(self, images)
         self.shape, self.class_names = images["train"].shape, images["train"].class_names
         self.class_counts = self.n_classes and images["train"].labels.bincount(minlength=self.n_classes).tolist()
-        check = self.stopper.check
-        self.train_data = Batches(images["train"], cfg, self.ranks, shuffle=True, check_signals=check)
-        self.valid_data = Batches(images["valid"], cfg, self.ranks, False, cfg.valid_images, check)
+        self.train_data = Batches(images["train"], cfg, self.ranks, shuffle=True, check_signals=self.stopper.check)
+        self.valid_data = Batches(images["valid"], cfg, self.ranks, False, cfg.valid_images, self.stopper.check)
         self.total_steps = min(cfg.epochs * self.train_data.steps, cfg.max_steps or math.inf)
         self.model.to(self.device)
         speed.channels_last(self.model)
@@ -191,11 +191,11 @@ class Trainer:
             self.loggers.open(folder.path)
             bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
             with self.stopper, bar, logging_redirect_tqdm([log]):
-                if folder.resume_from is None or folder.resume_from.resolve() != (folder.path / "last.pth").resolve():
+                if not folder.in_place():
                     self.save_last(take_state(self))  # so that --resume always finds one
                     self.writer.wait()
                 self._run(bar)
-            self.writer.wait()
+                self.writer.wait()
             log.info(f"finished: {self.step} steps, in epoch {self.epoch}; the checkpoints are in {folder.path}")
         except Stopped as stopped:
             self.save_last(take_state(self))

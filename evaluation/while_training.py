@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from config import find
 from evaluation.metrics import METRICS, Accuracy, BitsPerDimension, Evaluation, build_metric, measured
 from evaluation.pictures import grid, save_png
 from evaluation.sampling import draw, evenly, labels_by_row
@@ -65,7 +66,7 @@ def save_samples(run, path: Path) -> None:
     states = []
     for _, x in run.ema.trajectory((share, *run.shape), sampler(run), steps, **how):
         run.stopper.check()
-        states += [run.ema.values_of(x[:STRIPS])] if run.cfg.loggers else []
+        states += [run.ema.values_of(x[:STRIPS].clone())] if run.cfg.loggers else []
     whole_rows = SAMPLES if columns is None else min(SAMPLES, columns * run.n_classes)
     x = run.ranks.gather_tensor(run.ema.values_of(x))[:whole_rows]
     if run.ranks.rank:
@@ -104,6 +105,8 @@ class Quality:
         self.began = time.monotonic()  # less the time that the run took before it was resumed
         self.expected: float | None = None  # seconds of the next measurement
         self.told = False
+        for name in run.cfg.metrics:  # also where none is measured
+            find(name, METRICS, object, "train_cfg.metrics")
         if run.cfg.metric_period:
             self.evaluation = self._evaluation()
             self.metrics = {name: _metric(name, self.evaluation) for name in run.cfg.metrics}
@@ -126,8 +129,7 @@ class Quality:
         cfg, self.better = self.run.cfg, False
         if not cfg.metric_period or not (last or epoch % cfg.metric_period == 0) or self._too_long(epoch):
             return {}
-        if not set(map(type, self.metrics.values())) <= set(METRICS.values()):
-            self.run.save_last(take_state(self.run))  # for a metric of the user's own may fail
+        self.run.save_last(take_state(self.run))  # a metric may fail, or outlast the patience of what sent a signal
         begin = time.monotonic()
         if any(not isinstance(metric, BitsPerDimension | Accuracy) for metric in self.metrics.values()):
             self.evaluation.samples = self._draw(cfg.metric_samples)

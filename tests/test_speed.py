@@ -79,6 +79,16 @@ def test_this_processor_has_bfloat16_if_the_kernel_says_so():
     assert speed.has_bfloat16(torch.device("cpu")) == ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
+def test_a_processor_for_which_torch_has_no_onednn_has_no_bfloat16(monkeypatch):
+    """As on a Mac, where torch.ops.mkldnn is empty."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert not speed.has_bfloat16(torch.device("cpu"))
+
+
 def test_a_graph_is_for_cuda_alone_and_a_run_that_had_one_goes_on_without(tmp_path, caplog):
     speed.log.propagate = True
     assert train.main(tiny(tmp_path / "a", "train_cfg.cuda_graph=true", "train_cfg.epochs=1")) == 0

@@ -133,7 +133,7 @@ def test_the_least_distance_outlives_a_part_of_the_run_without_metrics(measured,
 
 
 def test_a_distance_that_is_no_number_is_not_the_least():
-    quality = Quality(SimpleNamespace(cfg=SimpleNamespace(metric_period=0), ranks=Ranks("cpu")))
+    quality = Quality(SimpleNamespace(cfg=SimpleNamespace(metric_period=0, metrics=()), ranks=Ranks("cpu")))
     for distance, better in ((math.nan, False), (2.0, True), (math.nan, False), (3.0, False), (1.0, True)):
         quality._note_best({"fd": {"distance": distance}})
         assert quality.better == better

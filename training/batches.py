@@ -20,7 +20,7 @@ from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
 
 Batch = tuple[Tensor, Tensor | None]  # uint8 pixels [b, C, H, W] and their labels [b], None where the data set has none
-GRACE = 30  # seconds that a worker lives on after SIGTERM
+GRACE = 600  # seconds that a worker lives on after SIGTERM: a metric may take minutes before its parent looks
 
 
 def drop_labels(labels: Tensor, n_classes: int, p: float) -> Tensor:
@@ -107,14 +107,14 @@ class Batches:
         if self.loader is None:
             self.loader = DataLoader(
                 _Pixels(self.images, self.cfg.seed),
-                batch_sampler=_Numbers(),
+                batch_sampler=[],  # filled anew for each epoch, while the workers stay
                 num_workers=self.cfg.num_workers,
                 pin_memory=self.ranks.device.type == "cuda",
                 persistent_workers=self.cfg.num_workers > 0,
                 worker_init_fn=_live_on,
             )
         parts = list(self.indices(epoch, first))
-        self.loader.batch_sampler.batches = [[(epoch, i) for i in part.tolist()] for part in parts]
+        self.loader.batch_sampler[:] = [[(epoch, i) for i in part.tolist()] for part in parts]
         for part, pixels in zip(parts, self.loader, strict=True):
             yield pixels.to(self.ranks.device, non_blocking=True), self._labels_of(part)
 
@@ -146,19 +146,6 @@ def _live_on(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # which then ends it
-
-
-class _Numbers:
-    """What a DataLoader asks for its batches, of an epoch that changes while its workers stay."""
-
-    def __init__(self):
-        self.batches: list[list[tuple[int, int]]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 class _Pixels(torch.utils.data.Dataset):

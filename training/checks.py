@@ -2,13 +2,14 @@
 
 import logging
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from config import TrainConfig
-from dataset import DATASETS, ImageDataset, shared_images
+from dataset import DATASETS, ImageDataset, ImageFolder, shared_images
 from diffusion_process import Condition
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
@@ -25,6 +26,13 @@ def check_batch(cfg: TrainConfig, ranks: Ranks) -> None:
             f"train_cfg.batch_size = {cfg.batch_size}: must be a multiple of {parts}, {ranks.world} ranks times "
             f"grad_accum = {cfg.grad_accum}"
         )
+
+
+def check_resume(state: dict | None, ranks: Ranks) -> None:
+    """Mistake if the ranks do not all go on from the same step: their collective calls would not match."""
+    step = -1 if state is None else state["step"]
+    if ranks.largest(step) != -ranks.largest(-step):
+        raise Mistake("--resume: not all ranks see that checkpoint: put train_cfg.model_save_dirpath where all of them see it")
 
 
 def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> None:
@@ -69,7 +77,10 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
     """Try the network of a Trainer on one image of each data set; warn of images that are no validation, and of a prior that is
     no noise.
     """
-    model, n_classes = run.model, run.n_classes
+    model, n_classes, path = run.model, run.n_classes, run.folder.path
+    for split, data in images.items():
+        if isinstance(data, ImageFolder) and path.resolve().is_relative_to(Path(data.root).resolve()):
+            raise Mistake(f"train_cfg.model_save_dirpath = {path}: lies among the images of dataset.{split}, and adds to them")
     if n_classes is None and run.config["time_aware_net"]["kwargs"].get("n_classes") is not None:
         raise Mistake("time_aware_net: takes n_classes and does not keep it as self.n_classes, so that it would get no labels")
     _check_labels(n_classes, images)

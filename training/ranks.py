@@ -2,7 +2,9 @@
 
 import inspect
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +41,16 @@ class Ranks:
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.cpu_group)
         return values.item()
 
+    def in_turn(self, work: Callable[[], Any]) -> Any:
+        """What work gives: first on rank 0, and then on the others, who find done what it does once, such as a download."""
+        if self.rank:
+            self.largest(0)
+        try:
+            return work()
+        finally:  # the others meet by themselves what rank 0 may have failed at
+            if not self.rank:
+                self.largest(0)
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
         if self.world > 1:
@@ -73,8 +85,9 @@ class Ranks:
         """x of every rank, one after the other, on every rank; all of one shape."""
         if self.world == 1:
             return x
+        x = x.contiguous()
         shares = [torch.empty_like(x) for _ in range(self.world)]
-        dist.all_gather(shares, x.contiguous())
+        dist.all_gather(shares, x)
         return torch.cat(shares)
 
 

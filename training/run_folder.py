@@ -36,7 +36,7 @@ class RunFolder:
     """The folder train_cfg.model_save_dirpath, which one process at a time may write to; writes: does this rank?"""
 
     def __init__(self, path: str, writes: bool):
-        self.path, self.writes, self.log_file, self.resume_from = Path(path).expanduser(), writes, None, None
+        self.path, self.writes, self.log_file, self.resume_from = Path(os.path.expanduser(path)), writes, None, None
         self.handle: int | None = None  # by which it is locked
         if not writes:
             log.setLevel(logging.WARNING)  # one rank tells what goes on
@@ -125,7 +125,7 @@ class RunFolder:
             with whole_file(self.path / "metrics.jsonl") as file:
                 file.writelines(lines)
         old = self.resume_from.parent
-        best = [] if self._in_place() else [self.path / name for name in BEST]
+        best = [] if self.in_place() else [self.path / name for name in BEST]
         for path, taken in _taken(self.path, best).items():
             if taken > step:
                 path.unlink()
@@ -136,14 +136,15 @@ class RunFolder:
                     shutil.copyfileobj(source, file)
         return len(lines)
 
-    def _in_place(self) -> bool:
+    def in_place(self) -> bool:
         """Is last.pth gone on with? Then best.pth is of a later step only by a kill between the two."""
-        return self.resume_from.resolve() == (self.path / "last.pth").resolve()
+        return self.resume_from is not None and self.resume_from.resolve() == (self.path / "last.pth").resolve()
 
     def keeps(self, name: str, step: int) -> bool:
         """Is there a best checkpoint of that name when a run goes on from a step?"""
         old = self.resume_from.parent
-        return self._in_place() or any(taken <= step for taken in _taken(old, [old / name]).values())
+        there = self.in_place() and (self.path / name).exists()
+        return there or any(taken <= step for taken in _taken(old, [old / name]).values())
 
     def add_record(self, record: dict) -> None:
         """Append a line to metrics.jsonl, and see it to the disk: before the checkpoint that counts it."""
@@ -166,13 +167,14 @@ class RunFolder:
 
 
 def _whole_records(path: Path, count: int, step: int) -> list[bytes]:
-    """The lines among the first `count` that are whole and of no later step: some may be missing, and one cut short."""
+    """The first `count` lines that are whole records of no later step: some may be missing, one cut short, others foreign."""
     lines = []
-    for line in path.read_bytes().splitlines()[:count]:
+    for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= step and "valid_loss" in record:
                 lines.append(line + b"\n")
-    return lines
+    return lines[:count]
 
 
 def _taken(folder: Path, best: Iterable[Path]) -> dict[Path, int]:

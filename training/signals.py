@@ -32,9 +32,9 @@ class Stopper:
         return self
 
     def _handle(self, number: int, frame: object) -> None:
-        if "TORCHELASTIC_RUN_ID" in os.environ and not self.signal:
+        if _under_torchrun() and not self.signal:
             self.signal = number
-            return  # torchrun passes on what a terminal has sent to every process already: the next one is the same
+            return  # the next one is the same
         self.signal = self.signal or number
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
@@ -49,6 +49,12 @@ class Stopper:
             raise Stopped(int(word))
         return word > 0
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        stopped = kind is Stopped and _under_torchrun()  # and saves now, when the same signal may come again
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if stopped else handler)
+
+
+def _under_torchrun() -> bool:
+    """It passes on what a terminal has sent to every process already."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
