@@ -25,6 +25,8 @@ from dataset import (
     ImageDataset,
     ImageFolder,
     check_dataset,
+    read_image,
+    shared_images,
 )
 from mistakes import Mistake, run_script
 
@@ -237,12 +239,51 @@ def test_the_first_frame_of_an_animation_and_exif_orientation(tmp_path):
     assert images[1].shape == (1, 6, 8)  # stored 8 x 6, meant to be turned by 90 degrees
 
 
+def exif(orientation: int, odd: bytes = b"") -> bytes:
+    """EXIF data of one orientation, and of another entry of 12 bytes if it is given."""
+    entries = [struct.pack("<HHIHH", 274, 3, 1, orientation, 0), *([odd] if odd else [])]
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize("odd", [b"", struct.pack("<HHI", 282, 2, 3) + b"72\0\0"], ids=["plain", "a resolution that is text"])
+def test_an_image_is_turned_as_its_exif_data_say_also_beside_odd_ones(odd, tmp_path):
+    """Orientations of the EXIF standard 2.32, section 4.6.4 A: where the stored first row and the first column belong."""
+    stored = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    upright = [stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1], stored.T, np.rot90(stored, -1)]
+    upright += [stored[::-1, ::-1].T, np.rot90(stored)]
+    for orientation, expected in enumerate(upright, 1):
+        Image.fromarray(stored).save(tmp_path / "a.png", exif=exif(orientation, odd))
+        assert np.array_equal(read_image(str(tmp_path / "a.png"), "L"), expected), orientation
+
+
+@pytest.mark.parametrize("kind", ["32 bits", "white is zero"])
+def test_deep_grey_whose_levels_are_not_those_of_16_bits_is_refused(kind, tmp_path):
+    levels = np.full((4, 4), 70000 if kind == "32 bits" else 7, np.int32 if kind == "32 bits" else np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.tiff", tiffinfo={262: int(kind == "32 bits")})
+    with pytest.raises(Mistake, match=r"a\.tiff: cannot be read as an image \(of a grey TIFF of more than 8 bits"):
+        read_image(str(tmp_path / "a.tiff"), "L")
+    Image.fromarray(np.full((4, 4), 257 * 7, np.uint16)).save(tmp_path / "a.tiff")
+    assert np.asarray(read_image(str(tmp_path / "a.tiff"), "L")).tolist() == [[7] * 4] * 4
+
+
+def test_the_same_images_by_a_link_are_seen_to_be_the_same(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        Image.new("L", (8, 8), i).save(tmp_path / "data" / f"{i}.png")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    assert shared_images(*(ImageFolder(str(tmp_path / name), "L") for name in ("data", "link"))) == 3
+
+
 def test_links_are_followed_and_a_loop_of_links_ends(tmp_path):
     (tmp_path / "data" / "deep").mkdir(parents=True)
     Image.new("L", (8, 8)).save(tmp_path / "one.png")
     (tmp_path / "data" / "link.png").symlink_to(tmp_path / "one.png")
     (tmp_path / "data" / "deep" / "loop").symlink_to(tmp_path / "data")
     assert len(ImageFolder(str(tmp_path / "data"), "L")) == 1
+
+
+# of a pixel format that there is none of, at which Pillow raises NotImplementedError
+UNKNOWN_DDS = b"DDS " + struct.pack("<7I44x2I4s5I20x", 124, 7, 4, 4, 0, 0, 0, 32, 4, b"none", *[0] * 5)
 
 
 def _break(folder, name):
@@ -254,10 +295,11 @@ def _break(folder, name):
         "gone.png": lambda: path.symlink_to(folder / "nowhere.png"),
         "bomb.png": lambda: Image.new("1", (10_000, 9_000)).save(path),
         "float.tiff": lambda: Image.new("F", (12, 10)).save(path),
+        "unknown.png": lambda: path.write_bytes(UNKNOWN_DDS),
     }[name]()
 
 
-@pytest.mark.parametrize("name", ["empty.png", "text.jpg", "cut.jpg", "gone.png", "bomb.png", "float.tiff"])
+@pytest.mark.parametrize("name", ["empty.png", "text.jpg", "cut.jpg", "gone.png", "bomb.png", "float.tiff", "unknown.png"])
 def test_an_unreadable_image_is_named_or_skipped_on_request(folder, name):
     _break(folder, name)
     images = ImageFolder(str(folder))

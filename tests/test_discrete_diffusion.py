@@ -507,6 +507,38 @@ def test_a_network_that_is_sure_and_wrong_costs_much_but_is_finite(transition):
     assert ((diffusion.sample((2, 3)) >= 0) & (diffusion.sample((2, 3)) < 256)).all()
 
 
+@pytest.mark.parametrize(("t", "off"), [(2, 5), (2, 13), (2, 16), (2, 20), (3, 16), (5, 16), (5, 20), (10, 30)])
+def test_near_x_t_the_loss_is_exact_also_where_the_network_is_sure_of_another_level(t, off):
+    """Of 256 levels, by equations 26 to 29 in float64. At t = 2 and 20 levels off, log p_hat(x_0) is -168."""
+    n_levels, schedule, level, log_scale = 256, LinearSchedule(1000), 100, -5.0
+    distance = torch.arange(n_levels, dtype=torch.float64)[:, None] - torch.arange(n_levels)
+    jump, step = torch.eye(n_levels, dtype=torch.float64), None
+    for beta in schedule.beta[:t].tolist():
+        jump = jump if step is None else jump @ step
+        everywhere = np.exp(-4 * np.arange(-255, 256) ** 2 / (255**2 * beta)).sum()
+        step = torch.exp(-4 * distance**2 / (255**2 * beta)) / everywhere
+        step.fill_diagonal_(0)
+        step += torch.diag(1 - step.sum(1))
+    values = torch.linspace(-1, 1, n_levels, dtype=torch.float64)
+    location = values[level + off].clone().requires_grad_()
+    edge, inverse = 1 / (n_levels - 1), math.exp(2 - log_scale)  # Austin et al. 2021, appendix A.8
+    ends = [(values - location + sign * edge) * inverse for sign in (1, -1)]
+    log_p = torch.log_softmax(nn.functional.logsigmoid(ends[0]) + nn.functional.logsigmoid(-ends[1]), 0)
+    log_q = torch.log_softmax(jump[level].log() + step[:, level].log(), 0)
+    log_model = torch.log_softmax(torch.logsumexp(log_p[:, None] + jump.log(), 0) + step[:, level].log(), 0)
+    expected = torch.where(log_q > -math.inf, log_q.exp() * (log_q - log_model), 0).sum()
+
+    diffusion = DiscreteDiffusion(schedule, nn.Identity(), n_levels, "gaussian")
+    logits, at = log_p.detach().float().requires_grad_(), torch.tensor([[level]])
+    found = diffusion._kl(at, at, torch.tensor([t]), logits[None, None].log_softmax(-1)).sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+    (by_logits,) = torch.autograd.grad(found, logits)
+    slopes = [
+        torch.autograd.grad(each, location, retain_graph=True)[0].item() for each in (expected, (log_p * by_logits).sum())
+    ]
+    assert slopes[1] == pytest.approx(slopes[0], rel=0.05)
+
+
 @pytest.mark.parametrize("transition", TRANSITIONS)
 def test_autocast_changes_nothing_but_the_network(transition):
     diffusion, _ = build(transition)

@@ -313,6 +313,8 @@ def test_gradients_stay_off_outside_and_the_network_gets_its_condition():
         (lambda d, x: posterior_sample(d, x, lambda x: x.clamp(min=0), 0.1, x.shape), "operator: must be linear"),
         (lambda d, x: posterior_sample(d, x, lambda x: x**3, 0.1, x.shape), "operator: must be linear"),
         (lambda d, x: posterior_sample(d, x.to(torch.complex64), torch.fft.fft, 0.1, x.shape), "y: is complex"),
+        (lambda d, x: posterior_sample(d, x.long(), lambda x: x, 0.1, x.shape), "y: is torch.int64"),
+        (lambda d, x: posterior_sample(d, x, torch.zeros_like, 0.1, x.shape), "operator: does not depend on x"),
         (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, "euler"), "sampler = 'euler'"),
         (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, iterations=0), "iterations = 0"),
     ],

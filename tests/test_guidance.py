@@ -241,6 +241,12 @@ def test_a_bad_argument_is_refused(make, message):
         make()
 
 
+def test_a_weaker_network_of_another_shape_is_refused(mlp):
+    guided = AutoGuidance(mlp, lambda xt, t, **condition: xt[:, :1], 2)
+    with pytest.raises(ValueError, match=r"the network to guide away from gives \[5, 1\] for \[5, 3\]"):
+        guided(torch.randn(5, 3), torch.ones(5).long())
+
+
 @pytest.mark.parametrize("label", [torch.zeros(4).long(), torch.zeros(5), torch.tensor([0, 1, 2, 3, 4]), torch.full((5,), -1)])
 def test_a_bad_label_is_refused(mlp, label):
     with pytest.raises(ValueError, match="label"):

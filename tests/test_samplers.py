@@ -290,6 +290,16 @@ def test_a_learnt_variance_a_little_below_the_least_makes_the_steps_of_the_least
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("timesteps", [[60, 40, 13, 2], [60, 1], [45, 44, 3]])
+def test_a_learnt_variance_a_little_above_betas_makes_the_steps_of_beta(timesteps):
+    """At T, sigma_t^2 hardly depends on the error of x_0 that it assumes, and a long step does."""
+    learnt, most = (optimal("denoising", MIXTURE, SHORT, variance) for variance in ("learnable", "beta"))
+    learnt.log_sigma_square.data = (1.002 * SHORT.beta).log().float()
+    drawn = [model.sample((200, 2), "ddpm", timesteps, generator=torch.Generator().manual_seed(2)) for model in (learnt, most)]
+    torch.testing.assert_close(*drawn, rtol=1e-5, atol=1e-5)
+    assert learnt._levels(learnt.steps(None), False)[-2].x0_error > most._levels(most.steps(None), False)[-2].x0_error
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("timesteps", [None, [60, 40, 13, 2]])
 def test_ddim_of_eta_1_is_the_ancestral_sampler_of_sigma_bar_square(timesteps, prediction):
@@ -512,6 +522,8 @@ def test_images_are_sampled_in_their_shape():
         ({"timesteps": -3}, r"timesteps = -3.*1\.\.60"),
         ({"timesteps": 61}, r"timesteps = 61.*1\.\.60"),
         ({"timesteps": []}, r"timesteps = \[\].*descend"),
+        ({"timesteps": 2.5}, r"timesteps = \[2.5\]: must be whole numbers"),
+        ({"timesteps": torch.tensor(3)}, r"timesteps = \[tensor\(3\)\]: must be whole numbers"),
         ({"timesteps": [61, 3]}, r"timesteps = \[61, 3\].*60\.\.1"),
         ({"timesteps": [60, 0]}, r"timesteps = \[60, 0\].*60\.\.1"),
         ({"timesteps": [60, 5, 5, 1]}, "timesteps = .*without a repeat"),

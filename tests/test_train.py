@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,9 +29,11 @@ from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
 from training.batches import Batches
+from training.checks import check_resume
 from training.ranks import Ranks
 from training.run_folder import RunFolder
 from training.seeds import WEIGHTS, mixed_seed
+from training.signals import Stopped, Stopper
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,69 @@ def test_going_on_from_an_earlier_epoch_deletes_only_the_best_of_later_ones(tmp_
     assert train.main([*argv, "train_cfg.epochs=2", "--resume", str(folder / "epoch_1.pth")]) == 0
     assert checkpoint.load(folder / "best.pth")["step"] == 8
     assert checkpoint.load(folder / "best_mine.pth")["step"] > 8
+
+
+def test_a_best_checkpoint_that_is_not_there_is_written_again(tmp_path, monkeypatch):
+    argv = tiny(tmp_path / "a", "train_cfg.epochs=1")
+    monkeypatch.setattr(train.Trainer, "validate", lambda run: 0.3 if run.epoch == 1 else 0.4)
+    assert train.main(argv) == 0
+    (tmp_path / "a" / "best.pth").unlink()
+    assert train.main([*argv, "train_cfg.epochs=2", "--resume"]) == 0
+    assert checkpoint.load(tmp_path / "a" / "best.pth")["best_loss"] == 0.4
+
+
+def test_a_run_among_its_own_images_is_refused(tmp_path, capsys):
+    for i in range(12):
+        Image.effect_noise((4, 4), 50).save(tmp_path / f"{i}.png")
+    part = {"root": str(tmp_path), "mode": "L", "pipeline": []}
+    section = {"name": "ImageFolder", "train": part | {"train": True}, "valid": part | {"train": False}}
+    argv = tiny(tmp_path / "images" / "run", "train_cfg.batch_size=4", "train_cfg.max_steps=1")
+    argv = [*(each for each in argv if not each.startswith("dataset.")), f"dataset={json.dumps(section)}"]
+    assert train.main(argv) == 2
+    assert "run: lies among the images of dataset.train, and adds to them" in capsys.readouterr().err
+    assert not (tmp_path / "images").exists()
+
+
+@pytest.mark.parametrize(("here", "there"), [(5, None), (None, 5), (3, 5)])
+def test_ranks_that_do_not_go_on_from_the_same_step_are_refused(here, there):
+    mine, other = (-1 if step is None else step for step in (here, there))
+    ranks = SimpleNamespace(largest=lambda value: max(value, other if value == mine else -other))
+    with pytest.raises(Mistake, match="not all ranks see that checkpoint"):
+        check_resume(here and {"step": here}, ranks)
+    check_resume(here and {"step": here}, SimpleNamespace(largest=lambda value: value))
+
+
+def test_a_signal_at_the_very_end_loses_nothing(tmp_path, monkeypatch):
+    """It comes while the last checkpoint is written, when nothing is left to be stopped."""
+    save = checkpoint.save
+
+    def signalled(path, state):
+        if path.name == "last.pth" and state["step"] == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        save(path, state)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("it was not heeded"))
+    try:
+        monkeypatch.setattr(checkpoint, "save", signalled)
+        assert train.main(tiny(tmp_path / "a")) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert checkpoint.load(tmp_path / "a" / "last.pth")["step"] == 8
+
+
+def test_under_torchrun_the_same_signal_again_does_not_end_what_saves(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stopper = Stopper(Ranks("cpu", alone=True)).__enter__()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped) as stopped:
+            stopper.check()
+        stopper.__exit__(stopped.type, stopped.value, None)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_fitted_checkpoint_holds_the_weights_that_it_was_fitted_to(tmp_path, capsys):
@@ -648,6 +715,7 @@ def test_another_size_and_sizes_that_do_not_fit(run, capsys):
         (["--eta", "0.5"], "only the sampler 'ddim'"),
         (["12", "16", "--metrics", "fd"], "--metrics fd: compares with images of 4 x 4"),
         (["--metrics", "bpd", "--bpd-images", "1"], "needs at least 2 images"),
+        (["--weighting", "noisy"], "--weighting is of --metrics and of --report"),
     ],
 )
 def test_bad_flags_are_refused(flags, words, run, capsys):
@@ -674,7 +742,7 @@ def test_metrics_are_printed_and_written_with_their_settings_and_the_fitted_vari
     assert (fd["samples"], fd["real"]) == (130, 180)
     assert fd["distance"] > 0
     assert "classifier of Digits" in fd["features"]
-    assert results["settings"]["sampler"] == "dpm"
+    assert (results["settings"]["sampler"], results["settings"]["step"]) == ("dpm", 4)
     printed = capsys.readouterr().out
     assert f"{bpd['total']:.4f}" in printed
     assert f"{fd['distance']:.4f} of 130 samples" in printed

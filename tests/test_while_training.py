@@ -16,6 +16,7 @@ import train
 from config import build_dataset, load_config
 from evaluation import while_training
 from evaluation.features import from_uint8, to_uint8
+from evaluation.metrics import BitsPerDimension
 from evaluation.sampling import draw
 from evaluation.while_training import Quality
 from training.ranks import Ranks
@@ -205,6 +206,23 @@ class Mine:
 
     describe = staticmethod(str)
 """
+
+
+def test_a_metric_that_does_not_exist_is_refused_also_where_none_is_measured(here, capsys):
+    assert train.main(tiny(here / "refused", 'train_cfg.metrics=["fdd"]')) == 2
+    assert "train_cfg.metrics = \"fdd\": unknown; did you mean 'fd'?" in capsys.readouterr().err
+    assert not (here / "refused").exists()
+
+
+def test_a_run_is_saved_before_it_is_measured(here, monkeypatch):
+    """For what sends a signal may not wait until a metric is done."""
+
+    def dies(metric) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BitsPerDimension, "measure", dies)
+    assert train.main(tiny(here / "dies", *FEW, 'train_cfg.metrics=["bpd"]')) != 0
+    assert checkpoint.load(here / "dies" / "last.pth")["step"] > 0
 
 
 def test_a_metric_of_ones_own_that_fails_loses_no_step_and_is_measured_once_it_is_mended(here):
