@@ -54,8 +54,8 @@ DEFAULTS = {"n": 16, "timesteps": None, "bpd_images": 1000, "bpd_timesteps": Non
 REPORT_DEFAULTS = {"n": 160, "timesteps": 200, "bpd_images": 200, "bpd_timesteps": 100}
 
 # Flags that no edit heeds
-OF_METRICS = ("features", "classifier", "weighting", "bpd_images", "bpd_timesteps")
-NOT_OF_EDITS = ("metrics", "fit_variance", "compile", "eta", "precision", "frames", "pictures", *OF_METRICS)
+NOT_OF_EDITS = ("metrics", "fit_variance", "compile", "eta", "precision", "frames", "pictures", "features", "classifier")
+NOT_OF_EDITS += ("weighting", "bpd_images", "bpd_timesteps")
 
 
 def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, config: dict) -> None:
@@ -154,8 +154,8 @@ def labels_of(
         return labels_in_shares(counts, n)[torch.randperm(n, generator=torch.Generator().manual_seed(0))], None
     number = class_names.index(name) if class_names and name in class_names else int(name) if name.isdecimal() else -1
     if not 0 <= number < n_classes:
-        known = f" ({', '.join(class_names)})" if class_names else ""
-        raise Mistake(f"--class {name}: must be one of 0..{n_classes - 1}{known}, all or data")
+        known = f", be one of {', '.join(class_names)}" if class_names else ""
+        raise Mistake(f"--class {name}: must lie in 0..{n_classes - 1}{known}, or be all or data")
     return torch.full((n,), number), None
 
 
@@ -471,9 +471,6 @@ def _check(args: argparse.Namespace, default: Callable[[str], object]) -> None:
         raise Mistake(f"--interpolate: is of one class, not of --class {args.label}")
     if args.interpolate and args.n == 1:
         raise Mistake("-n 1: --interpolate needs at least 2, the two ends")
-    given = [name for name in OF_METRICS if getattr(args, name) != default(name)]
-    if given and not (args.metrics or args.report or edits):
-        raise Mistake(f"--{given[0].replace('_', '-')} is of --metrics and of --report: neither is there")
     if args.report and edits:
         raise Mistake(f"--report is of samples: leave out {', '.join(edits)}")
     if args.seed < 0:

@@ -715,7 +715,6 @@ def test_another_size_and_sizes_that_do_not_fit(run, capsys):
         (["--eta", "0.5"], "only the sampler 'ddim'"),
         (["12", "16", "--metrics", "fd"], "--metrics fd: compares with images of 4 x 4"),
         (["--metrics", "bpd", "--bpd-images", "1"], "needs at least 2 images"),
-        (["--weighting", "noisy"], "--weighting is of --metrics and of --report"),
     ],
 )
 def test_bad_flags_are_refused(flags, words, run, capsys):

@@ -256,7 +256,9 @@ def with_a_best(folder):
     more = ["train_cfg.metric_samples=150", "train_cfg.sample_period=0", "train_cfg.epochs=1"]
     assert train.main(tiny(folder / "best", *more)) == 0
     path = folder / "best" / "last.pth"
-    checkpoint.save(path, checkpoint.load(path) | {"quality": {"seconds": 0.0, "run_seconds": 9.0, "best_fd": 1.5}})
+    state = checkpoint.load(path) | {"quality": {"seconds": 0.0, "run_seconds": 9.0, "best_fd": 1.5}}
+    for name in ("last.pth", "best_fd.pth"):
+        checkpoint.save(path.with_name(name), state)
     return more
 
 
@@ -311,7 +313,7 @@ def test_metrics_never_take_more_than_their_share_of_the_time(share, seconds, cl
     """Epochs of ten seconds; a batch of samples takes a fifth of a measurement, so that its time is foreseen."""
     monkeypatch.setattr(train.log, "propagate", True)
     caplog.set_level("INFO")
-    cfg = SimpleNamespace(metric_period=0, metric_share=share, metric_samples=5 * 64, precision="fp32")
+    cfg = SimpleNamespace(metric_period=0, metrics=(), metric_share=share, metric_samples=5 * 64, precision="fp32")
     monkeypatch.setattr(while_training, "take_state", lambda run: None)
     run = SimpleNamespace(cfg=cfg, ranks=Ranks("cpu"), device=torch.device("cpu"), save_last=lambda state: None)
     quality = Quality(run)
@@ -358,7 +360,7 @@ def test_a_class_is_known_to_take_more_calls_than_a_sample(clock, here, monkeypa
 
 
 def test_the_time_spent_is_kept_when_a_run_goes_on(clock):
-    run = SimpleNamespace(cfg=SimpleNamespace(metric_period=0))
+    run = SimpleNamespace(cfg=SimpleNamespace(metric_period=0, metrics=()))
     quality = Quality(run)
     quality.metrics, quality.seconds, quality.best_fd = {"slow": Slow(clock)}, 4.0, 1.5
     clock.now += 60

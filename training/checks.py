@@ -77,9 +77,10 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
     """Try the network of a Trainer on one image of each data set; warn of images that are no validation, and of a prior that is
     no noise.
     """
-    model, n_classes, path = run.model, run.n_classes, run.folder.path
+    model, n_classes = run.model, run.n_classes
     for split, data in images.items():
-        if isinstance(data, ImageFolder) and path.resolve().is_relative_to(Path(data.root).resolve()):
+        if isinstance(data, ImageFolder) and run.folder.path.resolve().is_relative_to(Path(data.root).resolve()):
+            path = run.folder.path
             raise Mistake(f"train_cfg.model_save_dirpath = {path}: lies among the images of dataset.{split}, and adds to them")
     if n_classes is None and run.config["time_aware_net"]["kwargs"].get("n_classes") is not None:
         raise Mistake("time_aware_net: takes n_classes and does not keep it as self.n_classes, so that it would get no labels")
