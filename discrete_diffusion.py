@@ -15,16 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from diffusion_process import (
-    Bound,
-    Condition,
-    DiffusionProcess,
-    arguments_of,
-    check_chunk_size,
-    choice,
-    every_pair,
-    mean_from,
-)
+from diffusion_process import Bound, Condition, DiffusionProcess, arguments_of, check_chunk_size, choice, every_pair, mean_from
 from samplers import even_in_time
 
 MAX_LEVELS = 2**16

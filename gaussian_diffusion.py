@@ -25,16 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from classify import classify
-from diffusion_process import (
-    Bound,
-    Condition,
-    DiffusionProcess,
-    arguments_of,
-    check_chunk_size,
-    choice,
-    every_pair,
-    mean_from,
-)
+from diffusion_process import Bound, Condition, DiffusionProcess, arguments_of, check_chunk_size, choice, every_pair, mean_from
 from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
@@ -284,12 +275,7 @@ class GaussianDiffusion(DiffusionProcess):
         return mean, self._at(self.sigma_square, t, xt)
 
     def p_sample(
-        self,
-        xt: Tensor,
-        t: int | Tensor,
-        noise: Tensor | None = None,
-        clip_x0: bool = False,
-        condition: Condition = None,
+        self, xt: Tensor, t: int | Tensor, noise: Tensor | None = None, clip_x0: bool = False, condition: Condition = None
     ) -> Tensor:
         """Draw x_{t-1} of p(x_{t-1} | x_t); at t = 1 the mean itself, so that no noise is left in x_0."""
         t = self._times(t, xt)

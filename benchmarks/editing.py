@@ -46,11 +46,7 @@ from samplers import SAMPLERS
 SHAPE = (3, 4, 4)
 VARIANCE = 0.25  # of a pixel
 MASK = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(4, 4)
-TASKS = {
-    "inpainting": lambda x: x[..., :2],
-    "super-resolution": lambda x: F.avg_pool2d(x, 2),
-    "colouring": lambda x: x.mean(1),
-}
+TASKS = {"inpainting": lambda x: x[..., :2], "super-resolution": lambda x: F.avg_pool2d(x, 2), "colouring": lambda x: x.mean(1)}
 
 
 class Counting(CorrelatedNet):

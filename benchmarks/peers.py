@@ -166,11 +166,7 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-SIDES = {
-    "ours": ours,
-    "diffusers": of_diffusers,
-    "denoising-diffusion-pytorch": of_denoising_diffusion_pytorch,
-}
+SIDES = {"ours": ours, "diffusers": of_diffusers, "denoising-diffusion-pytorch": of_denoising_diffusion_pytorch}
 
 
 def build(args, device) -> dict[str, Side]:

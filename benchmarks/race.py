@@ -61,18 +61,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from arenas import ARENAS, OWN, Arena, Measure
-from common import (
-    ROOT,
-    choose_precision,
-    counted,
-    device_name,
-    result_path,
-    set_up,
-    show,
-    steps_within,
-    synchronize,
-    versions,
-)
+from common import ROOT, choose_precision, counted, device_name, result_path, set_up, show, steps_within, synchronize, versions
 from race_pictures import SAME, over_seeds, picture, plot, samples_path
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -372,15 +361,7 @@ RACERS: dict[str, tuple[Callable, dict]] = {
     "ddp": (ddp, {}),
     "ddp-tuned": (
         ddp,
-        {
-            "clusters": OF_OUR_CONFIG,
-            "lr": 2e-3,
-            "predicts": "x0",
-            "ema_power": 0.75,
-            "no_flips": 1,
-            "falls": 1,
-            "min_snr": 1,
-        },
+        {"clusters": OF_OUR_CONFIG, "lr": 2e-3, "predicts": "x0", "ema_power": 0.75, "no_flips": 1, "falls": 1, "min_snr": 1},
     ),
     "diffusers": (of_diffusers, {}),
     "diffusers-tuned": (

@@ -118,10 +118,7 @@ def train_classifier(
     steps = len(images) // batch_size  # a last batch that is not full is left out: another one an epoch, drawn anew
     optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
-    with (
-        full_precision(),
-        tqdm(total=epochs * steps, desc="training the classifier", unit="step") as bar,
-    ):
+    with full_precision(), tqdm(total=epochs * steps, desc="training the classifier", unit="step") as bar:
         for _ in range(epochs):
             for batch in torch.randperm(len(images), generator=generator).split(batch_size)[:steps]:
                 logits = classifier(from_uint8(images[batch].to(device)))

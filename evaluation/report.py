@@ -282,11 +282,7 @@ class Report:
         found, parts, T = self.results["bpd"], self.metrics["bpd"].by_time, self.evaluation.diffusion.T
         rows = [("prior", f"{found['prior']:.4f}", f"what x_T, at t = {T}, still says of x_0")]
         rows.append(
-            (
-                "KL terms",
-                f"{found['kl']:.4f}",
-                f"the steps from t = {T} down to 1, estimated from {len(parts)} of the {T - 1}",
-            )
+            ("KL terms", f"{found['kl']:.4f}", f"the steps from t = {T} down to 1, estimated from {len(parts)} of the {T - 1}")
         )
         rows.append(("reconstruction", f"{found['reconstruction']:.4f}", "from x_1 to the exact levels of x_0"))
         rows.append(

@@ -20,15 +20,7 @@ from beta_schedule import (
 from discrete_diffusion import DiscreteDiffusion
 from gaussian_diffusion import GaussianDiffusion
 
-SCHEDULES = (
-    ConstantSchedule,
-    LinearSchedule,
-    SqrtSchedule,
-    SineSchedule,
-    SigmoidSchedule,
-    QuadraticSchedule,
-    CosineSchedule,
-)
+SCHEDULES = (ConstantSchedule, LinearSchedule, SqrtSchedule, SineSchedule, SigmoidSchedule, QuadraticSchedule, CosineSchedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -180,10 +180,7 @@ def test_draws_of_q_have_its_frequencies(transition):
     count = 10000
     u = (torch.arange(count)[:, None] + 0.5) / count  # so that each frequency is right to 1 / count and no luck is needed
     for t in range(1, T + 1):
-        for draw, matrix, sources in (
-            (diffusion.q_step, chain.Q[t], chain.S),
-            (diffusion.q_sample, chain.Q_bar[t], chain.K),
-        ):
+        for draw, matrix, sources in ((diffusion.q_step, chain.Q[t], chain.S), (diffusion.q_sample, chain.Q_bar[t], chain.K)):
             for x in range(sources):
                 drawn = draw(torch.full((count, 1), x), t, u)
                 found = drawn[:, 0].bincount(minlength=chain.S) / count

@@ -117,10 +117,7 @@ def test_without_classes_the_state_has_the_keys_of_older_checkpoints():
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (
-            torch.tensor([0, 1, 2, 3, 4, 0]),
-            r"^label = \[0, 1, 2, 3, 4, 0\]: every .* in 0\.\.3, where 3 is no label",
-        ),
+        (torch.tensor([0, 1, 2, 3, 4, 0]), r"^label = \[0, 1, 2, 3, 4, 0\]: every .* in 0\.\.3, where 3 is no label"),
         (torch.tensor([0, 1, -1, 3, 0, 0]), r"^label = .*in 0\.\.3"),
         (torch.tensor([0, 1]), r"^label: torch.int64 of shape \[2\]: must be a long tensor \[6\]"),
         (torch.zeros(6), r"^label: torch.float32 of shape"),

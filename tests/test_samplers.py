@@ -218,13 +218,7 @@ def test_the_samples_have_the_weights_means_and_variances_of_the_mixture(sampler
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
     ("sampler", "eta", "reverse_variance"),
-    [
-        ("ddpm", 0, "beta"),
-        ("ddpm", 0, "sigma_bar_square"),
-        ("ddim", 0, "beta"),
-        ("ddim", 0.5, "beta"),
-        ("ddim", 1, "beta"),
-    ],
+    [("ddpm", 0, "beta"), ("ddpm", 0, "sigma_bar_square"), ("ddim", 0, "beta"), ("ddim", 0.5, "beta"), ("ddim", 1, "beta")],
 )
 def test_a_chain_of_few_steps_has_the_moments_of_its_recursion(sampler, eta, reverse_variance, prediction):
     # with E[x_0 | x_t] linear in x_t every state is Gaussian, and its mean and variance follow by hand

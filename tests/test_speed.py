@@ -121,8 +121,7 @@ def test_what_is_computed_again_in_the_backward_pass_is_never_recorded(asked, mo
 
 
 @pytest.mark.parametrize(
-    ("more", "rows", "calls"),
-    [({}, 8, 2), ({"loss_mode": "full"}, 128, 14), ({"loss_mode": "full", "chunk_size": 50}, 400, 4)],
+    ("more", "rows", "calls"), [({}, 8, 2), ({"loss_mode": "full"}, 128, 14), ({"loss_mode": "full", "chunk_size": 50}, 400, 4)]
 )
 def test_the_calls_of_a_step_are_those_that_the_network_gets(more, rows, calls, tmp_path):
     """Two parts of 8 images; the full loss of T = 100 takes 128 // 8 times of each in a call, the last of fewer."""
