@@ -82,7 +82,8 @@ class TrainConfig:
     save_best: bool = True  # keep best.pth, the least validation loss
     save_minutes: Annotated[float, Range(ge=0)] = 5.0  # minutes between saves of last.pth and best.pth, 0: after each epoch
     sample_period: Annotated[int, Range(ge=0)] = 1  # epochs between pictures of samples, 0 for none
-    sample_timesteps: Annotated[int, Range(ge=1)] = 20  # network calls of such a picture (DPM-Solver++)
+    sampler: str = "dpm"  # of such a picture and of the metrics' samples, or a function of your own; of symbols always "ddpm"
+    sample_timesteps: Annotated[int, Range(ge=1)] = 20  # steps of it
     loggers: tuple[str, ...] = ()  # "tensorboard", "wandb", or your own: they get what metrics.jsonl gets, and the pictures
     metric_period: Annotated[int, Range(ge=0)] = 0  # epochs between measurements of the averaged weights, 0 for none
     metrics: tuple[str, ...] = ("fd", "bpd")  # that are taken then: as test.py --metrics; best_fd.pth has the least distance
@@ -118,7 +119,7 @@ class TrainConfig:
 
 # What --resume may change: how long a run is, what it shows, how it is computed, but for the precision, and where its data are.
 MAY_CHANGE = {"epochs", "max_steps", "record_period", "save_period", "save_best", "save_minutes", "sample_period"}
-MAY_CHANGE |= {"sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers"}
+MAY_CHANGE |= {"sampler", "sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers"}
 MAY_CHANGE |= {"metric_period", "metrics", "metric_samples", "metric_features", "metric_share", "power_ema_snapshots"}
 MAY_CHANGE |= {"cuda_graph", "compile", "dataset.train.root", "dataset.valid.root", "dataset.test.root"}
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gaussian_diffusion import GaussianDiffusion
+from samplers import Sampler
 from training.ranks import Ranks
 from training.seeds import SAMPLING, mixed_seed
 
@@ -31,7 +32,7 @@ def draw(
     diffusion: GaussianDiffusion,
     n: int,
     shape: Sequence[int],
-    sampler: str = "ddpm",
+    sampler: str | Sampler = "ddpm",
     timesteps: int | Sequence[int] | None = None,
     eta: float = 0.0,
     clip_x0: bool = True,

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import FunctionType
 
 import torch
 
@@ -17,6 +18,7 @@ from evaluation.metrics import METRICS, Accuracy, BitsPerDimension, Evaluation, 
 from evaluation.pictures import grid, save_png
 from evaluation.sampling import draw, evenly, labels_by_row
 from mistakes import Mistake
+from samplers import SAMPLERS, Sampler
 from training import speed
 from training.seeds import PICTURE, VALIDATION, mixed_seed
 from training.state import take_state
@@ -47,9 +49,9 @@ def valid_loss(run) -> float:
 # Pictures
 
 
-def sampler(run) -> str:
-    """What takes few network calls."""
-    return "ddpm" if run.ema.n_levels else "dpm"
+def sampler(run) -> str | Sampler:
+    """train_cfg.sampler; of symbols there is one alone."""
+    return "ddpm" if run.ema.n_levels else find(run.cfg.sampler, SAMPLERS, FunctionType, "train_cfg.sampler")
 
 
 def save_samples(run, path: Path) -> None:
@@ -105,6 +107,7 @@ class Quality:
         self.began = time.monotonic()  # less the time that the run took before it was resumed
         self.expected: float | None = None  # seconds of the next measurement
         self.told = False
+        self.sampler = sampler(run)
         for name in run.cfg.metrics:  # also where none is measured
             find(name, METRICS, object, "train_cfg.metrics")
         if run.cfg.metric_period:
@@ -161,7 +164,7 @@ class Quality:
         how = {"timesteps": min(run.cfg.sample_timesteps, run.ema.T), "batch_size": BATCH_SIZE, "seed": run.cfg.seed}
         with speed.autocast(run.device, run.cfg.precision):
             return draw(
-                run.ema, n, run.shape, sampler(run), **how, labels=labels, ranks=run.ranks, check=self.evaluation.check
+                run.ema, n, run.shape, self.sampler, **how, labels=labels, ranks=run.ranks, check=self.evaluation.check
             ).samples
 
     def _cost(self, metric: object) -> float:
@@ -169,7 +172,7 @@ class Quality:
         if not hasattr(metric, "calls"):
             return 1
         steps = min(self.run.cfg.sample_timesteps, self.run.ema.T)
-        return metric.calls / self.run.ema.network_calls(steps, sampler(self.run))
+        return metric.calls / self.run.ema.network_calls(steps, self.sampler)
 
     def _too_long(self, epoch: int) -> bool:
         """Would measuring now take the time spent on it above its share? Said once."""

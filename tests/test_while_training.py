@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import assert_same_state, losses, metrics, tiny, torchrun
 
 import checkpoint
@@ -24,6 +25,7 @@ from training.ranks import Ranks
 WHOLE = ["dataset.train.pipeline=[]", "dataset.valid.pipeline=[]"]  # the classifier takes no smaller images
 OFTEN = [*WHOLE, "train_cfg.metric_period=1", "train_cfg.metric_samples=150", "train_cfg.metric_share=1"]
 FEW = [*OFTEN[2:], "train_cfg.metric_samples=4", "train_cfg.sample_period=0"]  # of small images, and no picture
+UNMEASURED = SimpleNamespace(metric_period=0, metrics=(), sampler="dpm")
 OWN = """
 class Brightness:
     uses_model = False
@@ -134,7 +136,7 @@ def test_the_least_distance_outlives_a_part_of_the_run_without_metrics(measured,
 
 
 def test_a_distance_that_is_no_number_is_not_the_least():
-    quality = Quality(SimpleNamespace(cfg=SimpleNamespace(metric_period=0, metrics=()), ranks=Ranks("cpu")))
+    quality = Quality(SimpleNamespace(cfg=UNMEASURED, ema=SimpleNamespace(n_levels=None), ranks=Ranks("cpu")))
     for distance, better in ((math.nan, False), (2.0, True), (math.nan, False), (3.0, False), (1.0, True)):
         quality._note_best({"fd": {"distance": distance}})
         assert quality.better == better
@@ -206,6 +208,22 @@ class Mine:
 
     describe = staticmethod(str)
 """
+
+
+GREY = """
+def grey(predict_x0, x, levels, normal):
+    for level in levels[1:]:
+        yield 0 * x
+"""
+
+
+def test_a_sampler_of_ones_own_draws_the_pictures_and_one_that_is_not_there_is_refused(here, capsys):
+    (here / "my_grey.py").write_text(GREY)
+    assert train.main(tiny(here / "grey", "train_cfg.max_steps=1", "train_cfg.sampler=my_grey.grey")) == 0
+    assert set(np.unique(np.asarray(Image.open(here / "grey" / "epoch_1.png")))) == {128, 255}  # white between samples
+    assert train.main(tiny(here / "none", "train_cfg.sampler=dmp")) == 2
+    assert "train_cfg.sampler = \"dmp\": unknown; did you mean 'dpm'?" in capsys.readouterr().err
+    assert not (here / "none").exists()
 
 
 def test_a_metric_that_does_not_exist_is_refused_also_where_none_is_measured(here, capsys):
@@ -313,9 +331,10 @@ def test_metrics_never_take_more_than_their_share_of_the_time(share, seconds, cl
     """Epochs of ten seconds; a batch of samples takes a fifth of a measurement, so that its time is foreseen."""
     monkeypatch.setattr(train.log, "propagate", True)
     caplog.set_level("INFO")
-    cfg = SimpleNamespace(metric_period=0, metrics=(), metric_share=share, metric_samples=5 * 64, precision="fp32")
+    cfg = SimpleNamespace(**vars(UNMEASURED), metric_share=share, metric_samples=5 * 64, precision="fp32")
     monkeypatch.setattr(while_training, "take_state", lambda run: None)
-    run = SimpleNamespace(cfg=cfg, ranks=Ranks("cpu"), device=torch.device("cpu"), save_last=lambda state: None)
+    run = SimpleNamespace(cfg=cfg, ema=SimpleNamespace(n_levels=None), ranks=Ranks("cpu"), save_last=lambda state: None)
+    run.device = torch.device("cpu")
     quality = Quality(run)
     cfg.metric_period = 2
     quality.metrics, quality.evaluation = {"slow": Slow(clock)}, SimpleNamespace(check=None)
@@ -360,7 +379,7 @@ def test_a_class_is_known_to_take_more_calls_than_a_sample(clock, here, monkeypa
 
 
 def test_the_time_spent_is_kept_when_a_run_goes_on(clock):
-    run = SimpleNamespace(cfg=SimpleNamespace(metric_period=0, metrics=()))
+    run = SimpleNamespace(cfg=UNMEASURED, ema=SimpleNamespace(n_levels=None))
     quality = Quality(run)
     quality.metrics, quality.seconds, quality.best_fd = {"slow": Slow(clock)}, 4.0, 1.5
     clock.now += 60
