@@ -9,6 +9,7 @@ Everything here is float64; index i of a tensor holds the value at t = i + 1.
 
 import math
 import sys
+import warnings
 
 import torch
 from torch import Tensor
@@ -50,9 +51,10 @@ def alpha_bar_of(schedule) -> Tensor:
     alpha_bar = schedule.alpha_bar
     if not isinstance(alpha_bar, Tensor) or alpha_bar.ndim != 1 or not len(alpha_bar):
         raise ValueError("schedule: alpha_bar must be a float64 tensor [T]")
-    if alpha_bar.dtype != torch.float64:  # 1 - alpha_bar_1 and each beta_t would keep few digits
-        raise ValueError(f"schedule: alpha_bar is {alpha_bar.dtype}: must be a float64 tensor [T], computed in float64")
-    alpha_bar = alpha_bar.detach().cpu()
+    if alpha_bar.dtype != torch.float64:
+        few = "so that beta_t and 1 - alpha_bar_t have few right digits; compute it in float64"
+        warnings.warn(f"schedule: alpha_bar is {alpha_bar.dtype}, {few}", stacklevel=4)
+    alpha_bar = alpha_bar.detach().double().cpu()
     before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     wrong = ~((before > 0) & (alpha_bar < before) & (alpha_bar >= 0))  # the last one may be 0
     if wrong.any():

@@ -10,6 +10,7 @@ What a user can mend, a file or an argument, is a Mistake. An error inside a cla
     python dataset.py configs/CelebA_HQ_256_den.json --split valid --set dataset.valid.root=my/images
 """
 
+import functools
 import gzip
 import os
 import sys
@@ -298,8 +299,9 @@ def give_clusters(images: ImageDataset, centres: Tensor, x: np.ndarray | None = 
 def shared_images(train: ImageDataset, valid: ImageDataset) -> int:
     """How many images of valid are known to be in train, too: the same files of a folder, or the same array."""
     if isinstance(train, ImageFolder) and isinstance(valid, ImageFolder):
-        seen = set(map(os.path.realpath, train.paths))
-        return sum(os.path.realpath(path) in seen for path in valid.paths)
+        real = functools.cache(os.path.realpath)  # of the few folders, not of each image
+        seen, known = ({(real(os.path.dirname(path)), os.path.basename(path)) for path in x.paths} for x in (train, valid))
+        return len(seen & known)
     arrays = isinstance(train, ArrayDataset) and isinstance(valid, ArrayDataset)
     return len(valid) if arrays and np.array_equal(train.images, valid.images) else 0
 
@@ -383,6 +385,8 @@ def _read_image(path: str) -> Image.Image:
                 image.load()
                 _check_levels(image)
                 image = _upright(image)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises whatever a broken file leads to
         raise Mistake(f"{path}: cannot be read as an image ({error})") from error
     if image.mode == "F":
@@ -395,8 +399,10 @@ def _check_levels(image: Image.Image) -> None:
     if image.format != "TIFF" or not image.mode.startswith("I"):
         return
     bits, meaning = (image.tag_v2.get(getattr(ExifTags.Base, tag)) for tag in ("BitsPerSample", "PhotometricInterpretation"))
-    if image.mode == "I" or bits != (16,) or meaning != 1:  # "I" is signed, or of 32 bits
-        raise ValueError("of a grey TIFF of more than 8 bits, pixels must have 16 without a sign, and 0 must be black")
+    low, high = image.getextrema()
+    plain = bits == (16,) and image.mode != "I"  # which is signed
+    if not (plain or (bits == (32,) and low >= 0 and high <= 65535)) or meaning != 1:
+        raise ValueError("of a grey TIFF of more than 8 bits, levels must be 0, black, to 65535, white")
 
 
 # What turns an image upright, by its EXIF orientation

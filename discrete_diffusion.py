@@ -126,7 +126,7 @@ class MatrixKernel(NamedTuple):
         # one of the sum's own terms, in case that all of them are too small for float32
         stay = self.log_matrix.diagonal(dim1=1, dim2=2)
         stay = stay.view(len(log_p), *[1] * (log_p.ndim - 2), stay.shape[-1])
-        return torch.maximum(total, log_p + stay)
+        return torch.maximum(total, log_p + stay).clamp(min=-1e4)  # no state is impossible, also where p is 0
 
     def _log_sums(self, log_p: Tensor) -> Tensor:
         """log (exp(log_p) M), -inf for what is too small."""

@@ -504,7 +504,8 @@ class GaussianDiffusion(DiffusionProcess):
         sampler    a name in samplers.SAMPLERS ("ddpm", "ddim", "dpm", "heun": equations 16 to 19), or a function like those
         timesteps  the steps. None: all. An int: that many, T and 1 included, spread as `steps` says. Or the times, descending
         eta        of "ddim" only, 0 to 1; 0 leaves a function of your own its own
-        clip_x0    keep every predicted x_0 in [-1, 1], and the error that a variance assumes of it at most 1
+        clip_x0    keep every predicted x_0 in [-1, 1], and the error that a variance assumes of it at most 1. Without it, a
+                   learned variance needs all steps of "ddpm": an error in it grows where they are few
         x_T        the state to start from, of the given shape; drawn if None
         generator  of all draws, on the module's device
         """
@@ -575,12 +576,12 @@ class GaussianDiffusion(DiffusionProcess):
     def _levels(self, steps: list[int], clip_x0: bool) -> list[Level]:
         """What a sampler may know of the times it visits, and of t = 0 after them, as Python floats."""
         x0_error = self._assumed_x0_error()
-        if self.reverse_variance == "learnable" and len(steps) < self.T:
-            # near T a learned sigma_t^2 says next to nothing of e_t, and a longer step magnifies what it says wrongly: at most
-            # what beta claims, as in Nichol & Dhariwal 2021, equation 15
-            x0_error = torch.minimum(x0_error, 1 - self._alpha_bar)
         if clip_x0 or self.bounded:  # of data in [-1, 1] no good guess errs by more (Bao et al. 2022, theorem 2)
             x0_error = x0_error.clamp(max=1)
+            if self.reverse_variance == "learnable" and len(steps) < self.T:
+                # near T a learned sigma_t^2 says next to nothing of e_t, and a longer step magnifies what it says wrongly: at
+                # most what beta claims, as in Nichol & Dhariwal 2021, equation 15
+                x0_error = torch.minimum(x0_error, 1 - self._alpha_bar)
         table = list(zip(self._alpha_bar.tolist(), x0_error.tolist(), strict=True))
         return [*(Level(t, *table[t - 1]) for t in steps), Level(0, 1.0, 0.0)]
 

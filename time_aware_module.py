@@ -113,7 +113,7 @@ def _group_norm(channels: int, num_groups: int | None) -> nn.Module:
     With a channel a group the normalisation would erase each channel's mean, and with it the brightness of the image.
     """
     if num_groups is None:
-        num_groups = math.gcd(32, channels, max(1, channels // 4))
+        num_groups = math.gcd(32, channels, channels // 4)
     if channels % num_groups:
         raise ValueError(f"num_groups = {num_groups}: must divide the channels of every layer, of which one has {channels}")
     return _GroupNorm(num_groups, channels, eps=1e-6)

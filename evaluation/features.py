@@ -147,7 +147,7 @@ def cached_classifier(
     """
     labels = _check_labelled(images, labels)
     contents = hashlib.sha256(images.cpu().contiguous().numpy())  # of the memory itself: a copy of it may be gigabytes
-    contents.update(labels.cpu().numpy())
+    contents.update(labels.cpu().contiguous().numpy())
     key = {
         "format": CLASSIFIER_FORMAT,
         "data set": name,

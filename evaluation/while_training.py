@@ -108,11 +108,15 @@ class Quality:
         self.expected: float | None = None  # seconds of the next measurement
         self.told = False
         self.sampler = sampler(run)
-        for name in run.cfg.metrics:  # also where none is measured
-            find(name, METRICS, object, "train_cfg.metrics")
         if run.cfg.metric_period:
             self.evaluation = self._evaluation()
             self.metrics = {name: _metric(name, self.evaluation) for name in run.cfg.metrics}
+            return
+        for name in run.cfg.metrics:  # a slip is told, though none is measured
+            try:
+                find(name, METRICS, object, "train_cfg.metrics")
+            except Mistake as mistake:
+                log.warning(mistake)
 
     def _evaluation(self) -> Evaluation:
         run, cfg = self.run, self.run.cfg

@@ -256,13 +256,20 @@ def test_an_image_is_turned_as_its_exif_data_say_also_beside_odd_ones(odd, tmp_p
         assert np.array_equal(read_image(str(tmp_path / "a.png"), "L"), expected), orientation
 
 
-@pytest.mark.parametrize("kind", ["32 bits", "white is zero"])
-def test_deep_grey_whose_levels_are_not_those_of_16_bits_is_refused(kind, tmp_path):
-    levels = np.full((4, 4), 70000 if kind == "32 bits" else 7, np.int32 if kind == "32 bits" else np.uint16)
-    Image.fromarray(levels).save(tmp_path / "a.tiff", tiffinfo={262: int(kind == "32 bits")})
+@pytest.mark.parametrize(
+    ("level", "dtype", "tags"),
+    [(70000, np.int32, {}), (-1, np.int32, {}), (7, np.uint16, {262: 0}), (7, np.uint16, {339: 2})],
+    ids=["beyond 16 bits", "negative", "white is zero", "signed"],
+)
+def test_deep_grey_whose_levels_are_not_those_of_16_bits_is_refused(level, dtype, tags, tmp_path):
+    Image.fromarray(np.full((4, 4), level, dtype)).save(tmp_path / "a.tiff", tiffinfo=tags)
     with pytest.raises(Mistake, match=r"a\.tiff: cannot be read as an image \(of a grey TIFF of more than 8 bits"):
         read_image(str(tmp_path / "a.tiff"), "L")
-    Image.fromarray(np.full((4, 4), 257 * 7, np.uint16)).save(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_deep_grey_of_16_bits_is_scaled(dtype, tmp_path):
+    Image.fromarray(np.full((4, 4), 257 * 7, dtype)).save(tmp_path / "a.tiff")
     assert np.asarray(read_image(str(tmp_path / "a.tiff"), "L")).tolist() == [[7] * 4] * 4
 
 
@@ -271,7 +278,15 @@ def test_the_same_images_by_a_link_are_seen_to_be_the_same(tmp_path):
     for i in range(3):
         Image.new("L", (8, 8), i).save(tmp_path / "data" / f"{i}.png")
     (tmp_path / "link").symlink_to(tmp_path / "data")
-    assert shared_images(*(ImageFolder(str(tmp_path / name), "L") for name in ("data", "link"))) == 3
+    parts = [ImageFolder(str(tmp_path / name), "L") for name in ("data", "link")]
+    assert shared_images(*parts) == shared_images(*reversed(parts)) == 3
+
+
+def test_items_that_are_no_images_are_refused():
+    images = OneImage(Image.new("L", (8, 8)))
+    images.shape = (1, 64)
+    with pytest.raises(Mistake, match=r"dataset.train: its items have the shape \[1, 64\]: must be images"):
+        check_dataset(images, "dataset.train")
 
 
 def test_links_are_followed_and_a_loop_of_links_ends(tmp_path):

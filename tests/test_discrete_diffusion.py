@@ -500,6 +500,10 @@ def test_a_network_that_is_sure_and_wrong_costs_much_but_is_finite(transition):
     loss.sum().backward()
     assert loss.isfinite().all()
     assert diffusion.time_aware_net.logits.grad.isfinite().all()
+    if transition != "absorbing":  # of which a masked symbol is what the network says it is
+        with torch.no_grad():
+            diffusion.time_aware_net.logits[1:] = -math.inf
+        assert diffusion.loss(x0[1:], torch.arange(2, 21)).isfinite().all()
     assert diffusion.variational_bound(x0[:2]).total.min() > 10
     assert ((diffusion.sample((2, 3)) >= 0) & (diffusion.sample((2, 3)) < 256)).all()
 
@@ -525,10 +529,11 @@ def test_near_x_t_the_loss_is_exact_also_where_the_network_is_sure_of_another_le
     log_model = torch.log_softmax(torch.logsumexp(log_p[:, None] + jump.log(), 0) + step[:, level].log(), 0)
     expected = torch.where(log_q > -math.inf, log_q.exp() * (log_q - log_model), 0).sum()
 
-    diffusion = DiscreteDiffusion(schedule, nn.Identity(), n_levels, "gaussian")
+    diffusion = DiscreteDiffusion(schedule, lambda xt, t: log_p.detach().float().expand(1, 1, -1), n_levels, "gaussian")
     logits, at = log_p.detach().float().requires_grad_(), torch.tensor([[level]])
     found = diffusion._kl(at, at, torch.tensor([t]), logits[None, None].log_softmax(-1)).sum()
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+    torch.testing.assert_close(diffusion.p_probabilities(at, t)[0, 0].double(), log_model.exp(), rtol=0, atol=1e-4)
     (by_logits,) = torch.autograd.grad(found, logits)
     slopes = [
         torch.autograd.grad(each, location, retain_graph=True)[0].item() for each in (expected, (log_p * by_logits).sum())

@@ -289,9 +289,23 @@ def test_a_learnt_variance_a_little_above_betas_makes_the_steps_of_beta(timestep
     """At T, sigma_t^2 hardly depends on the error of x_0 that it assumes, and a long step does."""
     learnt, most = (optimal("denoising", MIXTURE, SHORT, variance) for variance in ("learnable", "beta"))
     learnt.log_sigma_square.data = (1.002 * SHORT.beta).log().float()
-    drawn = [model.sample((200, 2), "ddpm", timesteps, generator=torch.Generator().manual_seed(2)) for model in (learnt, most)]
+    how = {"timesteps": timesteps, "clip_x0": True}
+    drawn = [model.sample((200, 2), **how, generator=torch.Generator().manual_seed(2)) for model in (learnt, most)]
     torch.testing.assert_close(*drawn, rtol=1e-5, atol=1e-5)
-    assert learnt._levels(learnt.steps(None), False)[-2].x0_error > most._levels(most.steps(None), False)[-2].x0_error
+    assert learnt._levels(learnt.steps(None), True)[-2].x0_error > most._levels(most.steps(None), True)[-2].x0_error
+
+
+def test_a_fitted_variance_of_wide_data_is_exact_in_few_steps():
+    """Of x_0 ~ N(0, 16 I), whose best x_0_hat is 16 sqrt(alpha_bar_t) x_t / (16 alpha_bar_t + 1 - alpha_bar_t)."""
+
+    class Best(nn.Module):
+        def forward(self, xt, t):
+            alpha_bar = SHORT.alpha_bar[t - 1].float()[:, None]
+            return 16 * alpha_bar.sqrt() * xt / (16 * alpha_bar + 1 - alpha_bar)
+
+    diffusion = GaussianDiffusion(SHORT, Best(), "learnable", "reconstruction")
+    diffusion.fit_reverse_variance([4 * torch.randn(20_000, 2)])
+    assert diffusion.sample((20_000, 2), timesteps=6).std().item() == pytest.approx(4, rel=0.05)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

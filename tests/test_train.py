@@ -33,7 +33,7 @@ from training.checks import check_resume
 from training.ranks import Ranks
 from training.run_folder import RunFolder
 from training.seeds import WEIGHTS, mixed_seed
-from training.signals import Stopped, Stopper
+from training.signals import SIGNALS, Stopped, Stopper
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_records_that_are_missing_or_cut_short_leave_each_step_once(run, tmp_pat
         assert train.main(tiny(tmp_path / "second", flags=("--resume", str(last)))) == 1
     assert [line["step"] for line in metrics(tmp_path / "second")] == [6]
     with open(tmp_path / "second" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "epo')
+        file.write('{"step": 5}\n[]\n{"step": 7, "epo')  # two of someone else's, and one cut short
     assert train.main(tiny(tmp_path / "second", flags=("--resume",))) == 0
     assert [line["step"] for line in metrics(tmp_path / "second")] == [6, 8]
     assert losses(tmp_path / "second")[-1] == losses(run)[-1]
@@ -192,7 +192,7 @@ def test_a_signal_at_the_very_end_loses_nothing(tmp_path, monkeypatch):
 
 def test_under_torchrun_the_same_signal_again_does_not_end_what_saves(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         stopper = Stopper(Ranks("cpu", alone=True)).__enter__()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -201,7 +201,8 @@ def test_under_torchrun_the_same_signal_again_does_not_end_what_saves(monkeypatc
         stopper.__exit__(stopped.type, stopped.value, None)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_fitted_checkpoint_holds_the_weights_that_it_was_fitted_to(tmp_path, capsys):

@@ -20,7 +20,7 @@ from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
 
 Batch = tuple[Tensor, Tensor | None]  # uint8 pixels [b, C, H, W] and their labels [b], None where the data set has none
-GRACE = 600  # seconds that a worker lives on after SIGTERM: a metric may take minutes before its parent looks
+GRACE = 30  # seconds that a worker lives on after SIGTERM
 
 
 def drop_labels(labels: Tensor, n_classes: int, p: float) -> Tensor:

@@ -79,7 +79,8 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
     """
     model, n_classes = run.model, run.n_classes
     for split, data in images.items():
-        if isinstance(data, ImageFolder) and run.folder.path.resolve().is_relative_to(Path(data.root).resolve()):
+        root = getattr(data, "root", None) if isinstance(data, ImageFolder) else None  # a subclass may have none
+        if root and not run.folder.resume_from and run.folder.path.resolve().is_relative_to(Path(root).resolve()):
             path = run.folder.path
             raise Mistake(f"train_cfg.model_save_dirpath = {path}: lies among the images of dataset.{split}, and adds to them")
     if n_classes is None and run.config["time_aware_net"]["kwargs"].get("n_classes") is not None:

@@ -18,6 +18,7 @@ from config import MAY_CHANGE, as_json_line
 from mistakes import Mistake, as_mistake
 from training.meter import BINS
 from training.optimizers import restore_moments
+from training.run_folder import BEST
 
 log = logging.getLogger("train")
 SAME_CLUSTERS = 0.01  # share of images that may lie between two of the clusters found again: others move nearly all
@@ -115,12 +116,13 @@ def restore_state(run, state: dict) -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Mistake(f"{run.folder.resume_from}: is not the state of a run ({reason})") from error
     run.step, run.closed, run.records = state["step"], state["closed"], state["records"]
-    lost = math.isnan(state["best_loss"]) or not run.folder.keeps("best.pth", run.step)  # older runs kept a nan
+    keeps = {name: run.ranks.largest(float(not run.folder.keeps(name, run.step))) == 0 for name in BEST}  # for all ranks
+    lost = math.isnan(state["best_loss"]) or not keeps["best.pth"]  # older runs kept a nan
     run.best_loss = math.inf if lost else state["best_loss"]
     loss_sums = state["loss_sums"] + state.get("loss_by_t", [0] * 2 * BINS)  # older checkpoints have no loss by t
     run.meter.restore(loss_sums, state["bad_steps"], run.ranks.rank)
     then, now = (config["train_cfg"] for config in (state["config"], run.config))
-    same = all(then.get(key) == now.get(key) for key in OF_DISTANCE) and run.folder.keeps("best_fd.pth", run.step)
+    same = all(then.get(key) == now.get(key) for key in OF_DISTANCE) and keeps["best_fd.pth"]
     run.quality.restore(state.get("quality", {}) | ({} if same else {"best_fd": math.inf}))
     run.scheduler.last_epoch = run.step
     for group, rate, factor in zip(run.optimizer.param_groups, run.scheduler.base_lrs, run.scheduler.lr_lambdas, strict=True):
