@@ -361,7 +361,7 @@ def trained(diffusion, label_dropout=0.1, n_classes=None):
         n_classes=known,
         config={"time_aware_net": {"kwargs": {"n_classes": n_classes}}},
         cfg=SimpleNamespace(label_dropout=label_dropout),
-        folder=SimpleNamespace(path=Path("models/elsewhere"), resume_from=None),
+        folder=SimpleNamespace(path=Path("models/elsewhere")),
         condition=lambda labels: {} if known is None else {"label": labels},
     )
 

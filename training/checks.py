@@ -80,9 +80,10 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
     model, n_classes = run.model, run.n_classes
     for split, data in images.items():
         root = getattr(data, "root", None) if isinstance(data, ImageFolder) else None  # a subclass may have none
-        if root and not run.folder.resume_from and run.folder.path.resolve().is_relative_to(Path(root).resolve()):
-            path = run.folder.path
-            raise Mistake(f"train_cfg.model_save_dirpath = {path}: lies among the images of dataset.{split}, and adds to them")
+        if root and run.folder.path.resolve().is_relative_to(Path(root).resolve()):
+            log.warning(
+                f"{run.folder.path}: lies among the images of dataset.{split}, so that its pictures will be some of them"
+            )
     if n_classes is None and run.config["time_aware_net"]["kwargs"].get("n_classes") is not None:
         raise Mistake("time_aware_net: takes n_classes and does not keep it as self.n_classes, so that it would get no labels")
     _check_labels(n_classes, images)
