@@ -81,9 +81,7 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
     for split, data in images.items():
         root = getattr(data, "root", None) if isinstance(data, ImageFolder) else None  # a subclass may have none
         if root and run.folder.path.resolve().is_relative_to(Path(root).resolve()):
-            log.warning(
-                f"{run.folder.path}: lies among the images of dataset.{split}, so that its pictures will be some of them"
-            )
+            log.warning(f"{run.folder.path}: lies among the images of dataset.{split}: its pictures will be some of them")
     if n_classes is None and run.config["time_aware_net"]["kwargs"].get("n_classes") is not None:
         raise Mistake("time_aware_net: takes n_classes and does not keep it as self.n_classes, so that it would get no labels")
     _check_labels(n_classes, images)
