@@ -80,6 +80,8 @@ def test_a_config_is_not_changed_by_resolving():
         ("train_cfg.ema_decay=1", ["train_cfg.ema_decay", "a number of at least 0 and below 1"]),
         ("train_cfg.num_workers=1025", ["train_cfg.num_workers", "at least 0 and at most 1024"]),
         ('train_cfg.model_save_dirpath=" "', ["train_cfg.model_save_dirpath", "must name a folder"]),
+        ('train_cfg.model_save_dirpath="a\\ud800"', ["train_cfg.model_save_dirpath", "must name a folder"]),
+        ("schedule.kwargs.s=20000000000000000000", ["schedule.kwargs"]),
         ("schedule.name=LinaerSchedule", ["schedule.name", "LinearSchedule"]),
         ("schedule.kwargs.timesteps=0", ["schedule.kwargs.timesteps", "1..1000000"]),
         ("schedule.kwargs.timesteps=1000000000000", ["schedule.kwargs.timesteps", "1..1000000"]),

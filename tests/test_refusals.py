@@ -5,6 +5,7 @@ All of it runs with little memory to ask for, so that what is refused is refused
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -30,7 +31,7 @@ from runs import ROOT, losses
 import checkpoint
 import config
 import train
-from mistakes import LIBRARY, Mistake
+from mistakes import LIBRARY, Mistake, _Console
 
 SAMPLE = ["run/last.pth", "--device", "cpu", "-n", "1"]
 
@@ -526,6 +527,13 @@ def test_an_error_of_the_systems_that_the_library_meets_is_one_line(work, capsys
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert re.fullmatch(r"train\.py: \[Errno \d+\] .*'/proc/nowhere.*'", said.splitlines()[-1])
+
+
+def test_a_name_that_is_no_utf_8_can_be_printed():
+    written = io.BytesIO()
+    console = _Console(io.TextIOWrapper(written, encoding="utf-8", write_through=True))
+    console.write("\udcffä")
+    assert written.getvalue().decode() == "\\udcffä"
 
 
 def test_the_errors_of_every_file_but_the_scripts_are_said_in_one_line():

@@ -170,6 +170,20 @@ def test_ranks_that_do_not_go_on_from_the_same_step_are_refused(here, there):
     check_resume(here and {"step": here}, SimpleNamespace(largest=lambda value: value))
 
 
+@pytest.mark.parametrize(("rank", "expected"), [(0, ["work", "meet"]), (1, ["meet", "work"])])
+def test_the_first_rank_works_first_and_lets_the_others_go_on_if_it_fails(rank, expected):
+    did, ranks = [], Ranks("cpu", alone=True)
+    ranks.rank, ranks.largest = rank, lambda value: did.append("meet")
+
+    def work():
+        did.append("work")
+        raise Mistake("no network")
+
+    with pytest.raises(Mistake, match="no network"):
+        ranks.in_turn(work)
+    assert did == expected
+
+
 def test_a_signal_at_the_very_end_loses_nothing(tmp_path, monkeypatch):
     """It comes while the last checkpoint is written, when nothing is left to be stopped."""
     save = checkpoint.save

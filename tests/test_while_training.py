@@ -18,6 +18,7 @@ from config import build_dataset, load_config
 from evaluation import while_training
 from evaluation.features import from_uint8, to_uint8
 from evaluation.metrics import BitsPerDimension
+from evaluation.pictures import grid
 from evaluation.sampling import draw
 from evaluation.while_training import Quality
 from training.ranks import Ranks
@@ -224,6 +225,13 @@ def test_a_sampler_of_ones_own_draws_the_pictures_and_one_that_is_not_there_is_r
     assert train.main(tiny(here / "none", "train_cfg.sampler=dmp")) == 2
     assert "train_cfg.sampler = \"dmp\": unknown; did you mean 'dpm'?" in capsys.readouterr().err
     assert not (here / "none").exists()
+
+
+def test_a_picture_has_whole_rows_a_class(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(while_training, "grid", lambda x, columns: seen.append((len(x), columns)) or grid(x, columns))
+    assert train.main(tiny(here / "rows", "train_cfg.max_steps=1", "time_aware_net.kwargs.n_classes=10")) == 0
+    assert seen == [(60, 6)]
 
 
 def test_a_metric_that_does_not_exist_is_told_also_where_none_is_measured(here, capsys):
