@@ -100,8 +100,8 @@ def test_records_that_are_missing_or_cut_short_leave_each_step_once(run, tmp_pat
         patch.setattr(train.Trainer, "train_step", dying)
         assert train.main(tiny(tmp_path / "second", flags=("--resume", str(last)))) == 1
     assert [line["step"] for line in metrics(tmp_path / "second")] == [6]
-    with open(tmp_path / "second" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5}\n[]\n{"step": 7, "epo')  # two of someone else's, and one cut short
+    records = tmp_path / "second" / "metrics.jsonl"
+    records.write_text('{"step": 5}\n[]\n' + records.read_text() + '{"step": 7, "epo')  # two of someone else's, one cut short
     assert train.main(tiny(tmp_path / "second", flags=("--resume",))) == 0
     assert [line["step"] for line in metrics(tmp_path / "second")] == [6, 8]
     assert losses(tmp_path / "second")[-1] == losses(run)[-1]

@@ -293,6 +293,7 @@ def with_a_best(folder):
         ("metric_samples=151", math.inf),
         ("metric_features=inception", math.inf),
         ("sample_timesteps=4", math.inf),
+        ("sampler=ddim", math.inf),
         ("metric_share=0.5", 1.5),
         ("epochs=3", 1.5),
     ],

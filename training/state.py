@@ -22,12 +22,7 @@ from training.run_folder import BEST
 
 log = logging.getLogger("train")
 SAME_CLUSTERS = 0.01  # share of images that may lie between two of the clusters found again: others move nearly all
-OF_DISTANCE = (
-    "metric_features",
-    "metric_samples",
-    "sampler",
-    "sample_timesteps",
-)  # two Fréchet distances compare where these agree
+OF_DISTANCE = ("metric_features", "metric_samples", "sampler", "sample_timesteps")  # where they agree, distances compare
 
 
 def take_state(run) -> dict | None:
