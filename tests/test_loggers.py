@@ -231,3 +231,27 @@ def test_a_dashboard_that_takes_forever_is_waited_for_no_longer_than_said(tmp_pa
     gate.set()
     assert len(metrics(tmp_path / "a")) == 4
     assert warnings(caught) == ["tensorboard: has not taken everything after 0.5 s; --resume hands it over again"]
+
+
+OWN = """
+class Lines:
+    def __init__(self, folder, config):
+        self.file = open(folder / "lines.txt", "w")
+
+    def add(self, record):
+        self.file.write(f"{record['step']}\\n")
+
+    def close(self):
+        self.file.close()
+"""
+
+
+def test_a_dashboard_of_ones_own_gets_the_records_and_one_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_lines.py").write_text(OWN)
+    assert train.main(tiny(tmp_path / "a", 'train_cfg.loggers=["my_lines.Lines"]')) == 0
+    assert (tmp_path / "a" / "lines.txt").read_text().split() == [str(line["step"]) for line in metrics(tmp_path / "a")]
+    assert train.main(tiny(tmp_path / "b", 'train_cfg.loggers=["tensorbord"]')) == 2
+    assert "train_cfg.loggers = \"tensorbord\": unknown; did you mean 'tensorboard'?" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
