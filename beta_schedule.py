@@ -43,6 +43,11 @@ class BetaSchedule:
         return len(self.beta)
 
 
+def alpha_bar_before(alpha_bar: Tensor) -> Tensor:
+    """alpha_bar_{t-1} at t = 1..T, [T], of which alpha_bar_0 = 1."""
+    return torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+
+
 def alpha_bar_of(schedule) -> Tensor:
     """The alpha_bar [T] of a schedule, float64 on the CPU; ValueError unless every step adds noise, and some signal is left.
 
@@ -55,7 +60,7 @@ def alpha_bar_of(schedule) -> Tensor:
         few = "so that beta_t and 1 - alpha_bar_t have few right digits; compute it in float64"
         warnings.warn(f"schedule: alpha_bar is {alpha_bar.dtype}, {few}", stacklevel=4)
     alpha_bar = alpha_bar.detach().double().cpu()
-    before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+    before = alpha_bar_before(alpha_bar)
     wrong = ~((before > 0) & (alpha_bar < before) & (alpha_bar >= 0))  # the last one may be 0
     if wrong.any():
         t = int(wrong.nonzero()[0]) + 1

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from beta_schedule import alpha_bar_before
 from diffusion_process import Bound, Condition, DiffusionProcess, arguments_of, check_chunk_size, choice, every_pair, mean_from
 from samplers import even_in_time
 
@@ -173,8 +174,8 @@ class TwoNumbers(nn.Module):
         super().__init__()
         self.kernel, self.n_levels = kernel, n_levels
         self.n_states = kernel.n_states(n_levels)
-        self._alpha_bar = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar])
-        alpha = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar / self._alpha_bar[:-1]])
+        self._alpha_bar = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar])  # of t = 0..T
+        alpha = self._alpha_bar / alpha_bar_before(self._alpha_bar)
         for name, keep in (("step", alpha), ("jump", self._alpha_bar)):
             self.register_buffer(f"{name}_keep", keep.float(), persistent=False)
             self.register_buffer(f"{name}_move", (1 - keep).float(), persistent=False)
@@ -204,7 +205,7 @@ class DiscretizedGaussian(nn.Module):
         if n_levels > MAX_GAUSSIAN_LEVELS:
             raise ValueError(f"n_levels = {n_levels}: at most {MAX_GAUSSIAN_LEVELS} for transition = 'gaussian'")
         self.n_levels = self.n_states = n_levels
-        alpha = alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+        alpha = alpha_bar / alpha_bar_before(alpha_bar)
         distance = torch.arange(n_levels, dtype=torch.float64)
         exponent = -4 * distance**2 / ((n_levels - 1) ** 2 * (1 - alpha)[:, None])  # [T, K], by |i - j|
         log_w = exponent - torch.logsumexp(torch.cat([exponent, exponent[:, 1:]], dim=1), dim=1, keepdim=True)

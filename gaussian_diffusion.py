@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from beta_schedule import alpha_bar_before
 from classify import classify
 from diffusion_process import Bound, Condition, DiffusionProcess, arguments_of, check_chunk_size, choice, every_pair, mean_from
 from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
@@ -46,7 +47,7 @@ class Process(NamedTuple):
 
 
 def _process(alpha_bar: Tensor) -> Process:
-    before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])  # alpha_bar_0 = 1
+    before = alpha_bar_before(alpha_bar)
     alpha = alpha_bar / before
     beta = 1 - alpha
     return Process(

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from beta_schedule import alpha_bar_before
 from config import SCHEDULES, build_schedule, load_config
 from dataset import ImageDataset
 from discrete_diffusion import DiscreteDiffusion
@@ -32,7 +33,7 @@ def draw_schedules(configs: Sequence[str], path: Path) -> None:
     panels = figure.subplots(1, 3)
     for label, alpha_bar in _alpha_bars(configs).items():
         time = torch.arange(1, len(alpha_bar) + 1) / len(alpha_bar)
-        beta = 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+        beta = 1 - alpha_bar / alpha_bar_before(alpha_bar)
         for axes, curve in zip(panels, (beta, alpha_bar, torch.logit(alpha_bar)), strict=True):
             axes.plot(time, curve, label=label, marker="." if len(time) < 50 else "")
     for axes, title in zip(panels, ("beta", "alpha_bar", "log snr"), strict=True):
