@@ -116,9 +116,9 @@ class DiffusionProcess(nn.Module):
         return (self._even_draws(x0) * self.T).long().clamp(max=self.T - 1) + 1
 
     def _chunks(self, x0: Tensor, times: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
-        """times [k, B] in pieces of chunk_size of the k, None for as many as make CHUNK_ROWS rows."""
+        """times [k, B] in pieces of chunk_size of the k, None for as many as make CHUNK_ROWS rows; none where k is 0."""
         check_chunk_size(chunk_size)
-        return times.split(chunk_size or max(1, CHUNK_ROWS // max(1, len(x0))))
+        return times.split(chunk_size or max(1, CHUNK_ROWS // max(1, len(x0)))) if len(times) else ()
 
     @staticmethod
     def _for_each(x0: Tensor, first: int, last: int) -> Tensor:

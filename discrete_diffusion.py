@@ -477,11 +477,10 @@ class DiscreteDiffusion(DiffusionProcess):
         """
         prior = self._prior(self._x0(x0))
         times, length = self._strata(timesteps, x0, generator)
-        terms = []
+        pieces = (self._for_each(x0, 1, 1), *self._chunks(x0, times, chunk_size))
         with self._evaluating():
-            for t in (self._for_each(x0, 1, 1), *self._chunks(x0, times, chunk_size)):
-                terms.append(self._terms(x0, t, generator, condition) if len(t) else prior.new_zeros(0, len(x0)))
-        reconstruction, terms = terms[0][0], torch.cat(terms[1:])
+            first, *others = (self._terms(x0, t, generator, condition) for t in pieces)
+        reconstruction, terms = first[0], torch.cat([prior.new_zeros(0, len(x0)), *others])  # at T = 1 there are no others
         kl = (terms * length[:, None]).sum(0)
         return Bound(prior, kl, reconstruction, prior + kl + reconstruction), times, length, terms
 

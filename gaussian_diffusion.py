@@ -387,16 +387,15 @@ class GaussianDiffusion(DiffusionProcess):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Pieces of times [k, B] and the network's residuals there [k, B, ...]: first t = 1 alone, then the rest in chunks."""
         for t in (self._for_each(x0, 1, 1), *self._chunks(x0, times, chunk_size)):
-            if len(t):
-                rows, row_times, conditions = every_pair(x0, t, condition)
-                noise = torch.randn(rows.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-                out = self._net(self.q_sample(rows, row_times, noise), row_times, conditions)
-                residual = out - self._target(rows, row_times, noise)
-                if self.bounded:  # x_0_hat is taken as the nearest one in [-1, 1]
-                    from_out = self._at(self.x0_from_out, row_times, rows)
-                    x0_hat = rows + from_out * residual
-                    residual = torch.where(x0_hat.abs() > 1, (x0_hat.clamp(-1, 1) - rows) / from_out, residual)
-                yield t, residual.unflatten(0, t.shape)
+            rows, row_times, conditions = every_pair(x0, t, condition)
+            noise = torch.randn(rows.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+            out = self._net(self.q_sample(rows, row_times, noise), row_times, conditions)
+            residual = out - self._target(rows, row_times, noise)
+            if self.bounded:  # x_0_hat is taken as the nearest one in [-1, 1]
+                from_out = self._at(self.x0_from_out, row_times, rows)
+                x0_hat = rows + from_out * residual
+                residual = torch.where(x0_hat.abs() > 1, (x0_hat.clamp(-1, 1) - rows) / from_out, residual)
+            yield t, residual.unflatten(0, t.shape)
 
     def variational_bound(
         self,
@@ -443,7 +442,7 @@ class GaussianDiffusion(DiffusionProcess):
         times, length = self._strata(timesteps, x0, generator)
         alpha_bar_T = self._alpha_bar[-1].item()
         prior = 0.5 * (alpha_bar_T * mean_from(1, x0.square()) - alpha_bar_T - math.log1p(-alpha_bar_T))
-        sigma_square, terms = self.sigma_square, [prior.new_zeros(0, len(x0))]
+        sigma_square, terms = self.sigma_square, [prior.new_zeros(0, len(x0))]  # T = 1 has no others
         with self._evaluating():
             residuals = self._residuals(x0, times, chunk_size, generator, condition)
             mu = x0 + self.mu_from_out[0] * next(residuals)[1][0]  # mu_bar_1 is x_0
