@@ -62,15 +62,11 @@ def _process(alpha_bar: Tensor) -> Process:
     )
 
 
-def _constant(q: Process, value: float) -> Tensor:
-    return torch.full_like(q.signal_scale, value)
-
-
 # What the network's output is: u_t and w_t of its target u_t x_0 + w_t eps (equation 10), each [T]
 PREDICTIONS = {
     "direct": lambda q: (q.signal_scale_before, q.mu_bar_from_xt * q.noise_scale),  # mu_bar
-    "reconstruction": lambda q: (_constant(q, 1), _constant(q, 0)),  # x_0
-    "denoising": lambda q: (_constant(q, 0), _constant(q, 1)),  # eps
+    "reconstruction": lambda q: (torch.ones_like(q.signal_scale), torch.zeros_like(q.signal_scale)),  # x_0
+    "denoising": lambda q: (torch.zeros_like(q.signal_scale), torch.ones_like(q.signal_scale)),  # eps
     "velocity": lambda q: (-q.noise_scale, q.signal_scale),  # v of Salimans & Ho 2022
 }
 
