@@ -313,8 +313,9 @@ class GaussianDiffusion(DiffusionProcess):
         return term
 
     def _loss(self, mode: LossMode, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> Tensor:
+        """[B]: the loss of each sample at the times t [B], before any weight of t. A loss of your own overrides this one."""
         error, fixed_error = self._errors(x0, t, noise, condition)
-        if mode == "full":  # with the value of the one and the gradient of the other
+        if mode == "full":  # with the value of fixed_error and the gradient of error
             return self._bound_term(t, error + (fixed_error - error.detach()))
         loss = self._at(self.min_snr_weight, t, error) * error if mode == "min_snr" else error
         if self.reverse_variance == "learnable":  # the bound trains the variance, and only that
@@ -514,8 +515,7 @@ class GaussianDiffusion(DiffusionProcess):
         rule = partial(rule, eta=eta) if eta else rule
         levels = self._levels(self.steps(timesteps, sampler), clip_x0)
         if x_T is None:
-            of = {"device": self.signal_scale.device, "dtype": self.signal_scale.dtype}
-            x_T = torch.randn(*shape, generator=generator, **of)
+            x_T = torch.randn(*shape, generator=generator, device=self.signal_scale.device, dtype=self.signal_scale.dtype)
         elif x_T.shape != torch.Size(shape):
             raise ValueError(f"x_T of shape {list(x_T.shape)}: must have the shape asked for, {list(shape)}")
         return self._each_evaluating(self._states(x_T, levels, rule, clip_x0, generator, condition))
@@ -523,12 +523,13 @@ class GaussianDiffusion(DiffusionProcess):
     def _states(
         self, x: Tensor, levels: list[Level], rule: Sampler, clip_x0: bool, generator, condition: Condition
     ) -> Iterator[tuple[int, Tensor]]:
+        """The states of trajectory: the sampler's, each with its time, and a ValueError where it yields what it must not."""
         times = torch.empty(len(x), dtype=torch.long, device=x.device)
         noise = torch.empty_like(x)
 
         def predict_x0(x: Tensor, t: int) -> Tensor:
             out = self._net(x, times.fill_(t), condition)
-            x0 = (self.x0_from_xt[t - 1] * x).addcmul_(self.x0_from_out[t - 1], out)  # equation 11
+            x0 = (self.x0_from_xt[t - 1] * x).addcmul_(self.x0_from_out[t - 1], out)  # equation 11, with one t for all rows
             return x0.clamp_(-1, 1) if clip_x0 or self.bounded else x0
 
         yield levels[0].t, x
