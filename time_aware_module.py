@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 MAX_CHANNELS, MAX_LAYERS = 2**16, 2**8
 
 
-def _check_range(maximum: int, **values: int) -> None:
-    """Each value lies in 1..maximum: a larger one is a mistake, and would run out of memory before it were seen."""
+def _check_range(maximum: int, **values: int | None) -> None:
+    """Each value is None or in 1..maximum: a larger one is a mistake, and would run out of memory before it were seen."""
     for name, value in values.items():
-        if not 1 <= value <= maximum:
+        if value is not None and not 1 <= value <= maximum:
             raise ValueError(f"{name} = {value}: must lie in 1..{maximum}")
 
 
@@ -52,8 +52,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, n_sinusoids: int, t_channels: int, n_classes: int | None = None):
         super().__init__()
-        if n_classes is not None:
-            _check_range(MAX_CHANNELS, n_classes=n_classes)
+        _check_range(MAX_CHANNELS, n_classes=n_classes)
         half = n_sinusoids // 2
         frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / max(half - 1, 1))
         self.register_buffer("frequency", frequency, persistent=False)
@@ -296,9 +295,8 @@ class TimeAwareUNet(nn.Module):
             raise ValueError(f'num_groups = {num_groups}: norm = "layer" has no groups; leave num_groups out')
         num_groups = _groups_of_all(base_channels) if num_groups == "auto" else num_groups
         _check_range(MAX_CHANNELS, n_channels=n_channels, base_channels=base_channels, t_channels=t_channels)
-        _check_range(MAX_CHANNELS, num_heads=num_heads, num_groups=1 if num_groups is None else num_groups)
+        _check_range(MAX_CHANNELS, num_heads=num_heads, num_groups=num_groups, n_levels=n_levels)
         _check_range(MAX_LAYERS, num_res_blocks=num_res_blocks, patch_size=patch_size)
-        _check_range(MAX_CHANNELS, n_levels=1 if n_levels is None else n_levels)
         _check_choice("logits", logits, "free", "logistic")
         _check_choice("skips", skips, "concatenate", "add")
         _check_choice("norm", norm, "group", "layer")
