@@ -33,10 +33,7 @@ def _check_choice(name: str, value: str, *allowed: str) -> None:
 
 def _groups_of_all(base_channels: int) -> int:
     """The most of 32, 16, 8, ... groups that part base_channels evenly, with at least 4 channels each, or 1 group."""
-    groups = math.gcd(32, base_channels)
-    while groups > 1 and base_channels // groups < 4:
-        groups //= 2
-    return groups
+    return next((g for g in (32, 16, 8, 4, 2) if base_channels % g == 0 and base_channels >= 4 * g), 1)
 
 
 class TimeEmbedding(nn.Module):
