@@ -104,9 +104,10 @@ class _LayerNorm(nn.LayerNorm):
 
 
 def _group_norm(channels: int, num_groups: int | None) -> nn.Module:
-    """GroupNorm of num_groups, or for None of 32 as in the paper, or fewer so that a group has at least 4 channels.
+    """GroupNorm of num_groups, or for None of the most groups that divide 32, as in the paper, and a quarter of the channels.
 
-    With a channel a group the normalisation would erase each channel's mean, and with it the brightness of the image.
+    So a group has at least 4 channels. With one, the normalisation would erase each channel's mean, and with it the brightness
+    of the image.
     """
     if num_groups is None:
         num_groups = math.gcd(32, channels, channels // 4)
@@ -204,6 +205,7 @@ class Stage(nn.Sequential):
 
 
 def _check_unet(base_channels: int, ch_mult: Sequence[int], attention: Sequence[bool], dropout: float) -> None:
+    """ValueError unless these arguments of TimeAwareUNet are in range and fit each other."""
     if not 1 <= len(ch_mult) <= MAX_LAYERS or not all(1 <= multiple <= MAX_LAYERS for multiple in ch_mult):
         raise ValueError(f"ch_mult = {list(ch_mult[:9])}: must be 1 to {MAX_LAYERS} numbers, each in 1..{MAX_LAYERS}")
     if len(attention) != len(ch_mult):
@@ -246,7 +248,8 @@ class TimeAwareUNet(nn.Module):
     num_heads       heads of the attention
     dropout         probability of zeroing a feature in a residual block
     num_groups      groups of every GroupNorm; "auto": the paper's 32, or fewer so that at the first level, and so everywhere, a
-                    group has at least 4 channels; None: each layer by itself 32, or fewer by that rule (as before "auto")
+                    group has at least 4 channels; None, as before "auto": in each layer the most groups that divide both 32 and
+                    a quarter of its channels
     norm            "group": GroupNorm, as in the paper; or "layer": LayerNorm over the channels of each pixel, as in ConvNeXt
                     (Liu et al. 2022): a third of the time of GroupNorm on a CPU, and no num_groups
     patch_size      side of the squares of pixels that the first level sees as channels: 2 saves the level of full resolution
@@ -369,7 +372,7 @@ class TimeAwareUNet(nn.Module):
         time = F.silu(self.time_embedding(t, label))
         x = xt if self.n_levels is None else _as_values(xt, self.n_levels).to(self.conv_in.weight.dtype)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
-        skips = [] if self.adds_skips else [h]
+        skips = [] if self.adds_skips else [h]  # what the way up gets: of "add" the states after residual blocks alone
         for stage in self.down:
             h = self._run(stage, h, time)
             if not (self.adds_skips and isinstance(stage[0], Downsample)):
