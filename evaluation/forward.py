@@ -12,11 +12,10 @@ from torch import Tensor
 from beta_schedule import alpha_bar_before
 from config import SCHEDULES, build_schedule, load_config
 from dataset import ImageDataset
-from discrete_diffusion import DiscreteDiffusion
+from diffusion_process import DiffusionProcess
 from evaluation.pictures import grid, labelled, new_figure, stacked, text_width
 from evaluation.sampling import evenly
 from files import whole_file
-from gaussian_diffusion import GaussianDiffusion
 
 FRAMES = 11  # times at which an image is shown, and images in a row
 MOST_ROWS = 10  # of images
@@ -66,10 +65,8 @@ def _call(section: dict) -> str:
 
 # Data. A process is of any network: only its forward process is asked.
 
-Process = GaussianDiffusion | DiscreteDiffusion
 
-
-def describe(images: ImageDataset, process: Process) -> str:
+def describe(images: ImageDataset, process: DiffusionProcess) -> str:
     """How many there are, their shape, their values as the network sees them, and how many are of each class."""
     read = evenly(MOST_READ, len(images))
     moments = torch.stack([_moments(_seen(images, process, i)) for i in read]).T
@@ -88,7 +85,7 @@ def describe(images: ImageDataset, process: Process) -> str:
     return "\n".join([*lines, f"{len(names)} classes: " + ", ".join(map("{}: {}".format, names, counts))])
 
 
-def _seen(images: ImageDataset, process: Process, i: int) -> Tensor:
+def _seen(images: ImageDataset, process: DiffusionProcess, i: int) -> Tensor:
     """Image i [C, H, W] in [-1, 1], after the pipeline and, for symbols, at the nearest level."""
     return process.values_of(process.x0_of(images[i][None]))[0]
 
@@ -101,7 +98,7 @@ def _class_names(images: ImageDataset) -> list[str]:
     return images.class_names or [str(i) for i in range(int(images.labels.max()) + 1)]
 
 
-def draw_data(images: ImageDataset, process: Process) -> Image.Image:
+def draw_data(images: ImageDataset, process: DiffusionProcess) -> Image.Image:
     """A row of images of each class, or rows of any; below, the first of them at 11 times, noised by steps and at once."""
     names, rows = _rows(images)
     blank = torch.ones(*images.shape)
@@ -130,7 +127,7 @@ def _rows(images: ImageDataset) -> tuple[list[str], list[list[int | None]]]:
     return list(names), [row + [None] * (FRAMES - len(row)) for row in rows]
 
 
-def noised_by_steps(process: Process, x0: Tensor, times: Sequence[int]) -> list[Tensor]:
+def noised_by_steps(process: DiffusionProcess, x0: Tensor, times: Sequence[int]) -> list[Tensor]:
     """x_t at ascending times, each reached from the one before by as many steps of equation 1; x_0 is x0 itself."""
     xt, states = x0, []
     for t in range(times[-1] + 1):
@@ -141,6 +138,6 @@ def noised_by_steps(process: Process, x0: Tensor, times: Sequence[int]) -> list[
     return states
 
 
-def noised_at_once(process: Process, x0: Tensor, times: Sequence[int]) -> list[Tensor]:
+def noised_at_once(process: DiffusionProcess, x0: Tensor, times: Sequence[int]) -> list[Tensor]:
     """x_t at the times, each drawn from x_0 by equation 2, with noise of its own."""
     return [process.q_sample(x0, t) if t > 0 else x0 for t in times]
