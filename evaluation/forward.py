@@ -49,14 +49,12 @@ def _alpha_bars(configs: Sequence[str]) -> dict[str, Tensor]:
     """alpha_bar [T] by what to call it; configs that have one schedule are named together, since they have one curve."""
     if not configs:
         return {name: cls().alpha_bar for name, cls in SCHEDULES.items()}
-    names, schedules = {}, {}
+    found: dict[str, tuple[dict, list[str]]] = {}  # of each schedule, a config and the names of all configs that have it
     for path in configs:
         config = load_config(path)
-        key = json.dumps(config["schedule"])
-        names.setdefault(key, []).append(Path(path).stem)
-        schedules[key] = config
-    labels = {key: f"{_call(schedules[key]['schedule'])}: {', '.join(names[key])}" for key in names}
-    return {textwrap.fill(labels[key], 120): build_schedule(schedules[key]).alpha_bar.double() for key in names}
+        found.setdefault(json.dumps(config["schedule"]), (config, []))[1].append(Path(path).stem)
+    called = [(f"{_call(config['schedule'])}: {', '.join(names)}", config) for config, names in found.values()]
+    return {textwrap.fill(label, 120): build_schedule(config).alpha_bar.double() for label, config in called}
 
 
 def _call(section: dict) -> str:
