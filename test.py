@@ -35,7 +35,7 @@ from classify import Weighting
 from config import check_shape, find, with_data
 from dataset import ImageDataset
 from evaluation.edits import EDITS, Edit
-from evaluation.metrics import METRICS, Evaluation, build_metric, measured
+from evaluation.metrics import METRICS, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, plain, save_gif, save_png
 from evaluation.report import Report, Sampled
 from evaluation.sampling import Drawn, draw, labels_by_row, labels_in_shares
@@ -342,15 +342,12 @@ def in_words(args: argparse.Namespace, precision: str, weight: float | None) -> 
 def measure(metrics: dict, path: Path, settings: dict, precision: str, ranks: Ranks) -> dict[str, dict]:
     """Measure one after the other. What is measured is written and printed before the next thing is tried."""
     results = {}
-    for name, metric in metrics.items():
-        if ranks.rank and not metric.uses_model:
-            continue
-        with speed.autocast(ranks.device, precision if metric.uses_model else "fp32"):
-            results[name] = measured(metric)
+    for name, found in measure_each(metrics, ranks, precision):
+        results[name] = found
         if ranks.rank == 0:
             with whole_file(path) as file:
                 file.write(as_json(results | {"settings": settings}, indent=4).encode())
-            print(metric.describe(results[name]))
+            print(metrics[name].describe(found))
     return results
 
 

@@ -12,7 +12,7 @@ METRICS is what `test.py --metrics` offers; a metric of your own is a class like
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from evaluation.features import (
 from evaluation.sampling import evenly
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
+from training import speed
 from training.ranks import Ranks
 from training.seeds import VALIDATION, mixed_seed
 
@@ -404,12 +405,20 @@ class Accuracy:
         return f"classified rightly  {shares}, with {found['calls']:.0f} network calls each (weighting {found['weighting']!r})"
 
 
-def measured(metric: Any) -> dict[str, Any]:
-    """What a metric finds, with tensors and numpy's numbers as the plain ones that JSON holds."""
-    found = metric.measure()
-    if not isinstance(found, dict):
-        raise Mistake(f"{type(metric).__name__}.measure: gives a {type(found).__name__}, where a metric must give a dictionary")
-    return json.loads(json.dumps(found, default=lambda number: number.tolist()))
+def measure_each(metrics: Mapping[str, Any], ranks: Ranks, precision: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measure one after the other: name and finding of each; of one that does not use the model only on rank 0.
+
+    The network runs in the precision. In a finding, tensors and numpy's numbers are the plain ones that JSON holds.
+    """
+    for name, metric in metrics.items():
+        if ranks.rank and not metric.uses_model:
+            continue
+        with speed.autocast(ranks.device, precision if metric.uses_model else "fp32"):
+            found = metric.measure()
+        if not isinstance(found, dict):
+            kind = type(found).__name__
+            raise Mistake(f"{type(metric).__name__}.measure: gives a {kind}, where a metric must give a dictionary")
+        yield name, json.loads(json.dumps(found, default=lambda number: number.tolist()))
 
 
 OF_A_METRIC = ("uses_model", "measure", "describe")

@@ -14,7 +14,7 @@ from types import FunctionType
 import torch
 
 from config import find
-from evaluation.metrics import METRICS, Accuracy, BitsPerDimension, Evaluation, build_metric, measured
+from evaluation.metrics import METRICS, Accuracy, BitsPerDimension, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, save_png
 from evaluation.sampling import draw, evenly, labels_by_row
 from mistakes import Mistake
@@ -140,18 +140,16 @@ class Quality:
         begin = time.monotonic()
         if any(not isinstance(metric, BitsPerDimension | Accuracy) for metric in self.metrics.values()):
             self.evaluation.samples = self._draw(cfg.metric_samples)
-        found = {}
-        for name, metric in self.metrics.items():
-            if self.run.ranks.rank == 0 or metric.uses_model:
-                with speed.autocast(self.run.device, cfg.precision if metric.uses_model else "fp32"):
-                    found[name] = measured(metric)
-                if self.run.ranks.rank == 0:
-                    log.info(metric.describe(found[name]))
+        results = {}
+        for name, found in measure_each(self.metrics, self.run.ranks, cfg.precision):
+            results[name] = found
+            if self.run.ranks.rank == 0:
+                log.info(self.metrics[name].describe(found))
         self.evaluation.samples = None
-        self._note_best(found)
+        self._note_best(results)
         self.expected = time.monotonic() - begin
         self.seconds += self.expected
-        return found
+        return results
 
     def _note_best(self, found: dict[str, dict]) -> None:
         """Is it the least distance so far? The first rank's word counts, since all of them save together."""
