@@ -453,10 +453,7 @@ class DiscreteDiffusion(DiffusionProcess):
     ) -> Bound:
         """-ELBO of x_0 (equation 29) in its parts, nats per dimension, each [B]: of its probability, for x_0 is discrete.
 
-        timesteps   None: every KL term. An int: that many, for each sample one drawn from each of as many equal parts of 2..T
-                    and weighted by the part's length; unbiased, and as much faster
-        chunk_size  timesteps in one network call, None for as many as make 128 rows
-        generator   of all draws, on x_0's device
+        timesteps, chunk_size and generator are those of GaussianDiffusion.variational_bound.
         """
         return self.bound_by_time(x0, timesteps, chunk_size, generator, condition)[0]
 
@@ -469,12 +466,7 @@ class DiscreteDiffusion(DiffusionProcess):
         generator: torch.Generator | None = None,
         condition: Condition = None,
     ) -> tuple[Bound, Tensor, Tensor, Tensor]:
-        """variational_bound, whose arguments it has, and what its kl is the sum of.
-
-        Besides the bound: the times t of 2..T [k, B], ascending; how many times each stands for, [k], which add up to T - 1;
-        and the KL terms there [k, B], nats per dimension. With `timesteps`, a term is an unbiased estimate of the mean over
-        its part of 2..T.
-        """
+        """variational_bound, whose arguments it has, and what its kl is the sum of: see GaussianDiffusion.bound_by_time."""
         prior = self._prior(self._x0(x0))
         times, length = self._strata(timesteps, x0, generator)
         pieces = (self._for_each(x0, 1, 1), *self._chunks(x0, times, chunk_size))
