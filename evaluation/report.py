@@ -240,17 +240,17 @@ class Report:
 
     def _likelihood(self, bpd: dict[str, Any]) -> str:
         levels = self.evaluation.diffusion.n_levels or 256
-        text = (
-            f"Likelihood: an image costs at most {bpd['total']:.4f} ± {bpd['standard_error']:.4f} bits per dimension (mean and"
+        return (
+            f"Likelihood: an image costs at most {bpd['total']:.4f} ± {bpd['standard_error']:.4f} bits per dimension (mean and "
+            f"standard error of {bpd['images']} validation images; a dimension is one value of an image). The fewer, the "
+            f"better; written down as they are, {levels} levels cost {math.log2(levels):.4g}."
         )
-        text += f" standard error of {bpd['images']} validation images; a dimension is one value of an image). The fewer, the"
-        return f"{text} better; written down as they are, {levels} levels cost {math.log2(levels):.4g}."
 
     def _distance(self, fd: dict[str, Any]) -> list[str]:
         text = (
-            f"Fréchet distance: {fd['distance']:.4f} (without a unit; the smaller, the better) between {fd['samples']} samples"
+            f"Fréchet distance: {fd['distance']:.4f} (without a unit; the smaller, the better) between {fd['samples']} samples "
+            f"and {fd['real']} validation images, in the features of the {fd['features']}."
         )
-        text += f" and {fd['real']} validation images, in the features of the {fd['features']}."
         unlike = "Distances of another number of samples or in other features do not compare."
         return [text, f"{self._floor(fd['samples'])} {unlike}"]
 
@@ -280,38 +280,28 @@ class Report:
         if "bpd" not in self.results:
             return page.section(title, page.p(f"Not measured: {self.missing['bpd']}."))
         found, parts, T = self.results["bpd"], self.metrics["bpd"].by_time, self.evaluation.diffusion.T
-        rows = [("prior", f"{found['prior']:.4f}", f"what x_T, at t = {T}, still says of x_0")]
-        rows.append(
-            ("KL terms", f"{found['kl']:.4f}", f"the steps from t = {T} down to 1, estimated from {len(parts)} of the {T - 1}")
-        )
-        rows.append(("reconstruction", f"{found['reconstruction']:.4f}", "from x_1 to the exact levels of x_0"))
-        rows.append(
-            ("total", f"{found['total']:.4f}", f"± {found['standard_error']:.4f}, standard error over {found['images']} images")
-        )
+        rows = [
+            ("prior", found["prior"], f"what x_T, at t = {T}, still says of x_0"),
+            ("KL terms", found["kl"], f"the steps from t = {T} down to 1, estimated from {len(parts)} of the {T - 1}"),
+            ("reconstruction", found["reconstruction"], "from x_1 to the exact levels of x_0"),
+            ("total", found["total"], f"± {found['standard_error']:.4f}, standard error over {found['images']} images"),
+        ]
+        rows = [(name, f"{bits:.4f}", words) for name, bits, words in rows]
         text = "The parts of the bound on the likelihood (README, equation 6): means over the validation images."
         both = [page.table(("part", "bits per dimension", "what it is"), rows), self._term_charts()]
         return page.section(title, page.p(text), *both)
 
     def _term_charts(self) -> str:
         parts = self.metrics["bpd"].by_time
-        line = Series(
-            "KL term of the step from t to t - 1", [(a * b) ** 0.5 for a, b, _ in parts], [bits for *_, bits in parts]
-        )
+        middles, bits = [(part.first * part.last) ** 0.5 for part in parts], [part.bits for part in parts]
+        line = Series("KL term of the step from t to t - 1", middles, bits)
         what = "What each step costs. Each part of the times has one term, at its middle."
         charts = [line_chart(what, [line], "t", "bits per dimension", log_x=True, log_y=True)]
-        sums = torch.tensor([0.0, *((b - a + 1) * bits for a, b, bits in parts)]).cumsum(0)
-        if sums[-1] > 0:
-            share = (100 * sums / sums[-1])[1:].tolist()
-            line = Series("KL terms of the steps 2..t", [b for _, b, _ in parts], share)
-            charts.append(
-                line_chart(
-                    "What the steps up to t cost together, as a share of all KL terms.",
-                    [line],
-                    "t",
-                    "% of the KL terms",
-                    log_x=True,
-                )
-            )
+        sums = torch.tensor([(part.last - part.first + 1) * part.bits for part in parts]).cumsum(0)
+        if parts and sums[-1] > 0:
+            line = Series("KL terms of the steps 2..t", [part.last for part in parts], (100 * sums / sums[-1]).tolist())
+            what = "What the steps up to t cost together, as a share of all KL terms."
+            charts.append(line_chart(what, [line], "t", "% of the KL terms", log_x=True))
         return page.columns_of_two(*charts)
 
     def _nearest(self) -> str:
