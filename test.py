@@ -188,10 +188,11 @@ def edit_of(args: argparse.Namespace, shape: list[int]) -> Edit | None:
     asked = {kind: getattr(args, kind) for kind in EDITS if getattr(args, kind)}
     if len(asked) > 1 or bool(args.mask) != ("inpaint" in asked):
         raise Mistake("--inpaint needs --mask, and only one of --" + ", --".join(EDITS) + " can be done at once")
-    for kind, paths in asked.items():
-        strength = 0.5 if args.strength is None else args.strength
-        return Edit(kind, paths if isinstance(paths, list) else [paths], shape, args.mask, strength)
-    return None
+    if not asked:
+        return None
+    [(kind, paths)] = asked.items()
+    strength = 0.5 if args.strength is None else args.strength
+    return Edit(kind, paths if isinstance(paths, list) else [paths], shape, args.mask, strength)
 
 
 def save_edited(folder: Path, given: Tensor, samples: Tensor) -> None:
@@ -223,10 +224,13 @@ def refuse_for_symbols(args: argparse.Namespace) -> None:
             raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of symbols, and this is only for numbers")
 
 
-def evaluation_of(args: argparse.Namespace, diffusion: nn.Module, state: dict, ranks: Ranks, datasets: dict) -> Evaluation:
+def evaluation_of(
+    args: argparse.Namespace, diffusion: nn.Module, state: dict, shape: list[int], ranks: Ranks, datasets: dict
+) -> Evaluation:
+    """What the flags ask to measure of the model and of its samples [C, H, W], before these are drawn."""
     names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
     how = {name: getattr(args, name) for name in names}
-    how |= {"guided": args.guidance is not None, "datasets": datasets}
+    how |= {"guided": args.guidance is not None, "other_size": shape != state["shape"], "datasets": datasets}
     how |= {"class_names": state.get("class_names"), "centres": state.get("cluster_centres")}
     return Evaluation(diffusion, state["config"], ranks, **how)
 
@@ -294,8 +298,7 @@ def run(
             save(path, state)
         edit_images(args, edit, diffusion, path, labels, sampler, ranks)
         return None
-    evaluation = evaluation_of(args, diffusion, state, ranks, datasets)
-    evaluation.other_size = shape != state["shape"]
+    evaluation = evaluation_of(args, diffusion, state, shape, ranks, datasets)
     metrics = {name: build_metric(name, evaluation, "--metrics") for name in args.metrics}
     weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
     folder = path.with_name(f"{path.stem}{weight_name}_gen")
