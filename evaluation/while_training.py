@@ -161,7 +161,7 @@ class Quality:
         """n samples, all of them on rank 0. Of a network with classes, each with the label of an image of the valid split."""
         run, labels = self.run, None
         if run.n_classes is not None:
-            known = torch.as_tensor(run.valid_data.images.labels)
+            known = run.valid_data.images.labels
             labels = known[torch.arange(n) * len(known) // n]
         how = {"timesteps": min(run.cfg.sample_timesteps, run.ema.T), "batch_size": BATCH_SIZE, "seed": run.cfg.seed}
         with speed.autocast(run.device, run.cfg.precision):

@@ -49,7 +49,7 @@ class Batches:
         check_signals: Callable[[], object] = lambda: None,
     ):
         self.images, self.cfg, self.ranks, self.shuffle, self.check_signals = images, cfg, ranks, shuffle, check_signals
-        self.labels = None if images.labels is None else torch.as_tensor(images.labels)
+        self.labels = images.labels
         if self.labels is not None and len(self.labels) != len(images):
             raise Mistake(f"{type(images).__name__} has {len(self.labels)} labels for {len(images)} images")
         self.numbers = torch.arange(len(images))
