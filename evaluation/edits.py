@@ -86,14 +86,15 @@ class Edit:
         for first in range(0, n, batch_size):
             count = min(batch_size, n - first)
             given = self.given[0].to(device).expand(count, -1, -1, -1)
-            options["generator"] = torch.Generator(device).manual_seed(mixed_seed(SAMPLING, seed, first))
-            options["condition"] = None if labels is None else {"label": labels[first : first + count].to(device)}
+            generator = torch.Generator(device).manual_seed(mixed_seed(SAMPLING, seed, first))
+            condition = None if labels is None else {"label": labels[first : first + count].to(device)}
+            how = options | {"generator": generator, "condition": condition}
             if self.kind == "inpaint":
-                drawn = inpaint(diffusion, given, self.known.to(device), **options)
+                drawn = inpaint(diffusion, given, self.known.to(device), **how)
             elif self.kind == "from":
-                drawn = edit(diffusion, given, self.strength, **options)
+                drawn = edit(diffusion, given, self.strength, **how)
             else:
-                drawn = posterior_sample(diffusion, given, self._operator(device), 0.0, (count, *self.shape), **options)
+                drawn = posterior_sample(diffusion, given, self._operator(device), 0.0, (count, *self.shape), **how)
             yield drawn.cpu()
 
     def _operator(self, device: torch.device):
