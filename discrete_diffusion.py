@@ -79,20 +79,18 @@ class AbsorbingKernel(NamedTuple):
     def n_states(n_levels: int) -> int:
         return n_levels + 1
 
-    def _states(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Is each state x, is it the mask, is x?"""
-        state = torch.arange(self.n_levels + 1, device=x.device)
-        return state == x[..., None], state == self.n_levels, (x == self.n_levels)[..., None]
+    def _log(self, x: Tensor, into: bool) -> Tensor:
+        """log_into(x), or else log_from(x): what goes to another state goes to the mask, and the mask stays."""
+        state, masked = torch.arange(self.n_levels + 1, device=x.device), (x == self.n_levels)[..., None]
+        keep, move = _beside(self.keep, x).log(), _beside(self.move, x).log()
+        moved = torch.where(masked if into else state == self.n_levels, move, -math.inf)
+        return torch.where(state == x[..., None], torch.where(masked, 0.0, keep), moved)
 
     def log_from(self, x: Tensor) -> Tensor:
-        here, mask, masked = self._states(x)
-        keep, move = _beside(self.keep, x).log(), _beside(self.move, x).log()
-        return torch.where(here, torch.where(masked, 0.0, keep), torch.where(mask, move, -math.inf))
+        return self._log(x, into=False)
 
     def log_into(self, x: Tensor) -> Tensor:
-        here, _, masked = self._states(x)
-        keep, move = _beside(self.keep, x).log(), _beside(self.move, x).log()
-        return torch.where(here, torch.where(masked, 0.0, keep), torch.where(masked, move, -math.inf))
+        return self._log(x, into=True)
 
     def log_push(self, log_p: Tensor, near: Tensor | None = None) -> Tensor:
         keep, move = _beside(self.keep, log_p[..., 0]), _beside(self.move, log_p[..., 0])
