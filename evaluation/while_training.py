@@ -197,9 +197,8 @@ class Quality:
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps of it."""
-        if not self.metrics:
-            return {"seconds": 0.0, "run_seconds": 0.0, "best_fd": self.best_fd}
-        return {"seconds": self.seconds, "run_seconds": time.monotonic() - self.began, "best_fd": self.best_fd}
+        seconds, run_seconds = (self.seconds, time.monotonic() - self.began) if self.metrics else (0.0, 0.0)
+        return {"seconds": seconds, "run_seconds": run_seconds, "best_fd": self.best_fd}
 
     def restore(self, state: Mapping[str, float]) -> None:
         self.seconds, self.best_fd = state.get("seconds", 0.0), state.get("best_fd", math.inf)  # older ones have none
