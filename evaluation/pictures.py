@@ -92,8 +92,8 @@ def save_png(path: str | Path, picture: Image.Image) -> None:
         picture.save(file, "PNG")
 
 
-def save_gif(path: str | Path, pictures: Sequence[Image.Image], seconds: float = 4) -> None:
-    """The pictures in turn, then the last one for two seconds, over and over."""
-    milliseconds = [max(20, round(1000 * seconds / len(pictures)))] * (len(pictures) - 1) + [2000]
+def save_gif(path: str | Path, pictures: Sequence[Image.Image]) -> None:
+    """The pictures in turn for four seconds, then the last one for two, over and over."""
+    milliseconds = [max(20, round(4000 / len(pictures)))] * (len(pictures) - 1) + [2000]
     with whole_file(path) as file:
         pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
