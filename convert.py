@@ -252,12 +252,12 @@ def process_settings(scheduler) -> tuple[dict, dict]:
     settings = {}
     # fixed_small_log is the same variance by way of its logarithm
     variance = options.variance_type.replace("fixed_small_log", "fixed_small")
-    for ours, theirs, known in (
-        ("prediction", ("prediction_type", options.prediction_type), PREDICTIONS),
-        ("reverse_variance", ("variance_type", variance), VARIANCES),
+    for ours, theirs, value, known in (
+        ("prediction", "prediction_type", options.prediction_type, PREDICTIONS),
+        ("reverse_variance", "variance_type", variance, VARIANCES),
     ):
-        _require(theirs[1] in known.values(), *theirs, f"this library has only {', '.join(known.values())}")
-        settings[ours] = next(name for name, value in known.items() if value == theirs[1])
+        _require(value in known.values(), theirs, value, f"this library has only {', '.join(known.values())}")
+        settings[ours] = next(here for here, there in known.items() if there == value)
     return _schedule(scheduler), settings
 
 
