@@ -33,17 +33,25 @@ os.register_at_fork(after_in_child=_unlock_all)  # or a worker process would kee
 
 
 class RunFolder:
-    """The folder train_cfg.model_save_dirpath, which one process at a time may write to; writes: does this rank?"""
+    """The folder train_cfg.model_save_dirpath, which one process at a time may write to; writes: does this rank?
+
+    resume_from  the checkpoint that the run goes on from, None for a new run
+    overwrite    may `open` delete the files of a run that is there?
+    results_too  and what test.py made of that run?
+    """
 
     def __init__(self, path: str, writes: bool):
-        self.path, self.writes, self.log_file, self.resume_from = Path(os.path.expanduser(path)), writes, None, None
+        self.path, self.writes, self.log_file = Path(os.path.expanduser(path)), writes, None
+        self.resume_from: Path | None = None
+        self.overwrite = self.results_too = False
         self.handle: int | None = None  # by which it is locked
         if not writes:
             log.setLevel(logging.WARNING)  # one rank tells what goes on
 
     def claim(self, resume: str | None, overwrite: bool) -> None:
         """Lock it, if it is there, and refuse what would harm the run in it. resume and overwrite are the Trainer's."""
-        path, self.overwrite, self.results_too = self.path, overwrite, overwrite
+        self.overwrite = self.results_too = overwrite
+        path = self.path
         there = _first_existing(path)
         if not there.is_dir():
             raise Mistake(f"train_cfg.model_save_dirpath = {path}: {there} is not a folder")
