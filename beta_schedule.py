@@ -24,6 +24,8 @@ class BetaSchedule:
     alpha      1 - beta_t
     alpha_bar  alpha_1 * ... * alpha_t: the signal's share of the variance of x_t (README, equation 2)
     snr        alpha_bar_t / (1 - alpha_bar_t): the signal-to-noise ratio
+
+    cause stands before the error's words where a beta is out of range: the argument that it comes from.
     """
 
     def __init__(self, beta: Tensor, cause: str = ""):

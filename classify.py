@@ -47,7 +47,7 @@ def classify(
     """
     _check(diffusion, n_classes, weighting, rounds, trials, chunk_size)
     alive = torch.ones(len(x0), n_classes, dtype=torch.bool, device=x0.device)
-    errors = torch.empty(len(x0), n_classes, 0, device=x0.device)  # nan for a class that was given up before
+    errors = torch.empty(len(x0), n_classes, 0, device=x0.device)  # of all trials so far, nan where a class was given up
     with diffusion._evaluating():
         for _ in range(rounds):
             undecided = alive.sum(1) > 1

@@ -402,7 +402,7 @@ def resolve(config: Any, stored: bool = False) -> dict:
         "dataset": _dataset("dataset", config["dataset"], stored),
         "train_cfg": _arguments("train_cfg", TrainConfig, config["train_cfg"]),
     }
-    build_train_config(resolved)
+    build_train_config(resolved)  # a Mistake where what it checks itself is wrong
     return resolved
 
 
@@ -496,7 +496,7 @@ def build_dataset(config: Mapping, split: str, centres: Tensor | None = None) ->
     if centres is None:
         train = _clustered(json.dumps(config["dataset"]))
         if split == "train":
-            return copy.copy(train)
+            return copy.copy(train)  # what a caller sets on it leaves the kept one as it is
         centres = train.centres
     images = _build_split(config, split)
     dataset.give_clusters(images, centres)

@@ -176,7 +176,7 @@ class FashionMNIST(ArrayDataset):
         self.class_names = list(torchvision_datasets.FashionMNIST.classes)
         prefix = DEBIAN_FASHION_MNIST / ("train" if train else "t10k")
         images, labels = Path(f"{prefix}-images-idx3-ubyte.gz"), Path(f"{prefix}-labels-idx1-ubyte.gz")
-        if images.exists() and labels.exists():
+        if images.exists() and labels.exists():  # each begins with a header; torch warns of labels that cannot be written to
             pixels = np.frombuffer(gzip.decompress(images.read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
             super().__init__(pixels, np.frombuffer(gzip.decompress(labels.read_bytes()), np.uint8, offset=8).copy(), pipeline)
         else:

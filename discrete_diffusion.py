@@ -206,10 +206,11 @@ class DiscretizedGaussian(nn.Module):
         alpha = alpha_bar / alpha_bar_before(alpha_bar)
         distance = torch.arange(n_levels, dtype=torch.float64)
         exponent = -4 * distance**2 / ((n_levels - 1) ** 2 * (1 - alpha)[:, None])  # [T, K], by |i - j|
-        log_w = exponent - torch.logsumexp(torch.cat([exponent, exponent[:, 1:]], dim=1), dim=1, keepdim=True)
+        of_all_k = torch.cat([exponent, exponent[:, 1:]], dim=1)  # of k = -(K - 1)..K - 1, of which -k is as k
+        log_w = exponent - of_all_k.logsumexp(1, keepdim=True)
         tails = log_w.exp().cumsum(1) - log_w.exp()[:, :1]  # of w_1 .. w_d
         stay = 1 - tails - tails.flip(1)  # of level i, with i neighbours on one side and K - 1 - i on the other
-        still = torch.full_like(exponent[:1], -math.inf)
+        still = torch.full_like(exponent[:1], -math.inf)  # at t = 0 nothing moves
         self.register_buffer("log_w", torch.cat([still, log_w]).float(), persistent=False)
         self.register_buffer("log_stay", torch.cat([0 * distance[None], stay.log()]).float(), persistent=False)
         self.register_buffer("products", self._products(log_w.exp(), stay), persistent=False)

@@ -137,6 +137,7 @@ def _repaint(
     resamplings: int,
     jump: int,
 ) -> Iterator[Tensor]:
+    """A sampler that keeps x_0 where it is known: ddpm on `jump` levels at a time, repeated, each state yielded once."""
     for first in range(0, len(levels) - 1, jump):
         part = levels[first : first + jump + 1]
         for again in reversed(range(resamplings)):

@@ -89,7 +89,7 @@ def prepare(run, deterministic: bool) -> None:
     labels = torch.zeros(len(x0), dtype=torch.long, device=device)
     step, few = (probe_step(run.model, x0[:count], run.condition(labels[:count])) for count in (len(x0), FEW_ROWS))
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]  # which BatchNorm, say, changes
-    set_flags("bf16", deterministic)
+    set_flags("bf16", deterministic)  # as for all but fp32, while it is being chosen
     precision = choose_precision(cfg.precision, step, run.ranks, "train_cfg.precision")
     set_flags(precision, deterministic)
     net.activation_checkpointing = cfg.activation_checkpointing
