@@ -361,71 +361,54 @@ def numbers(text: str) -> list[float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(description="Sample from a checkpoint.", epilog="See the head of test.py for examples.")
-    parser.add_argument("checkpoint")
-    parser.add_argument(
-        "size", nargs="*", type=int, metavar="H W", help="height and width, by default those of the training images"
-    )
-    parser.add_argument("-n", type=int, help="number of samples, by default 16, of a report 160")
-    parser.add_argument("-s", "--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument(
-        "--sampler", default="ddpm", help=f"{', '.join(SAMPLERS)}, or a function of your own as my_file.my_sampler"
-    )
-    parser.add_argument(
-        "--timesteps", type=int, help="steps a sample, by default T, of a report 200; heun has two network calls in each"
-    )
-    parser.add_argument("--eta", type=float, default=0.0, help="noise of the sampler ddim: 0 none, 1 as much as ddpm")
-    parser.add_argument("--no-clip", action="store_true", help="do not keep each predicted x_0 in [-1, 1]")
-    parser.add_argument("--class", dest="label", help="a number, a name, all for a row of each, or data for their shares there")
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint")
+    add("size", nargs="*", type=int, metavar="H W", help="height and width, by default those of the training images")
+    add("-n", type=int, help="number of samples, by default 16, of a report 160")
+    add("-s", "--seed", type=int, default=0, help="of all that is drawn")
+    add("--sampler", default="ddpm", help=f"{', '.join(SAMPLERS)}, or a function of your own as my_file.my_sampler")
+    add("--timesteps", type=int, help="steps a sample, by default T, of a report 200; heun has two network calls in each")
+    add("--eta", type=float, default=0.0, help="noise of the sampler ddim: 0 none, 1 as much as ddpm")
+    add("--no-clip", action="store_true", help="do not keep each predicted x_0 in [-1, 1]")
+    add("--class", dest="label", help="a number, a name, all for a row of each, or data for their shares there")
+    add(
         "--guidance",
         type=numbers,
         metavar="WEIGHT",
         help="1 is the network alone, more exaggerates the class; 1,1.5,2 for samples with each",
     )
-    parser.add_argument("--guide", metavar="WEAKER.pth", help="guide away from this checkpoint instead of from no label")
-    parser.add_argument("--interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="times in which the guidance acts")
-    parser.add_argument("--inpaint", metavar="IMAGE", help="draw anew what --mask leaves black")
-    parser.add_argument("--mask", metavar="IMAGE", help="of --inpaint: white where the image is known")
-    parser.add_argument("--from", metavar="IMAGE", help="noise it to --strength of T, and sample from there")
-    parser.add_argument("--strength", type=float, help="of --from, by default 0.5: 0 gives the image back, 1 forgets it")
-    parser.add_argument("--interpolate", metavar="IMAGE", nargs=2, help="-n images from one to the other")
-    parser.add_argument("--upscale", metavar="IMAGE", help="images of which this small one is the average")
-    parser.add_argument("--colour", metavar="IMAGE", help="colour images of which this is the grey")
-    parser.add_argument("--frames", type=int, default=11, help="states in a strip")
-    parser.add_argument(
-        "--pictures", type=int, default=64, help="samples that get a strip, a place in the grid and the animation"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="samples in one call of the network")
-    parser.add_argument(
-        "--metrics", nargs="+", default=[], help=f"{', '.join(METRICS)}, or a class of your own as my_file.MyMetric"
-    )
-    parser.add_argument("--report", action="store_true", help="write report.html: pictures, curves, bpd, fd, copies, config")
-    parser.add_argument(
-        "--bpd-images", type=int, help="images of the valid split for bpd and accuracy, by default 1000, of a report 200"
-    )
-    parser.add_argument(
-        "--bpd-timesteps", type=int, help="timesteps of each that are evaluated, unbiased; by default all T, of a report 100"
-    )
-    parser.add_argument("--weighting", default="bound", choices=get_args(Weighting), help="of accuracy: noisy suits images")
-    parser.add_argument("--features", default="classifier", choices=["classifier", "inception"], help="what fd is taken in")
-    parser.add_argument("--classifier", help="its file, by default models/classifier_DATASET_....pth")
-    parser.add_argument(
-        "--fit-variance", type=int, metavar="N", help="first fit sigma_t^2 to N training images; saves NAME_fitted.pth"
-    )
-    parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their average")
-    parser.add_argument(
+    add("--guide", metavar="WEAKER.pth", help="guide away from this checkpoint instead of from no label")
+    add("--interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="times in which the guidance acts")
+    add("--inpaint", metavar="IMAGE", help="draw anew what --mask leaves black")
+    add("--mask", metavar="IMAGE", help="of --inpaint: white where the image is known")
+    add("--from", metavar="IMAGE", help="noise it to --strength of T, and sample from there")
+    add("--strength", type=float, help="of --from, by default 0.5: 0 gives the image back, 1 forgets it")
+    add("--interpolate", metavar="IMAGE", nargs=2, help="-n images from one to the other")
+    add("--upscale", metavar="IMAGE", help="images of which this small one is the average")
+    add("--colour", metavar="IMAGE", help="colour images of which this is the grey")
+    add("--frames", type=int, default=11, help="states in a strip")
+    add("--pictures", type=int, default=64, help="samples that get a strip, a place in the grid and the animation")
+    add("--batch-size", type=int, default=64, help="samples in one call of the network")
+    add("--metrics", nargs="+", default=[], help=f"{', '.join(METRICS)}, or a class of your own as my_file.MyMetric")
+    add("--report", action="store_true", help="write report.html: pictures, curves, bpd, fd, copies, config")
+    add("--bpd-images", type=int, help="images of the valid split for bpd and accuracy, by default 1000, of a report 200")
+    add("--bpd-timesteps", type=int, help="timesteps of each that are evaluated, unbiased; by default all T, of a report 100")
+    add("--weighting", default="bound", choices=get_args(Weighting), help="of accuracy: noisy suits images")
+    add("--features", default="classifier", choices=["classifier", "inception"], help="what fd is taken in")
+    add("--classifier", help="its file, by default models/classifier_DATASET_....pth")
+    add("--fit-variance", type=int, metavar="N", help="first fit sigma_t^2 to N training images; saves NAME_fitted.pth")
+    add("--raw", action="store_true", help="the weights themselves instead of their average")
+    add(
         "--ema-length",
         nargs="+",
         type=float,
         metavar="LENGTH",
         help="the power-function average of this length instead, or each",
     )
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="dataset.KEY=VALUE", help="where the data are now"
-    )
-    parser.add_argument("--precision", default="fp32", choices=["auto", *speed.PRECISIONS], help="of the network")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
+    add("--set", nargs="+", action="extend", default=[], metavar="dataset.KEY=VALUE", help="where the data are now")
+    add("--precision", default="fp32", choices=["auto", *speed.PRECISIONS], help="of the network")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--device", help="cuda, cuda:1, cpu, ...; by default CUDA where there is one")
     args = parser.parse_intermixed_args(argv)
     args.command = shlex.join(["python", "test.py", *(sys.argv[1:] if argv is None else argv)])
 
