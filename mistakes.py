@@ -100,23 +100,19 @@ def run_script(script: str, work: Callable[[], int | None]) -> int:
     """work's exit code (None is 0); 2 with one line for a Mistake, 1 for an error of the system's, 130 for Ctrl-C."""
     out, err = (stream and _Console(stream) for stream in (sys.stdout, sys.stderr))  # None where it is closed
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        return _run_script(script, work)
-
-
-def _run_script(script: str, work: Callable[[], int | None]) -> int:
-    try:
-        return work() or 0
-    except Mistake as mistake:
-        print(f"{script}: {_one_line(mistake)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if _passed_own_code(error):
-            raise
-        print(f"{script}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{script}: stopped by SIGINT", file=sys.stderr)
-        return 130
+        try:
+            return work() or 0
+        except Mistake as mistake:
+            print(f"{script}: {_one_line(mistake)}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if _passed_own_code(error):
+                raise
+            print(f"{script}: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"{script}: stopped by SIGINT", file=sys.stderr)
+            return 130
 
 
 def _one_line(mistake: Mistake) -> str:
