@@ -44,7 +44,7 @@ def _check_plain(value: object, where: str) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """The state that save wrote, on the CPU; ValueError names a file that is missing, damaged or not ours."""
+    """The state that save wrote, on the CPU; Mistake names a file that is missing, damaged or not ours."""
     if not Path(path).is_file():
         raise Mistake(f"{path}: no such checkpoint")
     try:
@@ -70,7 +70,7 @@ def load(path: str | Path) -> dict:
 
 
 def _check_archive(path: str | Path) -> None:
-    """ValueError if a part is packed, damaged, or names what save never writes."""
+    """Mistake if a part is packed, damaged, or names what save never writes."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         pickled = [name for name in names if name.lower().endswith("data.pkl")]
@@ -86,7 +86,7 @@ def _check_archive(path: str | Path) -> None:
 
 
 def _check_weights(state: Mapping, weights: Mapping) -> None:
-    """ValueError if weights are not of the config's network, or it takes no images of the shape; takes no memory."""
+    """Mistake if weights are not of the config's network, or it takes no images of the shape; takes no memory."""
     net = network_without_memory(state["config"])
     for name, expected in net.state_dict(prefix="time_aware_net.").items():
         found, expected = (getattr(value, "shape", None) for value in (weights.get(name), expected))  # None of an extra state
