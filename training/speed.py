@@ -75,7 +75,10 @@ def _keep_memory() -> None:
 
 
 def channels_last(model: torch.nn.Module) -> None:
-    """Order the weights of its convolutions of images by channel last, in place, as the fastest kernels want them."""
+    """Order the weights of its convolutions of images by channel last, in place, as the fastest kernels want them.
+
+    model.to(memory_format=torch.channels_last) would refuse a network of one's own with convolutions of volumes.
+    """
     for p in (*model.parameters(), *model.buffers()):
         if p.ndim == 4:
             p.data = p.data.to(memory_format=torch.channels_last)
