@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint
@@ -109,10 +110,9 @@ def coefficients(gammas: Tensor, steps: Tensor, gamma: float, step: int) -> tupl
     wanted = torch.tensor([gamma, step], dtype=torch.float64)
     inner = overlap(gammas[:, None], steps[:, None], gammas, steps)
     with_wanted, square = overlap(gammas, steps, *wanted), overlap(*wanted, *wanted)
-    one = torch.ones(1, dtype=torch.float64)
-    ones = one.expand(len(steps), 1)
-    system = torch.cat([torch.cat([inner, ones], 1), torch.cat([ones.T, 0 * one[:, None]], 1)])  # Lagrange's, for the sum
-    factors = torch.linalg.lstsq(system, torch.cat([with_wanted, one])[:, None], driver="gelsd").solution[:-1, 0]
+    system = F.pad(inner, (0, 1, 0, 1), value=1.0)  # one row and column more: Lagrange's, for the sum
+    system[-1, -1] = 0
+    factors = torch.linalg.lstsq(system, F.pad(with_wanted, (0, 1), value=1.0)[:, None], driver="gelsd").solution[:-1, 0]
     error = (factors @ inner @ factors - 2 * factors @ with_wanted + square) / square
     return factors, error.clamp(min=0).sqrt().item()
 
