@@ -251,10 +251,7 @@ class ImageFolder(ImageDataset):
 
 
 class CelebA_HQ_256(ImageFolder):
-    """CelebA-HQ at 256 x 256: the images of the folder root, resized.
-
-    train   None: every image. False: every tenth, for validation. True: the others
-    """
+    """CelebA-HQ at 256 x 256: the images of the folder root, resized, of which train chooses as in ImageFolder."""
 
     def __init__(self, root: str = "data/celeba_hq_256", train: bool | None = None, pipeline: Sequence[Callable] = ()):
         super().__init__(root, "RGB", train, pipeline=[v2.Resize((256, 256)), *pipeline])
