@@ -24,6 +24,7 @@ from samplers import SAMPLERS, Level, Normal, PredictX0, ddpm
 
 Operator = Callable[[Tensor], Tensor]
 Times = int | Sequence[int] | None
+CURVATURE = 1e-6  # of the largest one: less is the rounding of float32
 
 
 def edit(
@@ -251,17 +252,23 @@ def _x0_and_covariance(predict_x0: PredictX0, x: Tensor, t: int, alpha_bar: floa
 
 
 def _conjugate_gradients(matrix: Operator, b: Tensor, iterations: int) -> Tensor:
-    """u with matrix(u) = b, each sample of [B, ...] by itself; a sample that is done, or meets no curvature, stays as it is."""
+    """u with matrix(u) = b, each sample of [B, ...] by itself; a sample that is done, or meets no curvature, stays as it is.
+
+    Curvature along a direction counts as none where it is less than CURVATURE of the largest one met: of a matrix of lower
+    rank, that is rounding, and a step along it would be as long as rounding is small.
+    """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b)[..., None].flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
 
     u, residual, direction = torch.zeros_like(b), b, b
     square = enough = dot(b, b)
+    largest = torch.zeros_like(square)
     for _ in range(iterations):
         product = matrix(direction)
-        curvature = dot(direction, product)
-        going = (curvature > 0) & (square > 1e-12 * enough)
+        curvature, length = dot(direction, product), dot(direction, direction)
+        largest = torch.maximum(largest, torch.where(length > 0, curvature / length, 0))
+        going = (curvature > CURVATURE * largest * length) & (square > 1e-12 * enough)
         step = torch.where(going, square / curvature, 0)
         u, residual = u + step * direction, residual - step * product
         before, square = square, dot(residual, residual)

@@ -323,7 +323,7 @@ def run(
     if ranks.rank == 0:
         save_pictures(folder, drawn, shown, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
-    settings = vars(args) | {"ema_length": ema_length, "guidance": weight, "step": state.get("step")}
+    settings = vars(args) | {"ema_length": ema_length, "guidance": weight, "step": state.get("step"), "precision": precision}
     results = measure(metrics, folder / "metrics.json", settings, precision, ranks)
     if report and ranks.rank == 0:
         words = in_words(args, precision, weight)

@@ -291,8 +291,9 @@ class Trainer:
         losses += f", {line['bad_steps']} steps skipped" if line["bad_steps"] else ""
         seconds, done = time.monotonic() - self.begun[0], self.step - self.begun[1]
         ends = f", ends {end_time(datetime.now(), seconds, done, self.total_steps - self.step)}" if done else ""
-        bar.set_postfix_str(f"epoch {line['epoch']}/{self.cfg.epochs}, {losses}, {line['img_per_s']:.0f} img/s{ends}")
-        log.info(f"step {self.step}, epoch {line['epoch']}: {losses}, {line['img_per_s']:.0f} img/s")
+        losses += "" if line["img_per_s"] is None else f", {line['img_per_s']:.0f} img/s"
+        bar.set_postfix_str(f"epoch {line['epoch']}/{self.cfg.epochs}, {losses}{ends}")
+        log.info(f"step {self.step}, epoch {line['epoch']}: {losses}")
 
     def _write(self, name: str, state: dict | None) -> None:
         if state:

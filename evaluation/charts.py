@@ -68,13 +68,15 @@ def line_chart(
     x_label: str,
     y_label: str,
     log_x: bool = False,
-    log_y: bool = False,
+    log_y: bool | None = False,
     mark: float | None = None,
 ) -> str:
     """A <figure> with the chart and its legend. title says in words what is to be seen; mark is an x with a dashed line.
 
-    On a logarithmic axis, values that are not positive are left out.
+    On a logarithmic axis, values that are not positive are left out. log_y=None: logarithmic if every value is positive.
     """
+    if log_y is None:
+        log_y = all(y > 0 for one in series for y in one.ys if y is not None and math.isfinite(y))
     lines = [(one, _pairs(one, log_x, log_y)) for one in series]
     lines = [(one, pairs) for one, pairs in lines if pairs]
     if not lines:

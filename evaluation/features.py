@@ -101,6 +101,7 @@ def train_classifier(
     device: torch.device | str = "cpu",
     batch_size: int = 128,
     lr: float = 3e-3,
+    n_classes: int | None = None,
 ) -> SmallClassifier:
     """A SmallClassifier trained on all of images, uint8 [N, C, H, W], and labels, integers [N] in 0..K-1.
 
@@ -112,7 +113,7 @@ def train_classifier(
         raise ValueError(f"epochs = {epochs}, batch_size = {batch_size}: must be at least 1 and 2")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the weights are drawn on the CPU
-        classifier = SmallClassifier(images.shape[1], int(labels.max()) + 1).to(device)
+        classifier = SmallClassifier(images.shape[1], n_classes or int(labels.max()) + 1).to(device)
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, len(images))
     steps = len(images) // batch_size  # a last batch that is not full is left out: another one an epoch, drawn anew
@@ -165,7 +166,7 @@ def cached_classifier(
         if not path.parent.is_dir():
             raise ValueError(f"path = {path}: the folder {path.parent} does not exist")
         train, held_out = split(len(images))
-        classifier = train_classifier(images[train], labels[train], epochs, seed, device)
+        classifier = train_classifier(images[train], labels[train], epochs, seed, device, n_classes=key["classes"])
         accuracy = classifier_accuracy(classifier, images[held_out], labels[held_out])
         saved = {**key, "accuracy": accuracy, "state": {k: v.cpu() for k, v in classifier.state_dict().items()}}
         _save(saved, path)

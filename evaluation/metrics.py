@@ -320,17 +320,18 @@ class BitsPerDimension:
         if images < 2:
             raise Mistake("--metrics bpd: needs at least 2 images for a standard error, of --bpd-images and of dataset.valid")
 
-    def measure(self) -> dict[str, float]:
+    def measure(self) -> dict[str, Any]:
         e = self.evaluation
         batches = e.images("valid", e.bpd_images)
         found, self.by_time = bits_by_time(e.diffusion, batches, e.bpd_timesteps, e.seed, e.ranks)
-        return found
+        return found | ({} if e.n_classes is None else {"given": "class"})
 
     @staticmethod
-    def describe(found: dict[str, float]) -> str:
+    def describe(found: dict[str, Any]) -> str:
         parts = " + ".join(f"{name} {found[name]:.4f}" for name in Bound._fields[:-1])
         error, images = found["standard_error"], found["images"]
-        return f"bits per dimension  {found['total']:.4f} +- {error:.4f} on {images} valid images ({parts})"
+        given = f", given their {found['given']}" if "given" in found else ""
+        return f"bits per dimension  {found['total']:.4f} +- {error:.4f} on {images} valid images{given} ({parts})"
 
 
 class FrechetDistance:

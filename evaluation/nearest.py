@@ -3,6 +3,7 @@
 A model that copies its data draws images that lie nearer to a training image than new images of the same kind do.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,7 +80,14 @@ def nearest_training_images(
         for view, x in enumerate(views(batch, train.flips)):
             for name, search in searches.items():
                 search.show(spaces[name](x), first, view)
-    return {name: search.found for name, search in searches.items()}
+    return {name: search.found._replace(distance=_exact(search, spaces[name], train)) for name, search in searches.items()}
+
+
+def _exact(search: Nearest, vectors: Callable[[Tensor], Tensor], train: ImageDataset) -> Tensor:
+    """The distances found, from differences: cdist takes them from products, and gives copies 1e-5 of a level in place of 0."""
+    pairs = zip(search.found.number.tolist(), search.found.view.tolist(), strict=True)
+    nearest = [vectors(training_image(train, number, view)[None]) for number, view in pairs]
+    return (search.queries - torch.cat(nearest)).norm(dim=1)
 
 
 def training_image(train: ImageDataset, number: int, view: int) -> Tensor:
@@ -97,15 +105,19 @@ class Copies:
 
     samples  [n, C, H, W] in [-1, 1]
     found    by the name of a space, of the samples and then of held-out images
-    suspects numbers of the samples that are nearer in pixels than every held-out image
+    numbers  what to call them, where they are some of more
+    suspects places among them of those that are nearer in pixels than every held-out image
     """
 
-    def __init__(self, samples: Tensor, found: dict[str, Found], train: ImageDataset):
+    def __init__(self, samples: Tensor, found: dict[str, Found], train: ImageDataset, numbers: Sequence[int] | None = None):
         self.samples, self.found, self.train = samples, found, train
+        self.numbers = range(len(samples)) if numbers is None else numbers
         self.made = {name: one.distance[: len(samples)] for name, one in found.items()}
         self.held_out = {name: one.distance[len(samples) :] for name, one in found.items()}
         self.share = {name: nearer_than(self.made[name], self.held_out[name]) for name in found}
-        self.suspects = (self.made["pixels"] < self.held_out["pixels"].min()).nonzero().flatten().tolist()
+        made, held_out = self.made["pixels"], self.held_out["pixels"]
+        held_out = held_out[held_out > 0]  # a validation image that is a training image, too, was not unseen
+        self.suspects = ((made < held_out.min()) if len(held_out) else made == 0).nonzero().flatten().tolist()
 
     def parts(self) -> list[str]:
         """Of the page: a verdict, the distances of all, and the nearest images of SHOWN samples."""
@@ -115,9 +127,11 @@ class Copies:
         middle = " and ".join(f"{100 * share.median():.0f} % in {name}" for name, share in self.share.items())
         text = f"The median sample is nearer to a training image than {middle} of the validation images are: about 50 % is"
         text += " what new images of the same kind give, 100 % what copies give."
+        if shared := int((self.held_out["pixels"] == 0).sum()):
+            text += f" ({shared} of the validation images equal a training image; below they do not count.)"
         if not self.suspects:
             return p(text, "No sample is nearer in pixels than every validation image.")
-        numbers = ", ".join(map(str, self.suspects[:20])) + (" and more" if len(self.suspects) > 20 else "")
+        numbers = ", ".join(str(self.numbers[i]) for i in self.suspects[:20]) + (" and more" if len(self.suspects) > 20 else "")
         return p(
             text, f"{len(self.suspects)} samples are nearer in pixels than every validation image: {numbers}.", kind="alarm"
         )
@@ -142,10 +156,10 @@ class Copies:
         return f'{p(order, below)}<div class="cards">{cards}</div>'
 
     def _card(self, i: int) -> str:
-        images, lines = [self.samples[i]], [f"Sample {i}"]
+        images, lines = [self.samples[i]], [f"Sample {self.numbers[i]}"]
         for name, one in self.found.items():
             images.append(training_image(self.train, int(one.number[i]), int(one.view[i])))
             unit = " levels" if name == "pixels" else ""
             lines.append(f"{name.capitalize()}: {one.distance[i]:.3g}{unit}, nearer than {100 * self.share[name][i]:.0f} %")
-        alt = f"Sample {i} and its nearest training images in {' and '.join(self.found)}"
+        alt = f"Sample {self.numbers[i]} and its nearest training images in {' and '.join(self.found)}"
         return figure(picture(torch.stack(images), len(images), MOST_SIDE), alt, *lines)

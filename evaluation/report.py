@@ -134,6 +134,7 @@ class Report:
             rows.insert(0, ("Trained for", f"{state['step']:,}", f"steps{epochs}"))
         if bpd := results.get("bpd"):
             error = f"± {bpd['standard_error']:.4f} bits per dimension, on {bpd['images']} validation images"
+            error += ", given their class" if "given" in bpd else ""
             rows.append(("Likelihood bound", f"{bpd['total']:.4f}", error))
         if fd := results.get("fd"):
             rows.append(("Fréchet distance", f"{fd['distance']:.4f}", f"of {fd['samples']} samples (no unit)"))
@@ -203,7 +204,7 @@ class Report:
         lines = [Series("training, mean since the record before", steps, of("train_loss"), "c0")]
         lines.append(Series("validation, averaged weights", steps, of("valid_loss"), "c1", points=True))
         mode = self.state["config"]["diffusion"].get("loss_mode")
-        charts = [line_chart(f"Loss “{mode}” per dimension, of metrics.jsonl.", lines, "step", "loss", log_y=True, mark=mark)]
+        charts = [line_chart(f"Loss “{mode}” per dimension, of metrics.jsonl.", lines, "step", "loss", log_y=None, mark=mark)]
         charts += [self._loss_by_time(steps, of("loss_by_t"), mark), self._during("fd", mark), self._during("bpd", mark)]
         text = page.p(f"The dashed line is step {step}, at which this checkpoint was saved.") if mark else ""
         return page.section("Training", text, page.columns_of_two(*charts))
@@ -217,7 +218,7 @@ class Report:
         names = [f"t = {first + 1}..{last}" for first, last in pairwise(edges)]
         lines = [Series(name, steps, [row[b] for row in losses], f"n{b}") for b, name in enumerate(names)]
         what = "Training loss by noise level: the mean over each eighth of the times, from little noise (blue) to much (red)."
-        return line_chart(what, lines, "step", "loss", log_y=True, mark=mark)
+        return line_chart(what, lines, "step", "loss", log_y=None, mark=mark)
 
     def _during(self, metric: str, mark: int | None) -> str:
         """The chart of a metric that was measured during training, if it was."""
@@ -240,10 +241,11 @@ class Report:
 
     def _likelihood(self, bpd: dict[str, Any]) -> str:
         levels = self.evaluation.diffusion.n_levels or 256
+        given = " whose class is given" if "given" in bpd else ""
         return (
-            f"Likelihood: an image costs at most {bpd['total']:.4f} ± {bpd['standard_error']:.4f} bits per dimension (mean and "
-            f"standard error of {bpd['images']} validation images; a dimension is one value of an image). The fewer, the "
-            f"better; written down as they are, {levels} levels cost {math.log2(levels):.4g}."
+            f"Likelihood: an image{given} costs at most {bpd['total']:.4f} ± {bpd['standard_error']:.4f} bits per dimension "
+            f"(mean and standard error of {bpd['images']} validation images; a dimension is one value of an image). The fewer, "
+            f"the better; written down as they are, {levels} levels cost {math.log2(levels):.4g}."
         )
 
     def _distance(self, fd: dict[str, Any]) -> list[str]:
@@ -311,7 +313,8 @@ class Report:
         train, valid = self.data["train"], self.data["valid"]
         if not samples.shape[1:] == train.shape == valid.shape:
             return page.section(title, page.p("Unknown: samples, training images and validation images are not of one size."))
-        samples = samples[evenly(COMPARED, len(samples))]
+        numbers = evenly(COMPARED, len(samples))
+        samples = samples[numbers]
         held_out = _images(valid, evenly(COMPARED, len(valid)))
         size = self.evaluation.batch_size
         found = nearest_training_images(torch.cat([samples, held_out]), train, self.extractor, size)
@@ -319,7 +322,7 @@ class Report:
         text += f" each of {len(held_out)} validation images, {self._seen()}. Copies would lie nearer than unseen ones."
         why = f"Features: the {self.extractor.name}." if self.extractor else f"In pixels only: {self.missing['features']}."
         random = "The random transforms of the training images were drawn once." if train.is_random else ""
-        return page.section(title, page.p(text, why, random), *Copies(samples, found, train).parts())
+        return page.section(title, page.p(text, why, random), *Copies(samples, found, train, numbers).parts())
 
     def _cost(self) -> str:
         sampled, device = self.sampled, self.evaluation.ranks.device

@@ -80,11 +80,17 @@ def draw(
 
 
 def labels_by_row(n_classes: int | None, n: int, max_rows: int = 16) -> tuple[Tensor | None, int | None]:
-    """Labels [n] of a picture with a row a class, of the first max_rows, and the picture's columns; None without classes."""
+    """Labels [n] of a picture with a row a class, of the first max_rows, and the picture's columns; None without classes.
+
+    What is left over after whole rows are samples of different classes, so that no class has two more than another.
+    """
     if n_classes is None:
         return None, None
-    columns = max(1, n // min(n_classes, max_rows))
-    return (torch.arange(n) // columns).clamp(max=n_classes - 1), columns
+    rows = min(n_classes, max_rows)
+    columns = max(1, n // rows)
+    whole = torch.arange(min(n, rows * columns)) // columns
+    rest = torch.arange(n - len(whole)) * rows // max(1, n - len(whole))  # too few for one more of each: of different classes
+    return torch.cat([whole, rest]), columns
 
 
 def labels_in_shares(counts: Sequence[int], n: int, offset: float = 0.5) -> Tensor:

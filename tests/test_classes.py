@@ -353,3 +353,20 @@ def test_a_picture_of_all_classes_has_every_one_of_them():
     labels, columns = labels_by_row(40, 64)  # while training: the first sixteen
     assert columns == 4
     assert labels.unique().tolist() == list(range(16))
+
+
+@pytest.mark.parametrize(("n_classes", "n"), [(10, 16), (100, 160), (10, 199), (7, 129), (3, 2)])
+def test_no_class_is_asked_for_much_oftener_than_another(n_classes, n):
+    labels, _ = labels_by_row(n_classes, n, max_rows=n_classes)
+    counts = labels.bincount(minlength=n_classes)
+    assert len(labels) == n
+    assert counts.max() - counts.min() <= 1
+
+
+def test_the_bound_of_classes_says_that_they_are_given(tmp_path, capsys):
+    out = tmp_path / "a"
+    arguments = tiny(out, "time_aware_net.kwargs.n_classes=10", "train_cfg.max_steps=1")
+    assert train.main(arguments) == 0
+    command = [str(out / "last.pth"), "--device", "cpu", "--timesteps", "2", "--bpd-images", "4", "--metrics", "bpd"]
+    assert sampling.main(command) == 0
+    assert "on 4 valid images, given their class (" in capsys.readouterr().out

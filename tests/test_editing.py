@@ -372,3 +372,19 @@ def test_an_edit_starts_at_that_part_of_T(strength):
 
     edit(GaussianDiffusion(LinearSchedule(100), Seen()), torch.zeros(1, 2), strength)
     assert seen[0] == round(100 * strength)
+
+
+@pytest.mark.parametrize("iterations", [5, 20])
+def test_a_measurement_of_lower_rank_without_noise_is_met(iterations):
+    torch.manual_seed(0)
+    root = torch.randn(6, 6).double()
+    data = Correlated(torch.randn(6), root @ root.T / 6 + 0.05 * torch.eye(6))
+    schedule = CosineSchedule(1000)
+    diffusion = GaussianDiffusion(schedule, CorrelatedNet(data, schedule.beta), "beta", "reconstruction")
+    A = torch.randn(4, 2) @ torch.randn(2, 6)  # four numbers that say two things
+    y = (data.sample(1)[0].float() @ A.T).expand(2000, -1)
+    x = posterior_sample(diffusion, y, lambda x: x @ A.T, 0.0, (2000, 6), "dpm", 30, iterations)
+    torch.testing.assert_close(x @ A.T, y, atol=1e-2, rtol=0)
+    U = torch.linalg.svd(A.double())[0][:, :2]  # of what A can give
+    exact = data.given(U.T @ A.double(), U.T @ y[0].double(), 0.0)
+    assert (x.double().T.cov() - exact.covariance).norm() < 0.1 * data.covariance.norm()

@@ -85,3 +85,8 @@ def test_a_run_without_a_foreseeable_end_is_told_so():
 def test_a_record_holds_what_json_has():
     assert rounded(0.123456789012) == 0.12345679
     assert rounded(float("nan")) is rounded(float("inf")) is rounded(None) is None
+
+
+def test_no_step_has_no_speed():
+    meter = Meter(torch.device("cpu"), 8)
+    assert meter.record(Ranks("cpu"), 0.1)["img_per_s"] is None

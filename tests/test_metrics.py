@@ -20,6 +20,7 @@ from evaluation.features import (
     classifier_accuracy,
     from_uint8,
     inception_features,
+    split,
     to_uint8,
     train_classifier,
 )
@@ -663,3 +664,10 @@ def test_a_rank_that_has_no_images_gets_what_the_others_measured():
     found = bits_by_time(diffusion, batches, 3, ranks=First(alone=True))
     assert bits_by_time(diffusion, [], 3, ranks=Second(alone=True)) == found
     assert found[0]["images"] == 6
+
+
+def test_a_class_that_is_held_out_alone_makes_a_classifier(tmp_path):
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(40) % 2
+    labels[split(40)[1][0]] = 2
+    assert cached_classifier(tmp_path / "c.pth", images, labels, "x", epochs=1).n_classes == 3

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, TINY
+from runs import ROOT, TINY, metrics, tiny
 
 import test as sampling
 import train
@@ -517,3 +517,43 @@ def test_a_chart_draws_its_points_where_the_axes_say():
 def test_ticks_are_round(values, log, names):
     ticks = Axis(values, (0, 100), log).ticks()
     assert [name for _, name in ticks] == names
+
+
+def test_a_sample_is_called_by_its_number_among_all():
+    data = build_dataset(load_config(str(ROOT / "configs/Digits_den.json"), []), "train")
+    valid = build_dataset(load_config(str(ROOT / "configs/Digits_den.json"), []), "valid")
+    held_out = torch.stack([valid[i] for i in range(20)])
+    samples = torch.stack([data[5], valid[30]])
+    found = nearest_training_images(torch.cat([samples, held_out]), data, None)
+    text = "".join(Copies(samples, found, data, [7, 11]).parts())
+    assert "every validation image: 7." in text
+    assert text.index("Sample 7<br>") < text.index("Sample 11<br>")
+    assert "Sample 0<br>" not in text
+
+
+def test_a_copy_is_told_where_a_validation_image_is_one_too():
+    config = load_config(str(ROOT / "configs/Digits_den.json"), [])
+    data, valid = build_dataset(config, "train"), build_dataset(config, "valid")
+    held_out = torch.stack([data[9], *(valid[i] for i in range(50))])
+    samples = torch.stack([data[5], data[700], *(valid[i] for i in range(60, 90))])
+    seen = Copies(samples, nearest_training_images(torch.cat([samples, held_out]), data, None), data)
+    assert seen.suspects == [0, 1]
+    assert "(1 of the validation images equal a training image" in "".join(seen.parts())
+
+
+def test_exact_copies_are_at_no_distance():
+    config = load_config(str(ROOT / "configs/Digits_den.json"), ['dataset.train.pipeline=[{"name": "CenterCrop", "size": 7}]'])
+    data = build_dataset(config, "train")
+    copies = torch.stack([data[i] for i in range(40)])
+    assert nearest_training_images(copies, data, None)["pixels"].distance.max() == 0
+
+
+def test_a_loss_below_zero_is_drawn(tmp_path):
+    crop = ["dataset.train.pipeline=[]", "dataset.valid.pipeline=[]"]
+    out = tmp_path / "a"
+    assert train.main(tiny(out, "diffusion.reverse_variance=learnable", "schedule.kwargs.timesteps=1000", *crop)) == 0
+    assert min(line["train_loss"] for line in metrics(out)) < 0  # its log sigma_t^2
+    command = [str(out / "last.pth"), "--device", "cpu", "--timesteps", "2", "--bpd-images", "4", "--bpd-timesteps", "2"]
+    assert sampling.main([*command, "-n", "4", "--report"]) == 0
+    page = (out / "last_gen" / "report.html").read_text()
+    assert "no value to draw" not in page

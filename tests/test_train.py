@@ -908,3 +908,10 @@ def test_two_ranks_have_the_gradient_of_one_on_given_t_and_eps(accum, tmp_path):
     one, two = (torch.cat([g.flatten() for g in gradient]) for gradient in (one, two))
     assert one.norm() > 0.1
     assert (two - one).norm() < 1e-5 * one.norm()
+
+
+def test_the_precision_that_was_used_is_written(tmp_path):
+    assert train.main(tiny(tmp_path / "a", "train_cfg.max_steps=1")) == 0
+    command = [str(tmp_path / "a" / "last.pth"), "--device", "cpu", "--timesteps", "2", "--bpd-images", "4", "--metrics", "bpd"]
+    assert sampling.main([*command, "--precision", "auto"]) == 0
+    assert json.loads((tmp_path / "a" / "last_gen" / "metrics.json").read_text())["settings"]["precision"] in ("fp32", "bf16")

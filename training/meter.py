@@ -86,8 +86,8 @@ class Meter:
             "train_loss": _mean(loss_sum, loss_count),
             "loss_by_t": [_mean(*pair) for pair in zip(by_t[:BINS], by_t[BINS:], strict=True)] if any(by_t) else None,
             "bad_steps": int(self.bad_steps),
-            "img_per_s": round(self.images / seconds, 1),
-            "data_wait_share": round(self.seconds_waited / seconds, 4),
+            "img_per_s": round(self.images / seconds, 1) if self.images else None,  # no step since the run went on
+            "data_wait_share": round(self.seconds_waited / seconds, 4) if self.images else None,
         }
         for sums in (self.loss_sum, self.loss_count, self.by_t):
             sums.zero_()
