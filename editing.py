@@ -187,7 +187,7 @@ def posterior_sample(
 
     y           [B, ...], whatever operator gives
     operator    A: a linear function of tensors of this shape, that autograd goes through
-    noise       standard deviation of the noise in y, 0 or more
+    noise       standard deviation of the noise in y, 0 or more. With 0, y must be what operator can give: else no x_0 fits it
     iterations  of conjugate gradients: one call of the network and iterations + 1 derivatives each time the sampler asks
     clip_x0     keep that mean in [-1, 1]
     """

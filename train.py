@@ -37,7 +37,7 @@ from training.batches import Batches, drop_labels
 from training.checks import bad_numbers, check_batch, check_fit, check_resume
 from training.graph import Launcher
 from training.loggers import Loggers
-from training.meter import Meter, end_time, rounded
+from training.meter import Meter, end_time, in_words, rounded
 from training.optimizers import build_optimizer, lr_schedule
 from training.ranks import Ranks, leave_ranks
 from training.run_folder import RunFolder
@@ -225,7 +225,7 @@ class Trainer:
             self.close_epoch(bar)
 
     def _after_step(self, bar: tqdm) -> None:
-        if self.meter.recent_bad_steps() >= min(self.cfg.max_bad_steps, self.total_steps):
+        if self.meter.recent_bad_steps(self._at_end()) >= min(self.cfg.max_bad_steps, self.total_steps):
             raise bad_numbers(self)
         self.writer.check()
         self._write(f"power_{self.step}.pth", take_snapshot(self))  # before the last.pth that counts the step
@@ -286,14 +286,11 @@ class Trainer:
         self.records += 1
         self.folder.add_record(line)
         self.loggers.add(line)
-        loss = math.nan if line["train_loss"] is None else line["train_loss"]
-        losses = f"loss {loss:.5g}" + ("" if valid_loss is None else f", valid {valid_loss:.5g}")
-        losses += f", {line['bad_steps']} steps skipped" if line["bad_steps"] else ""
+        words = in_words(line | {"valid_loss": valid_loss})  # also where it is not finite
         seconds, done = time.monotonic() - self.begun[0], self.step - self.begun[1]
         ends = f", ends {end_time(datetime.now(), seconds, done, self.total_steps - self.step)}" if done else ""
-        losses += "" if line["img_per_s"] is None else f", {line['img_per_s']:.0f} img/s"
-        bar.set_postfix_str(f"epoch {line['epoch']}/{self.cfg.epochs}, {losses}{ends}")
-        log.info(f"step {self.step}, epoch {line['epoch']}: {losses}")
+        bar.set_postfix_str(f"epoch {line['epoch']}/{self.cfg.epochs}, {words}{ends}")
+        log.info(f"step {self.step}, epoch {line['epoch']}: {words}")
 
     def _write(self, name: str, state: dict | None) -> None:
         if state:

@@ -214,10 +214,10 @@ def bits_by_time(
     ranks: Ranks | None = None,
 ) -> tuple[dict[str, float], list[Part]]:
     """bits_per_dimension, whose arguments it has, and the parts of 2..T that its kl is the sum of, one for each term drawn."""
-    bounds, terms, rank = [], [], ranks.rank if ranks else 0
+    bounds, terms, (rank, world) = [], [], (ranks.rank, ranks.world) if ranks else (0, 1)
     for i, batch in enumerate(batches):
         x0, condition = (batch, None) if isinstance(batch, Tensor) else batch
-        generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, seed, rank, i))
+        generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, seed, 0, i * world + rank))
         kind = {} if diffusion.n_levels else {"discretized": True}  # symbols are discrete as they are
         how = {"timesteps": timesteps, "generator": generator, "condition": condition}
         bound, _, length, kl = diffusion.bound_by_time(diffusion.x0_of(x0), **kind, **how)
@@ -390,7 +390,8 @@ class Accuracy:
     def measure(self) -> dict[str, Any]:
         e, found = self.evaluation, []
         for i, (x0, condition) in enumerate(e.images("valid", e.bpd_images)):
-            generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, e.seed, e.ranks.rank, i))
+            batch = i * e.ranks.world + e.ranks.rank  # so that each gets the same noise, whatever the number of ranks
+            generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, e.seed, 0, batch))
             how = {"weighting": e.weighting, "generator": generator, "return_calls": True}
             label, calls = e.diffusion.classify(x0, e.n_classes, **how)
             found.append(torch.stack([label == condition["label"], calls]).cpu().double())

@@ -9,6 +9,7 @@ from runs import ROOT, metrics, tiny
 
 import checkpoint
 import train
+from gaussian_diffusion import GaussianDiffusion
 from training.meter import Meter, end_time, rounded
 from training.ranks import Ranks
 
@@ -90,3 +91,23 @@ def test_a_record_holds_what_json_has():
 def test_no_step_has_no_speed():
     meter = Meter(torch.device("cpu"), 8)
     assert meter.record(Ranks("cpu"), 0.1)["img_per_s"] is None
+
+
+def test_a_short_run_of_bad_steps_alone_is_stopped_where_the_count_comes_late(tmp_path, monkeypatch, capsys):
+    def bad(self, *_, **__):
+        return sum(p.sum() for p in self.parameters()) * torch.nan
+
+    monkeypatch.setattr(GaussianDiffusion, "forward", bad)
+    set_up = Meter.__init__
+
+    class Late:
+        """What a GPU has not sent yet."""
+
+        def copy_(self, *_, **__): ...
+
+        def __int__(self):
+            return 0
+
+    monkeypatch.setattr(Meter, "__init__", lambda self, *a: (set_up(self, *a), setattr(self, "_seen", Late()))[0])
+    assert train.main(tiny(tmp_path / "a", "train_cfg.sample_period=0", "train_cfg.num_workers=0")) == 2
+    assert "not finite in the last 8 steps, up to step 8" in capsys.readouterr().err

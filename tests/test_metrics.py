@@ -671,3 +671,18 @@ def test_a_class_that_is_held_out_alone_makes_a_classifier(tmp_path):
     labels = torch.arange(40) % 2
     labels[split(40)[1][0]] = 2
     assert cached_classifier(tmp_path / "c.pth", images, labels, "x", epochs=1).n_classes == 3
+
+
+def test_an_image_gets_the_same_noise_on_any_number_of_ranks():
+    diffusion = GaussianDiffusion(LinearSchedule(15, 0.01, 0.4), Knows(), prediction="reconstruction")
+    parts = torch.rand(4, 3, 2).mul(2).sub(1).unbind(0)
+
+    def totals(rank, world):
+        gathered = []
+        ranks = types.SimpleNamespace(rank=rank, world=world, gather_everywhere=lambda items: gathered.append(items) or items)
+        bits_by_time(diffusion, parts[rank::world], 5, ranks=ranks)
+        return [bound[-1] for bound in gathered[0]]
+
+    shared = [totals(rank, 2) for rank in range(2)]
+    for alone, here in zip(totals(0, 1), (shared[0][0], shared[1][0], shared[0][1], shared[1][1]), strict=True):
+        assert torch.equal(alone, here)

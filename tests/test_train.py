@@ -915,3 +915,19 @@ def test_the_precision_that_was_used_is_written(tmp_path):
     command = [str(tmp_path / "a" / "last.pth"), "--device", "cpu", "--timesteps", "2", "--bpd-images", "4", "--metrics", "bpd"]
     assert sampling.main([*command, "--precision", "auto"]) == 0
     assert json.loads((tmp_path / "a" / "last_gen" / "metrics.json").read_text())["settings"]["precision"] in ("fp32", "bf16")
+
+
+def test_a_restart_by_torchrun_does_not_overwrite_its_own_run(tmp_path, monkeypatch, capsys):
+    assert train.main(tiny(tmp_path / "a", "train_cfg.max_steps=1")) == 0
+    before = (tmp_path / "a" / "last.pth").read_bytes()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.main(tiny(tmp_path / "a", "train_cfg.max_steps=2", flags=("--overwrite",))) == 2
+    assert "add --resume to go on with it" in capsys.readouterr().err
+    assert (tmp_path / "a" / "last.pth").read_bytes() == before
+
+
+def test_a_world_without_a_rank_is_another_ones(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    ranks = Ranks("cpu")
+    assert (ranks.world, ranks.rank) == (1, 0)

@@ -54,8 +54,10 @@ class Meter:
         self.bad_steps += bad
         self.bad_in_row.add_(1).mul_(bad)
 
-    def recent_bad_steps(self) -> int:
-        """bad_in_row, on a GPU as it was up to LEAD looks ago: it goes on, but the host gets no further ahead than that."""
+    def recent_bad_steps(self, now: bool) -> int:
+        """bad_in_row, now or on a GPU as it was up to LEAD looks ago: it goes on, but the host gets no further ahead."""
+        if now:  # where the device is waited for anyway
+            return int(self.bad_in_row)
         if len(self._looks) == LEAD:
             self._looks.popleft().synchronize()
         self._seen.copy_(self.bad_in_row, non_blocking=True)
@@ -110,6 +112,14 @@ class Meter:
 
 def _mean(total: float, count: float) -> float | None:
     return rounded(total / count) if count else None
+
+
+def in_words(line: dict) -> str:
+    """What a person reads of a line of metrics.jsonl while the run goes on."""
+    loss, valid_loss, speed = line["train_loss"], line["valid_loss"], line["img_per_s"]
+    words = f"loss {math.nan if loss is None else loss:.5g}" + ("" if valid_loss is None else f", valid {valid_loss:.5g}")
+    words += f", {line['bad_steps']} steps skipped" if line["bad_steps"] else ""
+    return words + ("" if speed is None else f", {speed:.0f} img/s")
 
 
 def rounded(value: float | None) -> float | None:

@@ -24,7 +24,8 @@ class Ranks:
     """
 
     def __init__(self, device: str | None = None, alone: bool = False):
-        self.world, self.rank = (1, 0) if alone else (int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
+        alone |= "RANK" not in os.environ  # a cluster may set WORLD_SIZE for ends of its own
+        self.world, self.rank = (1, 0) if alone else (int(os.environ.get("WORLD_SIZE", 1)), int(os.environ["RANK"]))
         local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device = _device(device, local_rank, 1 if alone else local_world)
         self.cpu_group = None

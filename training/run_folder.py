@@ -49,7 +49,11 @@ class RunFolder:
             log.setLevel(logging.WARNING)  # one rank tells what goes on
 
     def claim(self, resume: str | None, overwrite: bool) -> None:
-        """Lock it, if it is there, and refuse what would harm the run in it. resume and overwrite are the Trainer's."""
+        """Lock it, if it is there, and refuse what would harm the run in it. resume and overwrite are the Trainer's.
+
+        Where torchrun has started the script again (--max-restarts), the run that is there is its own: it is not overwritten.
+        """
+        overwrite = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         self.overwrite = self.results_too = overwrite
         path = self.path
         there = _first_existing(path)
