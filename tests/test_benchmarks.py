@@ -357,7 +357,7 @@ def test_the_scale_is_of_images_that_the_features_were_not_trained_on(count, n, 
     train, labels = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8), torch.arange(count) % 2
     seen, measured = [], []
     untrained = features.SmallClassifier(1, 2, "untrained")
-    monkeypatch.setattr(features, "train_classifier", lambda images, *args: seen.append(images) or untrained)
+    monkeypatch.setattr(features, "train_classifier", lambda images, *args, **how: seen.append(images) or untrained)
     monkeypatch.setattr(arenas, "frechet_distance", lambda images, real: measured.append((images, real)) or 1.0)
     monkeypatch.setattr(arenas.Measure, "_statistics", lambda self, images: images)
     arena = SimpleNamespace(

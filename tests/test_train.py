@@ -571,6 +571,7 @@ def test_a_device_that_is_not_there(device, words, tmp_path, capsys, run):
 
 def test_one_card_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(Mistake, match=r"--device cuda:0: would put all 2 processes on one card; give --device cuda"):
         Ranks("cuda:0")
