@@ -10,6 +10,7 @@ What a user can mend, a file or an argument, is a Mistake. An error inside a cla
     python dataset.py configs/CelebA_HQ_256_den.json --split valid --set dataset.valid.root=my/images
 """
 
+import copy
 import functools
 import gzip
 import os
@@ -70,7 +71,10 @@ class ImageDataset(Dataset):
         self.shape: torch.Size | None = None
         if not len(self):
             raise Mistake(f"{type(self).__name__}: has no image")
-        self.shape = self.pixels(0).shape
+        first = copy.copy(self).pixels(0)  # so that no file that it opens is open, and shared, in every worker
+        if first.dtype != torch.uint8:
+            raise Mistake(f"{type(self).__name__}: pixels(0) is {first.dtype}: must be uint8, of which to_float makes x_0")
+        self.shape = first.shape
 
     def name_of(self, i: int) -> str:
         """What to call image i in a message."""

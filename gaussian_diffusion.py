@@ -133,6 +133,7 @@ class GaussianDiffusion(DiffusionProcess):
                 )
             self.register_buffer(name, table.float(), persistent=False)
         density = self._time_density()
+        self._times_are_even = bool((density == density[0]).all())
         self.register_buffer("time_cdf", density.cumsum(0).float(), persistent=False)
         self.register_buffer("time_weight", (1 / (self.T * density)).float(), persistent=False)
         self._register_variance()
@@ -336,8 +337,8 @@ class GaussianDiffusion(DiffusionProcess):
         return self._loss(self.loss_mode, x0, self._times(t, x0), noise, condition)
 
     def _random_times(self, x0: Tensor) -> Tensor:
-        """[B] times of time_sampling's density on 1..T, spread evenly over the batch."""
-        if self.time_sampling == "uniform":
+        """[B] times of _time_density on 1..T, spread evenly over the batch."""
+        if self._times_are_even:
             return super()._random_times(x0)
         return torch.searchsorted(self.time_cdf, self._even_draws(x0), right=True).clamp(max=self.T - 1) + 1
 
@@ -479,6 +480,8 @@ class GaussianDiffusion(DiffusionProcess):
         x0_error = (self.x0_from_out.cpu().double() ** 2 * error / count).to(self.signal_scale)  # equation 12
         x0_error.clamp_(min=1e-12)  # a network that is never wrong must still leave sigma_1^2 positive
         if self.reverse_variance == "learnable":
+            if not isinstance(self.log_sigma_square, nn.Parameter):
+                raise ValueError("log_sigma_square: is computed from other parameters, and cannot be set")
             self.log_sigma_square.copy_(self._variance(x0_error).log())
         else:
             self.x0_error.copy_(x0_error)

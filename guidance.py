@@ -71,6 +71,8 @@ class ClassifierFreeGuidance(_Guidance):
 
     def __init__(self, net: nn.Module, weight: float, interval: tuple[float, float] = ALWAYS):
         super().__init__(net, weight, interval)
+        if isinstance(net, ClassifierFreeGuidance):
+            raise ValueError("net: is guided already, and guidance of guidance would be stronger than either weight says")
         if self.n_classes is None:
             raise ValueError("net: classifier-free guidance needs a network with classes, and this one has no n_classes")
 

@@ -7,7 +7,9 @@ The library's files raise ValueError for a bad argument. Where the argument came
 import argparse
 import contextlib
 import os
+import re
 import sys
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from typing import Any, NoReturn, TextIO
 # Whose ValueErrors are of arguments
 LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "diffusion_process", "gaussian_diffusion", "discrete_diffusion"}
 LIBRARY |= {"classify", "guidance", "editing", "mistakes", "dataset", "config", "checkpoint", "evaluation", "training"}
+WHILE = 5.0  # seconds
 OWN: set[str] = set()  # modules of the user's own, which config.find has imported
 
 
@@ -101,7 +104,7 @@ def run_script(script: str, work: Callable[[], int | None]) -> int:
     out, err = (stream and _Console(stream) for stream in (sys.stdout, sys.stderr))  # None where it is closed
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            return work() or 0
+            return _told_once(script, work) or 0
         except Mistake as mistake:
             print(f"{script}: {_one_line(mistake)}", file=sys.stderr)
             return 2
@@ -113,6 +116,21 @@ def run_script(script: str, work: Callable[[], int | None]) -> int:
         except KeyboardInterrupt:
             print(f"{script}: stopped by SIGINT", file=sys.stderr)
             return 130
+
+
+def _told_once(script: str, work: Callable[[], int | None]) -> int | None:
+    """work(). Ranks that fail together, or as another has failed, are ended by torchrun in this while: one alone tells it."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        return work()
+    except Exception as error:
+        lost = isinstance(error, RuntimeError) and re.search("by peer|remote process exited", str(error))  # by gloo, NCCL
+        if lost or rank != "0":
+            time.sleep(WHILE)
+        if not lost:
+            raise
+    print(f"{script}: rank {rank} has lost another rank, whose own output says why", file=sys.stderr)
+    return 1
 
 
 def _one_line(mistake: Mistake) -> str:

@@ -34,7 +34,7 @@ from mistakes import OneLineParser, run_script
 from training import speed
 from training.averages import Averages
 from training.batches import Batches, drop_labels
-from training.checks import bad_numbers, check_batch, check_fit, check_resume
+from training.checks import bad_numbers, check_batch, check_fit, check_ranks, check_resume
 from training.graph import Launcher
 from training.loggers import Loggers
 from training.meter import Meter, end_time, in_words, rounded
@@ -88,7 +88,7 @@ class Trainer:
         with self.stopper:
             self._build_model_and_data((state or {}).get("cluster_centres"))
         speed.prepare(self, deterministic)
-        self.parallel = self.ranks.parallel(self.model)
+        self.parallel = self.ranks.parallel(self.model, lambda model: speed.loss_of_two(self, model))
         self.optimizer = build_optimizer(self.cfg, self.model, self.device)
         self.scheduler = lr_schedule(self.cfg, lambda: self.total_steps, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cfg.precision == "fp16")
@@ -105,6 +105,7 @@ class Trainer:
         self.model = build_diffusion(self.config)  # before the data, which may be a long download
         images = self.ranks.in_turn(lambda: {split: build_dataset(self.config, split, centres) for split in ("train", "valid")})
         self.n_classes = getattr(self.model.time_aware_net, "n_classes", None)
+        check_ranks(self, images)
         check_fit(self, images)
         self.shape, self.class_names = images["train"].shape, images["train"].class_names
         self.class_counts = self.n_classes and images["train"].labels.bincount(minlength=self.n_classes).tolist()
@@ -165,7 +166,7 @@ class Trainer:
     @torch.no_grad()
     def _update(self, loss: Tensor, norm: Tensor, terms: list[tuple[Tensor, Tensor] | None]) -> None:
         """Step the optimizer; where a gradient is not finite, the fused step leaves everything as it is."""
-        total = sum((p.grad.sum() for p in self.model.parameters(recurse=False)), norm)  # with that of a learnable variance
+        total = sum((p.grad.sum() for p in self.model.parameters(recurse=False) if p.grad is not None), norm)  # and a variance
         bad = (~total.isfinite()).float()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # not by scaler.step, which would set its own
         self.optimizer.step()

@@ -14,7 +14,7 @@ from torchvision.utils import make_grid
 from files import whole_file
 from mistakes import Mistake
 
-LEAST_SIDE = 64  # pixels, of an image in a picture
+LEAST_SIDE, MOST_SIDE = 64, 512  # pixels: smaller images are enlarged in a picture, but to no more (a GIF has a limit)
 FONT_SIZE = 16  # pixels
 
 
@@ -33,7 +33,7 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Images [B, C, H, W], C = 1 or 3 (of more, the first three), side by side; by default about as many columns as rows."""
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
     pixels = _levels(images)
-    scale = max(1, math.ceil(LEAST_SIDE / min(images.shape[2:])))
+    scale = max(1, min(math.ceil(LEAST_SIDE / min(images.shape[2:])), MOST_SIDE // max(images.shape[2:])))
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return Image.fromarray(make_grid(pixels, columns, padding=2, pad_value=255).permute(1, 2, 0).numpy())
 

@@ -203,7 +203,8 @@ class Report:
 
         lines = [Series("training, mean since the record before", steps, of("train_loss"), "c0")]
         lines.append(Series("validation, averaged weights", steps, of("valid_loss"), "c1", points=True))
-        mode = self.state["config"]["diffusion"].get("loss_mode")
+        diffusion = self.state["config"]["diffusion"]
+        mode = diffusion.get("loss_mode") or diffusion.get("name")  # of one's own
         charts = [line_chart(f"Loss “{mode}” per dimension, of metrics.jsonl.", lines, "step", "loss", log_y=None, mark=mark)]
         charts += [self._loss_by_time(steps, of("loss_by_t"), mark), self._during("fd", mark), self._during("bpd", mark)]
         text = page.p(f"The dashed line is step {step}, at which this checkpoint was saved.") if mark else ""

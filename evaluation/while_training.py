@@ -33,6 +33,7 @@ BATCH_SIZE = 64  # samples that are drawn at a time to be measured
 @torch.no_grad()
 def valid_loss(run) -> float:
     """Mean loss on the validation set, over all ranks, with the same t and eps every time."""
+    run.ranks.copy_first(run.averages.buffers())  # which are saved
     total, count = torch.zeros((), device=run.device), 0
     for i, (pixels, labels) in enumerate(run.valid_data.epoch(0)):
         run.stopper.check()

@@ -75,8 +75,8 @@ def stop_at(monkeypatch, place: str, call: int) -> None:
     monkeypatch.setattr(train.Trainer, place, stopping)
 
 
-def torchrun(*argv: str, ranks: int = 2) -> None:
+def torchrun(*argv: str, ranks: int = 2, folder: Path = ROOT) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -577,3 +577,29 @@ def test_an_image_without_a_folder_of_its_class_is_named(tmp_path, names):
 def test_labels_of_another_kind_are_refused(tmp_path):
     with pytest.raises(Mistake, match=r"^labels = 'files': must be \"folders\""):
         ImageFolder(str(tmp_path), labels="files")
+
+
+def test_pixels_that_are_no_bytes_are_refused():
+    class Floats(ImageDataset):
+        def __len__(self):
+            return 3
+
+        def pixels(self, i):
+            return torch.full((1, 8, 8), -0.5)
+
+    with pytest.raises(Mistake, match=r"Floats: pixels\(0\) is torch\.float32: must be uint8"):
+        Floats()
+
+
+def test_a_file_that_is_opened_with_the_first_image_is_not_shared_by_workers():
+    class Opens(ImageDataset):
+        file = None
+
+        def __len__(self):
+            return 3
+
+        def image(self, i):
+            self.file = "open"
+            return Image.new("L", (8, 8))
+
+    assert Opens().file is None

@@ -884,3 +884,34 @@ def test_a_mistake_ends_the_table_in_one_line(flags, message, capsys, monkeypatc
     assert said.startswith("gaussian_diffusion.py: ")
     assert said.count("\n") == 1
     assert message in said
+
+
+class Late(GaussianDiffusion):
+    """Draws t in proportion to itself."""
+
+    def _time_density(self):
+        t = torch.arange(1, self.T + 1, dtype=torch.float64)
+        return t / t.sum()
+
+
+@pytest.mark.parametrize("time_sampling", ["uniform", "importance"])
+def test_times_are_drawn_by_the_density_of_ones_own(time_sampling):
+    diffusion = Late(CosineSchedule(10), TimeAwareMLP(1, 4, 1, 4), time_sampling=time_sampling)
+    diffusion(torch.zeros(10000, 1))
+    share = torch.bincount(diffusion.last_terms[0], minlength=11)[1:] / 10000
+    assert torch.allclose(share.double(), torch.arange(1, 11).double() / 55, atol=2e-3)
+    assert torch.allclose(share * diffusion.time_weight, torch.full((10,), 0.1), atol=2e-3)
+
+
+def test_a_variance_that_is_computed_is_not_fitted_to_nothing():
+    class Computed(GaussianDiffusion):
+        def _register_variance(self):
+            self.v = torch.nn.Parameter(torch.zeros(self.T))
+
+        @property
+        def log_sigma_square(self):
+            return self.v - 1
+
+    diffusion = Computed(CosineSchedule(10), TimeAwareMLP(1, 4, 1, 4), "learnable")
+    with pytest.raises(ValueError, match="log_sigma_square: is computed"):
+        diffusion.fit_reverse_variance([torch.zeros(4, 1)])

@@ -257,3 +257,9 @@ def test_a_label_that_is_no_tensor_is_named():
     net = ClassifierFreeGuidance(TimeAwareMLP(2, n_classes=3), 2.0)
     with pytest.raises(ValueError, match="label: 1: must be a long tensor"):
         net(torch.zeros(4, 2), torch.ones(4, dtype=torch.long), label=1)
+
+
+def test_guidance_is_not_set_twice():
+    net = TimeAwareMLP(2, 4, 1, 4, n_classes=3)
+    with pytest.raises(ValueError, match="net: is guided already"):
+        ClassifierFreeGuidance(ClassifierFreeGuidance(net, 2.0), 2.0)

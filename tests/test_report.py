@@ -30,6 +30,7 @@ from evaluation.charts import Axis, Series, line_chart
 from evaluation.features import cached_classifier, from_uint8, to_uint8
 from evaluation.metrics import bits_by_time
 from evaluation.nearest import Copies, nearer_than, nearest_training_images, training_image
+from evaluation.pictures import grid, save_gif
 from gaussian_diffusion import GaussianDiffusion
 
 VOID = {"meta", "link", "img", "input", "br"}
@@ -557,3 +558,9 @@ def test_a_loss_below_zero_is_drawn(tmp_path):
     assert sampling.main([*command, "-n", "4", "--report"]) == 0
     page = (out / "last_gen" / "report.html").read_text()
     assert "no value to draw" not in page
+
+
+def test_a_picture_of_long_signals_is_one_that_a_gif_can_be(tmp_path):
+    picture = grid(torch.zeros(16, 1, 2, 1024))
+    save_gif(tmp_path / "a.gif", [picture, picture])
+    assert picture.width == 4 * (1024 + 2) + 2

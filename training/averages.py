@@ -55,7 +55,7 @@ class Averages:
         self._gammas = [gamma_of(length) for length in cfg.power_ema]
         self._parameters = [list(average.parameters()) for average in self.power]
         self._models = run.model, run.ema
-        saved = {name for name in run.model.state_dict() if name.startswith("time_aware_net.")}
+        saved = set(run.model.state_dict()) - {"x0_error"}  # which training does not change
         self._buffers = [name for name, _ in run.model.named_buffers() if name in saved]
         count = cfg.power_ema_snapshots if self.power else 0
         self.snapshot_steps = {round(run.total_steps * i / count) for i in range(1, count + 1)}
@@ -71,6 +71,11 @@ class Averages:
             now, kept = (dict(model.named_buffers()) for model in self._models)
             for name in self._buffers:
                 kept[name].copy_(now[name])
+
+    def buffers(self) -> list[Tensor]:
+        """Those of the averaged model that training changes."""
+        kept = dict(self._models[1].named_buffers())
+        return [kept[name] for name in self._buffers]
 
     def tensors(self) -> list[Tensor]:
         """The weights and all averages of them."""

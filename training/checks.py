@@ -1,7 +1,9 @@
 """What can be known to be wrong before the first step, and what to say when the numbers go wrong later."""
 
+import copy
 import logging
 import math
+import zlib
 from pathlib import Path
 
 import torch
@@ -33,6 +35,19 @@ def check_resume(state: dict | None, ranks: Ranks) -> None:
     step = -1 if state is None else state["step"]
     if ranks.largest(step) != -ranks.largest(-step):
         raise Mistake("--resume: not all ranks see that checkpoint: put train_cfg.model_save_dirpath where all of them see it")
+
+
+def check_ranks(run, images: dict[str, ImageDataset]) -> None:
+    """Mistake if the ranks of a Trainer differ in what steps and batches follow from: they would wait for each other."""
+    found = {f"train_cfg.{key}": value for key, value in run.config["train_cfg"].items() if key != "model_save_dirpath"}
+    for split, data in images.items():
+        labels = "" if data.labels is None else f" with labels of checksum {zlib.crc32(data.labels.numpy()):08x}"
+        found[f"dataset.{split}"] = f"{len(data)} images{labels}"
+    everyone = run.ranks.gather_everywhere([found])
+    for key, value in found.items():
+        if any(each[key] != value for each in everyone):
+            values = ", ".join(str(each[key]) for each in everyone)
+            raise Mistake(f"{key}: must be the same on all ranks, and is {values}")
 
 
 def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> None:
@@ -96,7 +111,8 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
             if n_classes is not None and run.cfg.label_dropout:
                 _check_no_label(run, x)
         is_own = type(data) not in DATASETS.values()
-        if is_own and not data.is_random and not torch.equal(data.pixels(0), data.pixels(0)):
+        twin = copy.copy(data)  # as in ImageDataset
+        if is_own and not data.is_random and not torch.equal(twin.pixels(0), twin.pixels(0)):
             log.warning(f"dataset.{split}: {data.name_of(0)} changes from call to call, and may be read once: set is_random")
     model.train()
     train, valid = images["train"], images["valid"]

@@ -23,14 +23,15 @@ def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> 
     """
     if device.type not in ("cpu", "cuda"):
         raise Mistake(f"--device {device}: training needs cuda or cpu, whose fused optimizers can leave out a step")
-    network = list(diffusion.time_aware_net.parameters())
+    variance = getattr(diffusion, "log_sigma_square", None)  # of a learnable reverse variance
+    network = [p for p in diffusion.parameters() if p is not variance]  # and what a diffusion of one's own learns besides
     hidden = _hidden_matrices(diffusion.time_aware_net) if cfg.optimizer == "muon" else []
     inside = set(hidden)
     groups: list[dict[str, Any]] = [{"name": "network", "params": [p for p in network if p not in inside]}]
     if cfg.optimizer == "muon":
         groups.append({"name": "hidden", "params": hidden, "orthogonal": True, "momentum": cfg.muon_momentum})
-    if hasattr(diffusion, "log_sigma_square"):  # a learnable reverse variance
-        groups.append({"name": "variance", "params": [diffusion.log_sigma_square], "lr": cfg.variance_lr})
+    if variance is not None:
+        groups.append({"name": "variance", "params": [variance], "lr": cfg.variance_lr})
     kind = {"adam": torch.optim.Adam, "muon": Muon}[cfg.optimizer]
     return kind(groups, cfg.lr, fused=True)  # the fused step heeds found_inf
 

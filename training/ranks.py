@@ -52,27 +52,49 @@ class Ranks:
             if not self.rank:
                 self.largest(0)
 
+    def copy_first(self, tensors: list[Tensor]) -> None:
+        """Give all ranks what the first one has, in place."""
+        for x in tensors if self.world > 1 else ():
+            dist.broadcast(x, 0)
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
-    def parallel(self, model: nn.Module) -> nn.Module:
-        """The model, with its gradients averaged over the ranks."""
+    def parallel(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> nn.Module:
+        """The model, with its gradients averaged over the ranks. loss(model) is of a few images; no trace of it is left.
+
+        torch chooses the order in which it sums gradients after a first pass, which is none of the run's: else three ranks or
+        more would round otherwise after a resume than without one.
+        """
         if self.world == 1:
             return model
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # the older name is deprecated
-        buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-        return DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None, **buffers)
+        how = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        before = [(buffer, buffer.clone()) for buffer in model.buffers()]  # which BatchNorm, say, changes
+        with torch.random.fork_rng(devices=[]):
+            loss(model).backward()
+            how["find_unused_parameters"] = any(p.requires_grad and p.grad is None for p in model.parameters())
+            model.zero_grad()
+            parallel = DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None, **how)
+            loss(parallel).backward()
+        model.zero_grad()
+        for buffer, value in before:
+            buffer.copy_(value)
+        return parallel
 
     def gather(self, items: list) -> list:
         """The items of all ranks, on rank 0; on the others, their own."""
         if self.world == 1:
             return items
-        gathered = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(items, gathered, group=self.cpu_group)
-        return [item for part in gathered for item in part] if self.rank == 0 else items
+        of_all = []
+        for i in range(int(self.largest(len(items)))):  # one of each rank at a time: all at once are in memory four times
+            gathered = [None] * self.world if self.rank == 0 else None
+            dist.gather_object(items[i : i + 1], gathered, group=self.cpu_group)
+            of_all += [item for part in gathered or () for item in part]
+        return of_all if self.rank == 0 else items
 
     def gather_everywhere(self, items: list) -> list:
         """The items of all ranks, on every rank."""

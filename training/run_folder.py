@@ -46,7 +46,7 @@ class RunFolder:
         self.overwrite = self.results_too = False
         self.handle: int | None = None  # by which it is locked
         if not writes:
-            log.setLevel(logging.WARNING)  # one rank tells what goes on
+            log.setLevel(logging.ERROR)  # one rank tells what goes on
 
     def claim(self, resume: str | None, overwrite: bool) -> None:
         """Lock it, if it is there, and refuse what would harm the run in it. resume and overwrite are the Trainer's.

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import time
 
 from training.ranks import Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, what a cluster sends, a closed terminal
-RANKS_PERIOD = 10  # looks between two words of the ranks to each other: a word costs more than a look
+RANKS_PERIOD = 10  # looks, at most, between two words of the ranks to each other: a word costs more than a look
 
 
 class Stopped(Exception):
@@ -25,6 +26,7 @@ class Stopper:
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.signal, self.looks = ranks, 0, 0  # signal 0: none yet
+        self.period, self.told = 1, time.monotonic()  # looks from word to word, and when the last one was
 
     def __enter__(self) -> "Stopper":
         heeded = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
@@ -42,9 +44,13 @@ class Stopper:
     def check(self, save: bool = False) -> bool:
         """Raise Stopped if any rank got a signal; else, does any rank want to save? All ranks call this equally often."""
         self.looks += 1
-        if self.ranks.world > 1 and self.looks % RANKS_PERIOD:
+        if self.ranks.world > 1 and self.looks < self.period:
             return False
         word = self.ranks.largest(self.signal or 0.5 * save)
+        if self.ranks.world > 1:  # a look may be a step of seconds, and what sent a signal waits for no more than 30
+            seconds = self.ranks.largest((time.monotonic() - self.told) / self.looks)
+            self.period = min(RANKS_PERIOD, 1 + int(1 / seconds)) if seconds else RANKS_PERIOD
+            self.looks, self.told = 0, time.monotonic()
         if word >= 1:
             raise Stopped(int(word))
         return word > 0

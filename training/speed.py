@@ -108,6 +108,13 @@ def prepare(run, deterministic: bool) -> None:
     run.config["train_cfg"] |= {"precision": precision, "compile": compiling}
 
 
+def loss_of_two(run, model: nn.Module) -> Tensor:
+    """The loss of two grey images by the model of a Trainer, or by what is wrapped around it."""
+    x0, labels = torch.zeros(2, *run.shape, device=run.device), torch.zeros(2, dtype=torch.long, device=run.device)
+    with autocast(run.device, run.cfg.precision):
+        return model(run.model.x0_of(x0), run.cfg.chunk_size, condition=run.condition(labels))
+
+
 def _network_calls(run) -> tuple[int, int]:
     """Rows of a network call of training, and how many calls a step has."""
     batch, calls = min(run.cfg.batch_size, len(run.train_data.numbers)), run.cfg.grad_accum

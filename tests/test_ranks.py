@@ -1,0 +1,131 @@
+"""Several ranks: bits, networks of one's own, signals, and what is said when one of them fails."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from runs import ROOT, assert_same_state, losses, metrics, tiny, torchrun
+
+import checkpoint
+import mistakes
+from mistakes import Mistake, run_script
+from training import signals
+from training.signals import Stopped, Stopper
+
+NETS = """
+from torch import nn
+from time_aware_module import TimeAwareUNet
+
+
+class Unused(TimeAwareUNet):
+    def __init__(self, n_channels: int):
+        super().__init__(n_channels, 8, ch_mult=(1,), num_res_blocks=1)
+        self.extra = nn.Linear(3, 3)
+
+
+class Normed(nn.Module):
+    def __init__(self, n_channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(n_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, n_channels, 1))
+
+    def forward(self, xt, t):
+        return self.layers(xt)
+"""
+
+DATA = """
+import os
+from dataset import Digits
+
+
+class Data(Digits):
+    def __init__(self, train: bool = True, pipeline=()):
+        super().__init__(train, pipeline)
+        if os.environ["RANK"] == "1":
+            self.images, self.labels = self.images[:-600], self.labels[:-600]
+"""
+
+
+def trained(folder: Path, argv: list[str], ranks: int = 2) -> None:
+    torchrun(str(ROOT / "train.py"), *argv, ranks=ranks, folder=folder)
+
+
+def of_net(folder: Path, net: str, *more: str, flags: tuple[str, ...] = ()) -> list[str]:
+    argv = [each for each in tiny(folder, *more, flags=flags) if not each.startswith("time_aware_net")]
+    return [*argv, f"time_aware_net.name=my_nets.{net}", 'time_aware_net.kwargs={"n_channels": 1}']
+
+
+def test_three_ranks_stopped_and_resumed_are_the_run_never_stopped(tmp_path):
+    """With three, the order of a sum shows, which torch's DDP chooses after its first pass."""
+    few = "train_cfg.batch_size=510"
+    trained(tmp_path, tiny(tmp_path / "whole", few), 3)
+    for steps in ("3", "null"):
+        trained(tmp_path, tiny(tmp_path / "parts", few, f"train_cfg.max_steps={steps}", flags=("--resume",)), 3)
+    whole, parts = (checkpoint.load(tmp_path / name / "last.pth") for name in ("whole", "parts"))
+    for name in ("model", "ema", "optimizer", "best_loss"):
+        assert_same_state(whole[name], parts[name], name)
+
+
+def test_two_ranks_train_a_network_with_a_parameter_that_it_does_not_use(tmp_path):
+    (tmp_path / "my_nets.py").write_text(NETS)
+    trained(tmp_path, of_net(tmp_path / "run", "Unused"))
+    assert losses(tmp_path / "run")[-1][0] == 8
+
+
+def test_two_ranks_validate_the_batchnorm_that_is_saved(tmp_path):
+    (tmp_path / "my_nets.py").write_text(NETS)
+    trained(tmp_path, of_net(tmp_path / "whole", "Normed"))
+    for steps in ("6", "null"):
+        trained(tmp_path, of_net(tmp_path / "parts", "Normed", f"train_cfg.max_steps={steps}", flags=("--resume",)))
+    assert metrics(tmp_path / "whole")[-1]["valid_loss"] == metrics(tmp_path / "parts")[-1]["valid_loss"]
+
+
+def test_two_ranks_with_other_data_are_refused_and_do_not_wait_for_each_other(tmp_path):
+    (tmp_path / "my_data.py").write_text(DATA)
+    with pytest.raises(AssertionError, match=r"dataset\.train: must be the same on all ranks, and is 1617 images"):
+        trained(tmp_path, tiny(tmp_path / "run", "dataset.name=my_data.Data"))
+
+
+def test_with_slow_steps_the_ranks_hear_a_signal_within_two(clock):
+    stopper = Stopper(SimpleNamespace(world=2, largest=lambda value: value))
+    for step in range(40):
+        clock.now += 4
+        stopper.signal = 15 * (step >= 25)
+        try:
+            stopper.check()
+        except Stopped:
+            break
+    assert step <= 26
+
+
+def test_fast_steps_cost_few_words(clock):
+    words = []
+    stopper = Stopper(SimpleNamespace(world=2, largest=lambda value: words.append(value) or value))
+    for _ in range(1000):
+        clock.now += 0.002
+        stopper.check()
+    assert len(words) <= 2 * 1000 / signals.RANKS_PERIOD + 4
+
+
+def test_a_rank_that_has_lost_another_says_so_in_a_line(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(mistakes, "WHILE", 0.0)
+
+    def work():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:413.")
+
+    assert run_script("train.py", work) == 1
+    assert capsys.readouterr().err == "train.py: rank 0 has lost another rank, whose own output says why\n"
+
+
+def test_a_mistake_of_all_ranks_is_said_by_the_first_at_once(monkeypatch):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+
+    def work():
+        raise Mistake("no")
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run_script("train.py", work) == 2
+    assert len(slept) == 1
