@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 # Whose ValueErrors are of arguments
 LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "diffusion_process", "gaussian_diffusion", "discrete_diffusion"}
 LIBRARY |= {"classify", "guidance", "editing", "mistakes", "dataset", "config", "checkpoint", "evaluation", "training"}
-WHILE = 5.0  # seconds
+WHILE = 5.0  # seconds that a rank waits before it tells of a failure: torchrun has ended it by then, if another told of it
 OWN: set[str] = set()  # modules of the user's own, which config.find has imported
 
 
@@ -119,7 +119,7 @@ def run_script(script: str, work: Callable[[], int | None]) -> int:
 
 
 def _told_once(script: str, work: Callable[[], int | None]) -> int | None:
-    """work(). Ranks that fail together, or as another has failed, are ended by torchrun in this while: one alone tells it."""
+    """work(), of which only the first rank tells a failure at once; and of a lost rank, nothing but that it is lost."""
     rank = os.environ.get("RANK", "0")
     try:
         return work()

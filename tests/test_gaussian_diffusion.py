@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from beta_schedule import ConstantSchedule, CosineSchedule, LinearSchedule
 from gaussian_diffusion import GaussianDiffusion, main
 from time_aware_module import TimeAwareMLP
+from training.optimizers import build_optimizer
 
 LOSSES = ("simple", "full", "min_snr")
 SCHEDULE = LinearSchedule(12, 0.01, 0.4)
@@ -903,15 +905,22 @@ def test_times_are_drawn_by_the_density_of_ones_own(time_sampling):
     assert torch.allclose(share * diffusion.time_weight, torch.full((10,), 0.1), atol=2e-3)
 
 
-def test_a_variance_that_is_computed_is_not_fitted_to_nothing():
-    class Computed(GaussianDiffusion):
-        def _register_variance(self):
-            self.v = torch.nn.Parameter(torch.zeros(self.T))
+class Computed(GaussianDiffusion):
+    """Learns the variance by way of another parameter."""
 
-        @property
-        def log_sigma_square(self):
-            return self.v - 1
+    def _register_variance(self):
+        self.v = nn.Parameter(torch.zeros(self.T))
 
+    @property
+    def log_sigma_square(self):
+        return self.v - 1
+
+
+def test_a_variance_that_is_computed_is_trained_and_not_fitted_to_nothing():
     diffusion = Computed(CosineSchedule(10), TimeAwareMLP(1, 4, 1, 4), "learnable")
     with pytest.raises(ValueError, match="log_sigma_square: is computed"):
         diffusion.fit_reverse_variance([torch.zeros(4, 1)])
+    cfg = SimpleNamespace(optimizer="adam", lr=1e-3)
+    diffusion(torch.zeros(40, 1)).backward()
+    build_optimizer(cfg, diffusion, torch.device("cpu")).step()
+    assert diffusion.v.abs().min() > 0

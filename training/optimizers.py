@@ -30,7 +30,7 @@ def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> 
     groups: list[dict[str, Any]] = [{"name": "network", "params": [p for p in network if p not in inside]}]
     if cfg.optimizer == "muon":
         groups.append({"name": "hidden", "params": hidden, "orthogonal": True, "momentum": cfg.muon_momentum})
-    if variance is not None:
+    if isinstance(variance, nn.Parameter):  # and not computed from others
         groups.append({"name": "variance", "params": [variance], "lr": cfg.variance_lr})
     kind = {"adam": torch.optim.Adam, "muon": Muon}[cfg.optimizer]
     return kind(groups, cfg.lr, fused=True)  # the fused step heeds found_inf
