@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,6 @@ from evaluation.pictures import grid, plain, save_gif, save_png
 from evaluation.report import Report, Sampled
 from evaluation.sampling import Drawn, draw, labels_by_row, labels_in_shares
 from files import as_json, whole_file
-from gaussian_diffusion import GaussianDiffusion
 from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
 from samplers import SAMPLERS
@@ -56,6 +55,18 @@ REPORT_DEFAULTS = {"n": 160, "timesteps": 200, "bpd_images": 200, "bpd_timesteps
 # Flags that no edit heeds
 NOT_OF_EDITS = ("metrics", "fit_variance", "compile", "eta", "precision", "frames", "pictures", "features", "classifier")
 NOT_OF_EDITS += ("weighting", "bpd_images", "bpd_timesteps")
+
+
+class Job(NamedTuple):
+    """What samples are drawn of, with one --ema-length and one --guidance."""
+
+    diffusion: nn.Module  # on the device, guided if that is asked for
+    state: dict  # of its checkpoint
+    path: Path  # of the checkpoint
+    shape: list[int]  # of a sample, [C, H, W]
+    options: dict  # of diffusion.trajectory
+    labels: Tensor | None  # [n]
+    columns: int | None  # of the grid, with a row a class
 
 
 def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, config: dict) -> None:
@@ -119,7 +130,7 @@ def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path) 
         save(target, model_of(state) | {"ema": evaluation.diffusion.state_dict(), "fitted": count})
 
 
-def set_speed(diffusion: GaussianDiffusion, x0: Tensor, asked: str, compiled: bool, ranks: Ranks) -> str:
+def set_speed(diffusion: nn.Module, x0: Tensor, asked: str, compiled: bool, ranks: Ranks) -> str:
     """The precision to sample images like x0 in; the network is compiled if that is asked for."""
     speed.channels_last(diffusion)
     speed.set_flags(asked)
@@ -183,7 +194,7 @@ def guide(diffusion: nn.Module, state: dict, weight: float, interval: list[int] 
     diffusion.time_aware_net = guided
 
 
-def edit_of(args: argparse.Namespace, shape: list[int]) -> Edit | None:
+def edit_of(args: argparse.Namespace, shape: list[int], ranks: Ranks) -> Edit | None:
     """The edit that the flags ask for, if they do."""
     asked = {kind: getattr(args, kind) for kind in EDITS if getattr(args, kind)}
     if len(asked) > 1 or bool(args.mask) != ("inpaint" in asked):
@@ -191,6 +202,8 @@ def edit_of(args: argparse.Namespace, shape: list[int]) -> Edit | None:
     if not asked:
         return None
     [(kind, paths)] = asked.items()
+    if ranks.world > 1:
+        raise Mistake(f"--{kind}: is done by one process; start test.py without torchrun")
     strength = 0.5 if args.strength is None else args.strength
     return Edit(kind, paths if isinstance(paths, list) else [paths], shape, args.mask, strength)
 
@@ -204,17 +217,13 @@ def save_edited(folder: Path, given: Tensor, samples: Tensor) -> None:
     print(f"{folder}: 0.png .. {len(samples) - 1}.png, grid.png (first what was given)")
 
 
-def edit_images(
-    args: argparse.Namespace, edit: Edit, diffusion: nn.Module, path: Path, labels: Tensor | None, sampler, ranks: Ranks
-) -> None:
-    """Draw what an edit asks for, and save it beside the checkpoint's path."""
-    if ranks.world > 1:
-        raise Mistake(f"--{edit.kind}: is done by one process; start test.py without torchrun")
+def edit_images(args: argparse.Namespace, edit: Edit, job: Job) -> None:
+    """Draw what an edit asks for, and save it beside the checkpoint."""
     speed.set_flags("fp32")
-    how = {"timesteps": args.timesteps, "clip_x0": not args.no_clip}
-    how |= {"sampler": sampler} if edit.kind == "from" else {}
-    samples = edit.samples(diffusion, args.n, args.batch_size, args.seed, labels, **how)
-    save_edited(path.with_name(f"{path.stem}_{edit.kind}"), edit.picture(), samples)
+    heeded = ("timesteps", "clip_x0", "sampler") if edit.kind == "from" else ("timesteps", "clip_x0")
+    how = {name: job.options[name] for name in heeded}
+    samples = edit.samples(job.diffusion, args.n, args.batch_size, args.seed, job.labels, **how)
+    save_edited(job.path.with_name(f"{job.path.stem}_{edit.kind}"), edit.picture(), samples)
 
 
 def refuse_for_symbols(args: argparse.Namespace) -> None:
@@ -224,15 +233,13 @@ def refuse_for_symbols(args: argparse.Namespace) -> None:
             raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of symbols, and this is only for numbers")
 
 
-def evaluation_of(
-    args: argparse.Namespace, diffusion: nn.Module, state: dict, shape: list[int], ranks: Ranks, datasets: dict
-) -> Evaluation:
-    """What the flags ask to measure of the model and of its samples [C, H, W], before these are drawn."""
+def evaluation_of(args: argparse.Namespace, job: Job, ranks: Ranks, datasets: dict[str, ImageDataset]) -> Evaluation:
+    """What the flags ask to measure of the model and of its samples, before these are drawn."""
     names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
     how = {name: getattr(args, name) for name in names}
-    how |= {"guided": args.guidance is not None, "other_size": shape != state["shape"], "datasets": datasets}
-    how |= {"class_names": state.get("class_names"), "centres": state.get("cluster_centres")}
-    return Evaluation(diffusion, state["config"], ranks, **how)
+    how |= {"guided": args.guidance is not None, "other_size": job.shape != job.state["shape"], "datasets": datasets}
+    how |= {"class_names": job.state.get("class_names"), "centres": job.state.get("cluster_centres")}
+    return Evaluation(job.diffusion, job.state["config"], ranks, **how)
 
 
 def load_model(args: argparse.Namespace, ema_length: float | None, ranks: Ranks) -> tuple[nn.Module, dict, Path]:
@@ -261,13 +268,8 @@ def run_each(args: argparse.Namespace) -> None:
         print(f"least {args.metrics[0]}: {found[best]:.4f}, with {' '.join(flags)}")
 
 
-def run(
-    args: argparse.Namespace, ema_length: float | None, weight: float | None, ranks: Ranks, datasets: dict[str, ImageDataset]
-) -> float | None:
-    """Do what the flags ask for, with one length and one weight; the figure of the first metric, if rank 0 has one.
-
-    datasets are those that were built before, by split.
-    """
+def job_of(args: argparse.Namespace, ema_length: float | None, weight: float | None, ranks: Ranks) -> Job:
+    """Load the model, and check what the flags ask of its samples."""
     diffusion, state, path = load_model(args, ema_length, ranks)
     diffusion.to(ranks.device)
     n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
@@ -283,8 +285,6 @@ def run(
     options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
-    if args.report:  # first, as it may find a fault of a sampler of the user's own
-        chain = [*diffusion.steps(args.timesteps, sampler), 0], diffusion.network_calls(args.timesteps, sampler)
     labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"), state.get("class_counts"))
     if n_classes and labels is None and not state["config"]["train_cfg"]["label_dropout"]:
         raise Mistake("--class: the network was trained with train_cfg.label_dropout = 0, and knows nothing without a label")
@@ -292,42 +292,55 @@ def run(
         guide(diffusion, state, weight, args.interval, args.guide)
         if labels is None and not args.guide:
             raise Mistake("--guidance: exaggerates a class; add --class (a number, a name, all or data), or --guide WEAKER")
-    if edit := edit_of(args, shape):
-        check_writable(path.parent)
-        if ema_length is not None:
-            save(path, state)
-        edit_images(args, edit, diffusion, path, labels, sampler, ranks)
-        return None
-    evaluation = evaluation_of(args, diffusion, state, shape, ranks, datasets)
+    return Job(diffusion, state, path, shape, options, labels, columns)
+
+
+def run(
+    args: argparse.Namespace, ema_length: float | None, weight: float | None, ranks: Ranks, datasets: dict[str, ImageDataset]
+) -> float | None:
+    """Do what the flags ask for, with one length and one weight; the figure of the first metric, if rank 0 has one.
+
+    datasets are those that were built before, by split.
+    """
+    job = job_of(args, ema_length, weight, ranks)
+    edit, evaluation = edit_of(args, job.shape, ranks), evaluation_of(args, job, ranks, datasets)
     metrics = {name: build_metric(name, evaluation, "--metrics") for name in args.metrics}
-    weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
-    folder = path.with_name(f"{path.stem}{weight_name}_gen")
-    check_writable(path.parent)
+    check_writable(job.path.parent)
     if ema_length is not None and ranks.rank == 0:
-        save(path, state)
-    report = Report(evaluation, metrics, path, state, args.command) if args.report else None
-    x0 = torch.zeros(min(args.n, args.batch_size, speed.PROBE_ROWS), *shape, device=ranks.device)
-    precision = set_speed(diffusion, diffusion.x0_of(x0), args.precision, args.compile, ranks)
-    shown, columns = pictured(args, n_classes, columns)
+        save(job.path, job.state)
+    if edit:
+        edit_images(args, edit, job)
+        return None
+    report, chain = None, ()
+    if args.report:
+        steps = job.options["timesteps"], job.options["sampler"]
+        chain = [*job.diffusion.steps(*steps), 0], job.diffusion.network_calls(*steps)  # first: a sampler of one's own may fail
+        report = Report(evaluation, metrics, job.path, job.state, args.command)
+    x0 = job.diffusion.x0_of(torch.zeros(min(args.n, args.batch_size, speed.PROBE_ROWS), *job.shape, device=ranks.device))
+    precision = set_speed(job.diffusion, x0, args.precision, args.compile, ranks)
+    shown, columns = pictured(args, evaluation.n_classes, job.columns)
     with speed.autocast(ranks.device, precision):
         if args.fit_variance:
-            target = path.with_stem(f"{path.stem}{'_raw' if args.raw else ''}_fitted")
-            fit_variance(evaluation, state, args.fit_variance, target)
-        how = {name: getattr(args, name) for name in ("batch_size", "seed", "frames")}
+            target = job.path.with_stem(f"{job.path.stem}{'_raw' if args.raw else ''}_fitted")
+            fit_variance(evaluation, job.state, args.fit_variance, target)
+        how = job.options | {name: getattr(args, name) for name in ("batch_size", "seed", "frames")}
         start = time.perf_counter()
-        drawn = draw(diffusion, args.n, shape, **options, **how, pictures=shown, labels=labels, ranks=ranks)
+        drawn = draw(job.diffusion, args.n, job.shape, **how, pictures=shown, labels=job.labels, ranks=ranks)
         seconds = time.perf_counter() - start
     if bad := int((~drawn.samples.isfinite()).sum()):  # of all samples on rank 0, which the other ranks need not hear of
         raise Mistake(f"--sampler {args.sampler}: {bad} values of the samples are not finite")
     evaluation.samples = drawn.samples
+    weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
+    folder = job.path.with_name(f"{job.path.stem}{weight_name}_gen")
     if ranks.rank == 0:
         save_pictures(folder, drawn, shown, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
-    settings = vars(args) | {"ema_length": ema_length, "guidance": weight, "step": state.get("step"), "precision": precision}
+    settings = vars(args) | {"ema_length": ema_length, "guidance": weight}
+    settings |= {"step": job.state.get("step"), "precision": precision}
     results = measure(metrics, folder / "metrics.json", settings, precision, ranks)
     if report and ranks.rank == 0:
-        words = in_words(args, precision, weight)
-        report.write(folder / "report.html", Sampled(drawn, labels, columns, *chain, seconds, words), results)
+        sampled = Sampled(drawn, job.labels, columns, *chain, seconds, in_words(args, precision, weight))
+        report.write(folder / "report.html", sampled, results)
     first = args.metrics[0] if args.metrics and ranks.rank == 0 else None
     return results[first].get(getattr(metrics[first], "figure", None)) if first in results else None
 
@@ -444,20 +457,26 @@ def _check(args: argparse.Namespace, default: Callable[[str], object]) -> None:
         if len(values or []) > 1 and (edits or not args.metrics):
             of_edits = f", and {edits[0]} has none" if edits else ""
             raise Mistake(f"{flag} with several values needs --metrics to tell them apart{of_edits}")
-    ignored = [name for name in NOT_OF_EDITS if getattr(args, name) != default(name)] if edits else []
-    ignored += ["sampler"] if edits and args.sampler != default("sampler") and not getattr(args, "from") else []
-    if ignored:
-        raise Mistake(f"{edits[0]}: leave out {', '.join('--' + name.replace('_', '-') for name in ignored)}")
     if args.strength is not None and not getattr(args, "from"):
         raise Mistake("--strength is of --from")
+    if args.seed < 0:
+        raise Mistake(f"--seed = {args.seed}: must be at least 0")
+    if edits:
+        _check_edit(args, edits, default)
+
+
+def _check_edit(args: argparse.Namespace, edits: list[str], default: Callable[[str], object]) -> None:
+    """Mistake if a flag does not go together with the edits that are asked for."""
+    ignored = [name for name in NOT_OF_EDITS if getattr(args, name) != default(name)]
+    ignored += ["sampler"] if args.sampler != default("sampler") and not getattr(args, "from") else []
+    if ignored:
+        raise Mistake(f"{edits[0]}: leave out {', '.join('--' + name.replace('_', '-') for name in ignored)}")
     if args.interpolate and args.label in ("all", "data"):
         raise Mistake(f"--interpolate: is of one class, not of --class {args.label}")
     if args.interpolate and args.n == 1:
         raise Mistake("-n 1: --interpolate needs at least 2, the two ends")
-    if args.report and edits:
+    if args.report:
         raise Mistake(f"--report is of samples: leave out {', '.join(edits)}")
-    if args.seed < 0:
-        raise Mistake(f"--seed = {args.seed}: must be at least 0")
 
 
 if __name__ == "__main__":

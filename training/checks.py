@@ -92,11 +92,20 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
     """Try the network of a Trainer on one image of each data set; warn of images that are no validation, and of a prior that is
     no noise.
     """
+    _check_network(run, images)
+    _warn_of_images(run, images)
+    if run.model.n_levels:  # what is left of x_0 at T is part of p(x_T)
+        return
+    alpha_bar = run.model.signal_scale[-1].item() ** 2
+    if alpha_bar > 0.01:
+        log.warning(
+            f"alpha_bar_T = {alpha_bar:.3g} is above 0.01: x_T keeps some of the image, and samples that start from N(0, I) "
+            "start wrong; use more timesteps or larger betas"
+        )
+
+
+def _check_network(run, images: dict[str, ImageDataset]) -> None:
     model, n_classes = run.model, run.n_classes
-    for split, data in images.items():
-        root = getattr(data, "root", None) if isinstance(data, ImageFolder) else None  # a subclass may have none
-        if root and run.folder.path.resolve().is_relative_to(Path(root).resolve()):
-            log.warning(f"{run.folder.path}: lies among the images of dataset.{split}: its pictures will be some of them")
     if n_classes is None and run.config["time_aware_net"]["kwargs"].get("n_classes") is not None:
         raise Mistake("time_aware_net: takes n_classes and does not keep it as self.n_classes, so that it would get no labels")
     _check_labels(n_classes, images)
@@ -110,24 +119,23 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
             _check_call(model, x, run.condition(label))
             if n_classes is not None and run.cfg.label_dropout:
                 _check_no_label(run, x)
+    model.train()
+
+
+def _warn_of_images(run, images: dict[str, ImageDataset]) -> None:
+    for split, data in images.items():
+        root = getattr(data, "root", None) if isinstance(data, ImageFolder) else None  # a subclass may have none
+        if root and run.folder.path.resolve().is_relative_to(Path(root).resolve()):
+            log.warning(f"{run.folder.path}: lies among the images of dataset.{split}: its pictures will be some of them")
         is_own = type(data) not in DATASETS.values()
         twin = copy.copy(data)  # as in ImageDataset
         if is_own and not data.is_random and not torch.equal(twin.pixels(0), twin.pixels(0)):
             log.warning(f"dataset.{split}: {data.name_of(0)} changes from call to call, and may be read once: set is_random")
-    model.train()
     train, valid = images["train"], images["valid"]
     if shared := shared_images(train, valid):
         log.warning(f"dataset.valid: {shared} of its {len(valid)} images are in dataset.train, so that training sees them")
     if train.shape != valid.shape:
         log.warning(f"dataset.valid: its images have the shape {list(valid.shape)}, and those to train on {list(train.shape)}")
-    if model.n_levels:  # what is left of x_0 at T is part of p(x_T)
-        return
-    alpha_bar = model.signal_scale[-1].item() ** 2
-    if alpha_bar > 0.01:
-        log.warning(
-            f"alpha_bar_T = {alpha_bar:.3g} is above 0.01: x_T keeps some of the image, and samples that start from N(0, I) "
-            "start wrong; use more timesteps or larger betas"
-        )
 
 
 @torch.no_grad()

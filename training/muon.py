@@ -59,10 +59,12 @@ class Muon(torch.optim.Adam):
     def step(self) -> None:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-        for group in self.param_groups:
-            if group.get("orthogonal"):
-                self._step_orthogonal(group)
-        torch.set_float32_matmul_precision(before)
+        try:
+            for group in self.param_groups:
+                if group.get("orthogonal"):
+                    self._step_orthogonal(group)
+        finally:
+            torch.set_float32_matmul_precision(before)
         super().step()  # passes over weights without a gradient
 
     def _step_orthogonal(self, group: dict) -> None:
