@@ -122,6 +122,7 @@ MAY_CHANGE = {"epochs", "max_steps", "record_period", "save_period", "save_best"
 MAY_CHANGE |= {"sampler", "sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers"}
 MAY_CHANGE |= {"metric_period", "metrics", "metric_samples", "metric_features", "metric_share", "power_ema_snapshots"}
 MAY_CHANGE |= {"cuda_graph", "compile", "dataset.train.root", "dataset.valid.root", "dataset.test.root"}
+RETIRED = {"references"}  # keys of train_cfg that older versions wrote into every checkpoint: of training alone
 
 
 # Checks
@@ -392,9 +393,11 @@ def resolve(config: Any, stored: bool = False) -> dict:
     """A config with every default written out; Mistake if a key is unknown, missing or of the wrong type.
 
     stored: it comes out of a checkpoint. A data set or transform of the user's own is then left as it stands, to be looked at
-    by build_dataset, so that a checkpoint can be sampled where the data's code is not.
+    by build_dataset, so that a checkpoint can be sampled where the data's code is not. What is RETIRED is left out.
     """
     config = _object("", config, ["schedule", "time_aware_net", "diffusion", "dataset", "train_cfg"])
+    if stored and isinstance(config["train_cfg"], dict):
+        config["train_cfg"] = {key: value for key, value in config["train_cfg"].items() if key not in RETIRED}
     resolved = {
         "schedule": _named("schedule", config["schedule"], SCHEDULES, object),
         "time_aware_net": _named("time_aware_net", config["time_aware_net"], NETWORKS, nn.Module),

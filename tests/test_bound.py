@@ -306,6 +306,16 @@ def test_the_fit_is_saved_with_the_state_and_restored(reverse_variance):
     assert not torch.allclose(restored.sigma_square, before, rtol=0.01)
 
 
+@pytest.mark.parametrize("reverse_variance", VARIANCES)
+def test_the_fit_to_a_network_that_is_never_wrong_leaves_a_variance(reverse_variance):
+    diffusion, x0 = GaussianDiffusion(SCHEDULE, Constant(0.3), reverse_variance, "reconstruction"), torch.full((8, 2), 0.3)
+    diffusion.fit_reverse_variance([x0])
+    sigma_square = diffusion.sigma_square.detach().double()
+    assert 0 < sigma_square[0] < 1e-10
+    torch.testing.assert_close(sigma_square[1:], BOOK.posterior_variance[2:], rtol=1e-5, atol=0)
+    assert diffusion.variational_bound(x0).total.isfinite().all()
+
+
 def test_the_fitted_variance_is_the_one_that_p_sample_uses():
     diffusion = optimal("sigma_bar_square", "denoising")
     diffusion.fit_reverse_variance([GAUSSIAN.sample(6000)])

@@ -209,6 +209,14 @@ def test_a_transform_as_checkpoints_hold_it_stays_the_same(stored):
     assert pipeline(stored) == [stored]
 
 
+def test_a_checkpoint_may_have_a_key_that_is_no_more_and_a_config_may_not():
+    config = digits()
+    config["train_cfg"]["references"] = 0
+    assert resolve(config, stored=True) == resolve(digits())
+    with pytest.raises(Mistake, match=r"train_cfg\.references: unknown key"):
+        resolve(config)
+
+
 def test_what_only_scales_to_the_range_that_images_have_anyway_drops_out():
     normalize = {"name": "Normalize", "mean": [0.5, 0.5, 0.5], "std": [0.5]}
     assert pipeline({"name": "RandomHorizontalFlip"}, {"name": "ToTensor"}, normalize) == [{"name": "RandomHorizontalFlip"}]

@@ -355,21 +355,24 @@ def test_no_rounding_takes_a_bounded_x0_out_of_its_bounds(prediction, said):
         close(found, x0.clamp(-1, 1), atol=2e-5)
 
 
-def test_the_bound_of_a_bounded_x0_is_that_of_a_network_that_clips():
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_bound_of_a_bounded_x0_is_that_of_a_network_that_clips(prediction):
     x0 = torch.randint(0, 256, (6, 3)) / 127.5 - 1
     x0[:, 0] = torch.tensor([-1.0, 1.0]).repeat(3)
 
-    class Unclamped(nn.Module):
+    class Unclamped(nn.Module):  # what says in this prediction that x_0 is 1.5 x_t
         def forward(self, xt, t):
-            return 1.5 * xt
+            x0 = 1.5 * xt
+            eps = (xt - BOOK.alpha_bar.sqrt()[t, None] * x0) / (1 - BOOK.alpha_bar).sqrt()[t, None]
+            return BOOK.target(prediction, x0, eps, t).float()
 
     found = [
         diffusion.variational_bound(x0, discretized=True, generator=torch.Generator().manual_seed(0))
-        for diffusion in (bounded("reconstruction", Unclamped()), bounded("reconstruction", Clamped(), False))
+        for diffusion in (bounded(prediction, Unclamped()), bounded("reconstruction", Clamped(), False))
     ]
     for ours, expected in zip(*found, strict=True):
-        close(ours, expected)
-    wide = bounded("reconstruction", Unclamped(), False).variational_bound(x0, True, generator=torch.Generator().manual_seed(0))
+        close(ours, expected, rtol=1e-4)
+    wide = bounded(prediction, Unclamped(), False).variational_bound(x0, True, generator=torch.Generator().manual_seed(0))
     assert (wide.total > found[0].total).all()
 
 
@@ -476,6 +479,16 @@ def test_the_simple_loss_trains_the_network_and_the_bound_the_variance(loss_mode
     close(of_variance, analytic, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("loss_mode", ["simple", "min_snr"])
+def test_the_network_of_a_bounded_x0_learns_nothing_from_the_variances_part(loss_mode, prediction):
+    net, x0, eps = TimeAwareMLP(3, 32), 2 * torch.rand(12, 3) - 1, torch.randn(12, 3)
+    kinds = [(variance, prediction, loss_mode, True) for variance in ("learnable", "beta")]
+    losses = [GaussianDiffusion(SCHEDULE, net, *kind).loss(x0, ALL_TIMES, eps).sum() for kind in kinds]
+    for a, b in zip(*(torch.autograd.grad(loss, list(net.parameters())) for loss in losses), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
 def test_loss_simple_is_the_simple_loss_whatever_the_setting():
     # a network that is wrong by 2 everywhere costs 4 at any time
     net = OptimalNet(GAUSSIAN, SCHEDULE.beta, "reconstruction")
@@ -492,8 +505,10 @@ def test_loss_simple_leaves_its_times_and_their_losses_unweighted(loss_mode):
 
     drawn = {} if loss_mode == "full" else {"time_sampling": "importance"}
     diffusion = GaussianDiffusion(SCHEDULE, SaysTime(), "beta", "reconstruction", loss_mode, **drawn)
-    loss = diffusion.loss_simple(torch.zeros(50, 3))
+    loss = diffusion.loss_simple(torch.zeros(50, 3, requires_grad=True))
     t, terms = diffusion.last_terms
+    assert loss.requires_grad
+    assert not terms.requires_grad  # or it would keep the step's activations
     close(terms, t**2)
     assert len(t.unique()) > 6
     best = best_error_of_unit_variance("reconstruction", loss_mode)
@@ -838,6 +853,13 @@ def test_a_condition_that_is_none_is_refused(loss_mode):
     for batch in ([x0], (x0, label, label), "x0"):
         with pytest.raises(ValueError, match="batches: each must be x_0"):
             diffusion.fit_reverse_variance([batch])
+
+
+def test_noise_of_another_shape_is_refused():
+    diffusion, x0, noise = GaussianDiffusion(LinearSchedule(10), Elementwise()), torch.randn(3, 2), torch.randn(3, 1)
+    for call in (diffusion.q_sample, diffusion.loss):
+        with pytest.raises(ValueError, match=r"noise of shape \[3, 1\]: must have the shape of x, \[3, 2\]"):
+            call(x0, 2, noise)
 
 
 def test_the_posterior_of_two_shapes_is_refused():

@@ -764,6 +764,16 @@ def test_without_signal_at_T_samples_have_the_moments_of_the_data(sampler, times
     assert (x0.std(0) / deviation - 1).abs().max() < 0.04
 
 
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
+def test_without_signal_at_T_the_first_step_is_from_the_mean_of_the_data(sampler):
+    diffusion, x_T = optimal("velocity", schedule=ZeroTerminal()), torch.randn(5, 2)
+    (_, first), (t, x), *_ = diffusion.trajectory((5, 2), sampler, [200, 60, 1], x_T=x_T)
+    assert torch.equal(first, x_T)
+    alpha_bar = ZeroTerminal().alpha_bar[t - 1].item()
+    expected = math.sqrt(1 - alpha_bar) * x_T + math.sqrt(alpha_bar) * GAUSSIAN.means[0].float()
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
+
+
 def test_without_signal_at_T_an_encoding_leads_back():
     diffusion = optimal("velocity", schedule=ZeroTerminal())
     x0 = GAUSSIAN.sample(500)

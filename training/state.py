@@ -185,7 +185,7 @@ def _check_counters(state: dict) -> None:
         raise ValueError("its variance was fitted after training: a run goes on from the checkpoint that it was fitted to")
     if "closed" not in state:
         raise ValueError(
-            "holds a model, and not what a run needs to go on; how a new run starts from it says README's From Python"
+            "does not hold what a run of this version needs to go on; how a new run starts from it says README's From Python"
         )
     for name, least in {"step": 0, "closed": 0, "records": 0, "world": 1}.items():
         if type(state.get(name)) is not int or not least <= state[name] < 2**63:
