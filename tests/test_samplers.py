@@ -474,6 +474,22 @@ def test_a_number_of_second_order_steps_is_spread_evenly_in_log_snr(count, sampl
         assert gaps.max() < 1.3 * gaps.min()
 
 
+@pytest.mark.parametrize(("sampler", "in_noise"), [("dpm", 0.25), ("heun", 1)])
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_the_times_of_a_spacing_are_the_nearest_to_even_steps(count, sampler, in_noise):
+    log_snr = Textbook(CosineSchedule(1000).beta).alpha_bar[1:].logit()
+    coordinate = torch.where(log_snr > -10.2, log_snr, -10.2 + in_noise * (log_snr + 10.2))  # whose even steps are wanted
+    wanted = torch.linspace(coordinate[-1].item(), coordinate[0].item(), count, dtype=torch.float64)
+    times = [int((coordinate - value).abs().argmin()) + 1 for value in wanted]
+    assert SAMPLERS[sampler].spacing(CosineSchedule(1000).alpha_bar, count) == times
+
+
+@pytest.mark.parametrize("sampler", ["dpm", "heun"])
+def test_times_that_would_coincide_are_moved_apart_by_one(sampler):
+    alpha_bar = torch.tensor([10, 9.9, 9.8, 9.7, 0], dtype=torch.float64).sigmoid()  # 3.3 is nearest to 0, as 0 itself is
+    assert SAMPLERS[sampler].spacing(alpha_bar, 4) == [5, 4, 3, 1]
+
+
 @pytest.mark.parametrize("sampler", ["dpm", "heun"])
 @pytest.mark.parametrize(
     ("alpha_bar", "count", "times"),
@@ -782,6 +798,7 @@ def test_without_signal_at_T_an_encoding_leads_back():
     # of a Gaussian the flow keeps (x - mean) / deviation
     expected = (x0.double() - GAUSSIAN.means[0]) / GAUSSIAN.variances.sqrt()
     assert (x_T - expected).abs().mean() < 0.05
+    assert diffusion.encode(x0, timesteps=1).isfinite().all()  # in one step from all signal to none
 
 
 # States that are looked at one at a time
