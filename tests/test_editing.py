@@ -129,6 +129,7 @@ def test_an_interpolation_goes_from_the_one_to_the_other():
     a, b = MIXTURE.sample(5), MIXTURE.sample(5)
     diffusion = optimal(MIXTURE, LinearSchedule(800, 0.1 / 800, 12 / 800))
     way = interpolate(diffusion, a, b, 5)
+    assert len(interpolate(diffusion, a, b, 2)) == 2
     assert way.shape == (5, 5, 2)
     torch.testing.assert_close(way[0], a, atol=0.02, rtol=0)
     torch.testing.assert_close(way[-1], b, atol=0.02, rtol=0)
@@ -180,13 +181,14 @@ def repaint_moments(steps, resamplings, jump, known_x0):
     return Correlated(mean, covariance)
 
 
-@pytest.mark.parametrize(("resamplings", "jump"), [(1, 1), (5, 1), (3, 4)])
+@pytest.mark.parametrize(("resamplings", "jump"), [(1, 1), (5, None), (3, 4)])
 def test_repaint_has_the_moments_of_its_recursion(resamplings, jump):
     x0 = IMAGES.sample(1).float().view(1, *SHAPE)
     diffusion = images_model("sigma_bar_square")
     steps = diffusion.steps(30)
-    x = inpaint(diffusion, x0.expand(SIZE, *SHAPE), MASK, steps, resamplings, jump)
-    assert_drawn_from(x, repaint_moments(steps, resamplings, jump, x0.flatten().double()))
+    options = {"jump": jump} if jump else {}  # 1
+    x = inpaint(diffusion, x0.expand(SIZE, *SHAPE), MASK, steps, resamplings, **options)
+    assert_drawn_from(x, repaint_moments(steps, resamplings, jump or 1, x0.flatten().double()))
 
 
 def test_repaint_nears_the_posterior_as_it_resamples():
@@ -291,6 +293,13 @@ def test_gradients_stay_off_outside_and_the_network_gets_its_condition():
     assert not any(x.requires_grad for x in made)
 
 
+def test_a_posterior_sample_with_a_generator_leaves_the_global_one_alone():
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(0)
+    posterior_sample(images_model(), torch.zeros(2, *SHAPE), lambda x: x, 0.1, (2, *SHAPE), "ddpm", 4, generator=generator)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # Bad input
 
 
@@ -352,6 +361,16 @@ def test_where_no_signal_is_left_the_posterior_begins_below_it_and_is_exact():
     y, exact = measured(operator, 0.1)
     y, shape = y.expand(SIZE, *y.shape[1:]), (SIZE, *SHAPE)
     assert_drawn_from(posterior_sample(diffusion, y, operator, 0.1, shape, timesteps=60, iterations=8), exact, bias=0.02)
+    assert posterior_sample(diffusion, y[:2], operator, 0.1, (2, *SHAPE), timesteps=[diffusion.T, 1]).isfinite().all()
+
+
+def test_one_step_from_no_signal_has_no_posterior_sample():
+    class Destroyed:
+        alpha_bar, beta = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+
+    diffusion = GaussianDiffusion(Destroyed(), nn.Identity(), prediction="reconstruction")
+    with pytest.raises(ValueError, match="at t = 1 no signal is left"):
+        posterior_sample(diffusion, torch.zeros(2, *SHAPE), lambda x: x, 0.1, (2, *SHAPE))
 
 
 def test_a_measurement_may_be_one_number_a_sample():

@@ -94,6 +94,14 @@ def test_sigma_square_is_the_papers(schedule, reverse_variance):
     close(diffusion.sigma_square, Textbook(schedule.beta).sigma_square(reverse_variance)[1:], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("reverse_variance", VARIANCES)
+def test_a_state_holds_the_network_and_the_variance_and_no_table(reverse_variance):
+    net = TimeAwareMLP(2)
+    of_variance = "log_sigma_square" if reverse_variance == "learnable" else "x0_error"
+    expected = {of_variance, *(f"time_aware_net.{name}" for name in net.state_dict())}
+    assert GaussianDiffusion(SCHEDULE, net, reverse_variance).state_dict().keys() == expected
+
+
 def test_a_learnable_variance_is_the_exponential_of_its_parameter():
     close(arbitrary("learnable", "direct").sigma_square, torch.linspace(-3, 1, 12).exp())
     close(GaussianDiffusion(SCHEDULE, TimeAwareMLP(2), "learnable").sigma_square, SCHEDULE.beta)  # where it starts

@@ -780,6 +780,11 @@ def test_without_signal_at_T_samples_have_the_moments_of_the_data(sampler, times
     assert (x0.std(0) / deviation - 1).abs().max() < 0.04
 
 
+def test_without_signal_at_T_eps_does_not_tell_x0_and_is_refused():
+    with pytest.raises(ValueError, match="alpha_bar_T = 0: too small for prediction = 'denoising'"):
+        optimal("denoising", schedule=ZeroTerminal())
+
+
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
 def test_without_signal_at_T_the_first_step_is_from_the_mean_of_the_data(sampler):
     diffusion, x_T = optimal("velocity", schedule=ZeroTerminal()), torch.randn(5, 2)
