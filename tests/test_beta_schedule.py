@@ -35,6 +35,23 @@ def test_every_schedule_is_T_float64_values_inside_0_1(schedule, timesteps):
     assert made.beta.max() < 1
 
 
+@pytest.mark.parametrize(
+    ("schedule", "ends"),
+    [
+        (ConstantSchedule, (0.01, 0.01)),
+        (LinearSchedule, (1e-4, 0.02)),
+        (SqrtSchedule, (1e-4, 0.02)),
+        (QuadraticSchedule, (1e-4, 0.02)),
+        (SineSchedule, (0.02 * math.sin(math.pi / 2000), 0.02)),
+        (SigmoidSchedule, (0.02 / (1 + math.exp(6)), 0.02 / (1 + math.exp(-6)))),
+        (CosineSchedule, (4.128e-5, 0.999)),  # of Nichol & Dhariwal 2021, equation 17, by hand
+    ],
+)
+def test_without_arguments_a_schedule_has_1000_steps_and_these_ends(schedule, ends):
+    assert len(schedule()) == 1000
+    assert schedule().beta[[0, -1]].tolist() == pytest.approx(ends, rel=1e-3)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_alpha_bar_and_snr_are_the_running_products(schedule):
     made, product = schedule(50), 1.0
@@ -162,7 +179,9 @@ def test_an_alpha_bar_that_is_no_tensor_or_wants_gradients():
     with pytest.raises(ValueError, match="must be a float64 tensor"):
         alpha_bar_of(SimpleNamespace(alpha_bar=[0.5, 0.4]))
     with pytest.warns(UserWarning, match=r"alpha_bar is torch.float32, so that beta_t"):  # of older checkpoints
-        assert alpha_bar_of(SimpleNamespace(alpha_bar=torch.tensor([0.5, 0.25]))).tolist() == [0.5, 0.25]
+        taken = alpha_bar_of(SimpleNamespace(alpha_bar=torch.tensor([0.5, 0.25])))
+    assert taken.tolist() == [0.5, 0.25]
+    assert taken.dtype == torch.float64
     alpha_bar = torch.tensor([0.5, 0.0], dtype=torch.float64, requires_grad=True)  # no signal at T is fine
     assert alpha_bar_of(SimpleNamespace(alpha_bar=alpha_bar)).tolist() == [0.5, 0.0]
     assert not alpha_bar_of(SimpleNamespace(alpha_bar=alpha_bar)).requires_grad

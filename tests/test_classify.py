@@ -4,7 +4,7 @@ import pytest
 import torch
 from closed_form import LabelNet, Mixture, Textbook, even_in_log_snr
 
-from classify import _times, _weight
+from classify import _errors, _times, _weight, _worse
 from evaluation.metrics import Accuracy, Evaluation
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
@@ -82,6 +82,32 @@ def test_the_weights_are_those_of_the_bound(reverse_variance):
     torch.testing.assert_close(_weight(model(reverse_variance)).double(), expected[1:], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 7, 100])
+def test_the_errors_are_those_of_x0_in_units_of_what_unit_variance_would_leave(chunk_size):
+    centres = torch.tensor([[0.0, 0.0], [1.0, -1.0], [0.5, 2.0]])
+
+    class Says(torch.nn.Module):
+        n_classes = 3
+
+        def forward(self, xt, t, label):
+            return centres[label]
+
+    diffusion = GaussianDiffusion(SCHEDULE, Says(), prediction="reconstruction")
+    x0, alive = torch.randn(3, 2), torch.tensor([[True, True, True], [True, False, True], [False, True, True]])
+    times = torch.tensor([[1, 300, 150, 2], [300, 299, 1, 77], [5, 6, 7, 8]])
+    expected = (centres - x0[:, None]).square().mean(2)[..., None] / (1 - SCHEDULE.alpha_bar[times - 1])[:, None]
+    expected = expected.masked_fill(~alive[..., None], torch.nan).float()
+    found = _errors(diffusion, x0, alive, times, chunk_size, None)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("excess", "given_up"), [(2.30, False), (2.32, True)])
+def test_a_class_is_given_up_beyond_four_standard_errors(excess, given_up):
+    best = torch.tensor([5.0, -3.0, 0.0, 2.0])  # which all classes share
+    errors = torch.stack([best + excess + torch.tensor([1.0, -1.0, 1.0, -1.0]), best])[None]  # 4 sqrt(4 / 3) / sqrt(4) = 2.309
+    assert _worse(errors, torch.ones(1, 2, dtype=torch.bool)).tolist() == [[given_up, False]]
+
+
 def test_the_same_seed_gives_the_same_classes_and_calls():
     x = CLASSES.sample(50)
     first, again = (model().classify(x, 3, generator=torch.Generator().manual_seed(1), return_calls=True) for _ in range(2))
@@ -92,6 +118,11 @@ def test_the_same_seed_gives_the_same_classes_and_calls():
 def test_of_the_classes_asked_for_the_last_may_be_left_out():
     assert model().classify(CLASSES.sample(50), 2).max() <= 1
     assert model().classify(CLASSES.sample(4), 1).tolist() == [0] * 4
+
+
+def test_the_fewest_trials_are_one_round_of_two():
+    _, calls = model().classify(CLASSES.sample(5), 3, rounds=1, trials=2, return_calls=True)
+    assert calls.tolist() == [6] * 5
 
 
 @pytest.mark.parametrize(
@@ -107,6 +138,7 @@ def test_of_the_classes_asked_for_the_last_may_be_left_out():
             "weighting = 'simple': must be one of bound, noisy",
         ),
         (TimeAwareMLP(2, n_classes=3), {"n_classes": 3, "rounds": 0}, "rounds = 0"),
+        (TimeAwareMLP(2, n_classes=3), {"n_classes": 3, "chunk_size": 0}, "chunk_size = 0"),
     ],
 )
 def test_a_bad_argument_is_refused(net, kwargs, message):

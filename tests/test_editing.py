@@ -275,6 +275,23 @@ def test_clip_x0_keeps_the_samples_in_range():
     assert inpaint(images_model(), torch.ones(50, *SHAPE), MASK, 10, clip_x0=True).abs().max() <= 1
 
 
+def test_clip_x0_changes_nothing_where_no_x0_leaves_the_range():
+    class Within(nn.Module):
+        def forward(self, xt, t):
+            return 0.9 * xt.tanh()
+
+    diffusion, y, x_T = (
+        GaussianDiffusion(SCHEDULE, Within(), prediction="reconstruction"),
+        torch.zeros(8, *SHAPE),
+        torch.randn(8, *SHAPE),
+    )
+    clipped, free = (
+        posterior_sample(diffusion, y, lambda x: x, 100.0, y.shape, "dpm", 10, clip_x0=clip, x_T=x_T) for clip in (True, False)
+    )
+    assert torch.equal(clipped, free)
+    assert clipped.min() < 0 < clipped.max()
+
+
 def test_gradients_stay_off_outside_and_the_network_gets_its_condition():
     class Watch(nn.Module):
         def forward(self, xt, t, label):
