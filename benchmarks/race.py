@@ -70,7 +70,7 @@ from checkpoint import load_diffusion
 from config import load_config
 from evaluation.features import N_FEATURES, from_uint8, to_uint8
 from evaluation.sampling import labels_in_shares
-from guidance import ClassifierFreeGuidance
+from guidance import ALWAYS, ClassifierFreeGuidance
 from mistakes import run_script
 from samplers import SAMPLERS
 from train import Trainer
@@ -182,7 +182,7 @@ def _finish_of(args: argparse.Namespace, budget: float, seconds: float, run: Tra
 
     def sample(n: int, guidance: float | None) -> Tensor:
         condition = {"label": _labels(args.arena, n, run.device)} if args.labelled else None
-        diffusion.time_aware_net = ClassifierFreeGuidance(net, guidance) if args.labelled else net
+        diffusion.time_aware_net = ClassifierFreeGuidance(net, guidance, args.interval) if args.labelled else net
         with autocast(run.device, precision):
             return diffusion.sample((n, *run.shape), args.sampler, steps, clip_x0=True, condition=condition)
 
@@ -468,7 +468,7 @@ def rows_of(args: argparse.Namespace, name: str, racer: str, seed: int, measure:
     for option in ("threads", "plain", *SEARCHED):
         if getattr(args, option) is not None:
             command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-    command += ["--set", *args.set] if args.set else []
+    command += ["--interval", *map(str, args.interval), "--set", *args.set]
     environment = os.environ | ({"OMP_NUM_THREADS": str(args.threads)} if args.threads else {})
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout:
@@ -491,6 +491,7 @@ def compete(args: argparse.Namespace, arena: Arena, device: torch.device) -> Non
     old = json.loads(path.read_text()) if path.exists() else {"rows": []}
     ends = measure.of_data(args.n)
     changed = [*args.set, *(f"{name}={getattr(args, name)}" for name in SEARCHED if getattr(args, name) is not None)]
+    changed += [] if args.interval == ALWAYS else ["interval={:g}-{:g}".format(*args.interval)]
     for racer, seed in itertools.product(args.racers, args.seeds):
         name = args.name or " ".join([racer, *changed])
         for row in rows_of(args, name, racer, seed, measure):
@@ -549,7 +550,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--guidance", type=float, help="with classes or clusters: the weight, else the run's best; 1 is one call"
     )
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of our config")
+    parser.add_argument("--interval", nargs=2, type=float, default=ALWAYS, help="ours: times in which the guidance acts")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of our config")
     parser.add_argument("--name", help="of the row, by default the racer and what is overridden")
     parser.add_argument("--quick", action="store_true", help="10 seconds and 200 samples each")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -564,6 +566,8 @@ def main(argv: list[str] | None = None) -> None:
     of_peers = [f"--{name.replace('_', '-')}" for name in SEARCHED if name not in of_all and getattr(args, name) is not None]
     if of_peers and {"ours", "plain"} & set(args.racers):
         parser.error(f"{', '.join(of_peers)}: of the peers, and ours has --set; see --racers")
+    if args.interval != ALWAYS and not {"ours", "plain"}.issuperset(args.racers):
+        parser.error("--interval: of ours and plain, and the peers' packages have none; see --racers")
     if unknown := [data for data in args.data if data not in ARENAS and not data.endswith(OWN)]:
         parser.error(f"--data {' '.join(unknown)}: must be of {', '.join(ARENAS)}, or a config, with the extension {OWN}")
     arenas = [Arena(data, args.root, args.classes) for data in args.data]

@@ -65,6 +65,9 @@ def test_an_option_of_the_peers_is_refused_for_ours(capsys):
     with pytest.raises(SystemExit):
         race.main(["--racers", "ddp", "ours", "--lr", "1e-2", "--no-flips", "1"])
     assert "--lr, --no-flips: of the peers" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        race.main(["--racers", "ours", "ddp-tuned", "--interval", "0", "700"])
+    assert "--interval: of ours and plain" in capsys.readouterr().err
 
 
 def test_no_plain_recipe_is_made_up(capsys):
@@ -411,6 +414,7 @@ def test_the_quick_race_runs_on_a_folder_of_emoji(classes, tmp_path, monkeypatch
     monkeypatch.setattr(arenas, "MODELS", tmp_path)
     monkeypatch.setattr(race, "result_path", lambda name, device, quick: tmp_path / "rows.json")
     small = [*classes, "--name", "test", "--calls", "2", "--threads", "1", "--set", "time_aware_net.kwargs.base_channels=8"]
+    small += ["--interval", "0", "700"]
     race.main(["--quick", "--data", "emoji", "--root", str(tmp_path), "--racers", "ours", *small])
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert (row["racer"], row["n"], row["budget"]) == ("test", 200, 10.0)
