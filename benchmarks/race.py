@@ -40,6 +40,7 @@ the schedule, which is cosine; both hide a tenth of the labels. Samples are of t
 guided, with two calls a step. Which weight suits a network depends on how far it has come, so each run has its own: --guidance,
 or of 1.25, 1.5, 2, 3, 4, 6, 8 and 12, as far as it pays, the one whose first 250 samples are nearest to training images that
 the classifier was not trained on. The validation images have no part in it. diffusers' script and pipeline know no labels.
+With --interval, ours is guided at those times alone, which the peers' packages do not offer.
 Without --classes, no racer sees the labels; the classes of ours and of ddp-tuned are --clusters of alike images
 (dataset.clusters), by default as many as our config has, and the budget pays for finding them.
 
