@@ -567,6 +567,8 @@ def main(argv: list[str] | None = None) -> None:
     of_peers = [f"--{name.replace('_', '-')}" for name in SEARCHED if name not in of_all and getattr(args, name) is not None]
     if of_peers and {"ours", "plain"} & set(args.racers):
         parser.error(f"{', '.join(of_peers)}: of the peers, and ours has --set; see --racers")
+    if not args.interval[0] <= args.interval[1]:
+        parser.error("--interval: must be two times, the lower one first")
     if args.interval != ALWAYS and not {"ours", "plain"}.issuperset(args.racers):
         parser.error("--interval: of ours and plain, and the peers' packages have none; see --racers")
     if unknown := [data for data in args.data if data not in ARENAS and not data.endswith(OWN)]:

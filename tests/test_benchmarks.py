@@ -70,6 +70,12 @@ def test_an_option_of_the_peers_is_refused_for_ours(capsys):
     assert "--interval: of ours and plain" in capsys.readouterr().err
 
 
+def test_an_interval_of_guidance_is_refused_before_hours_of_training(capsys):
+    with pytest.raises(SystemExit):
+        race.main(["--racers", "ours", "--interval", "700", "0"])
+    assert "--interval: must be two times, the lower one first" in capsys.readouterr().err
+
+
 def test_no_plain_recipe_is_made_up(capsys):
     with pytest.raises(SystemExit):
         race.main(["--racers", "plain", "--data", "digits", "emoji"])
