@@ -17,6 +17,7 @@ import math
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ MAY_CHANGE = {"epochs", "max_steps", "record_period", "save_period", "save_best"
 MAY_CHANGE |= {"sampler", "sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers"}
 MAY_CHANGE |= {"metric_period", "metrics", "metric_samples", "metric_features", "metric_share", "power_ema_snapshots"}
 MAY_CHANGE |= {"cuda_graph", "compile", "dataset.train.root", "dataset.valid.root", "dataset.test.root"}
-RETIRED = {"references"}  # keys of train_cfg that older versions wrote into every checkpoint: of training alone
+RETIRED = ("references",)  # keys of train_cfg that older versions wrote into every checkpoint: of training alone
 
 
 # Checks
@@ -397,7 +398,10 @@ def resolve(config: Any, stored: bool = False) -> dict:
     """
     config = _object("", config, ["schedule", "time_aware_net", "diffusion", "dataset", "train_cfg"])
     if stored and isinstance(config["train_cfg"], dict):
-        config["train_cfg"] = {key: value for key, value in config["train_cfg"].items() if key not in RETIRED}
+        config["train_cfg"] = dict(config["train_cfg"])
+        for key in RETIRED:
+            if value := config["train_cfg"].pop(key, None):
+                warnings.warn(f"train_cfg.{key} = {value}: this version has it no more; training goes on without", stacklevel=2)
     resolved = {
         "schedule": _named("schedule", config["schedule"], SCHEDULES, object),
         "time_aware_net": _named("time_aware_net", config["time_aware_net"], NETWORKS, nn.Module),

@@ -60,8 +60,9 @@ def test_a_side_runs_in_the_precision_in_which_its_own_step_is_faster(faster, mo
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_an_option_of_the_peers_is_refused_for_ours(capsys):
+def test_an_option_of_one_side_is_refused_for_the_other(monkeypatch, capsys):
     """Its row would be called lr=0.01, and have the learning rate of the config."""
+    monkeypatch.setattr(race, "compete", lambda *args: pytest.fail("it trains"))
     with pytest.raises(SystemExit):
         race.main(["--racers", "ddp", "ours", "--lr", "1e-2", "--no-flips", "1"])
     assert "--lr, --no-flips: of the peers" in capsys.readouterr().err
@@ -70,7 +71,8 @@ def test_an_option_of_the_peers_is_refused_for_ours(capsys):
     assert "--interval: of ours and plain" in capsys.readouterr().err
 
 
-def test_an_interval_of_guidance_is_refused_before_hours_of_training(capsys):
+def test_an_interval_of_guidance_is_refused_before_hours_of_training(monkeypatch, capsys):
+    monkeypatch.setattr(race, "compete", lambda *args: pytest.fail("it trains"))
     with pytest.raises(SystemExit):
         race.main(["--racers", "ours", "--interval", "700", "0"])
     assert "--interval: must be two times, the lower one first" in capsys.readouterr().err

@@ -212,7 +212,10 @@ def test_a_transform_as_checkpoints_hold_it_stays_the_same(stored):
 def test_a_checkpoint_may_have_a_key_that_is_no_more_and_a_config_may_not():
     config = digits()
     config["train_cfg"]["references"] = 0
-    assert resolve(config, stored=True) == resolve(digits())
+    assert resolve(config, stored=True) == resolve(digits())  # without a word, as it asked for nothing
+    config["train_cfg"]["references"] = 2
+    with pytest.warns(UserWarning, match="train_cfg.references = 2: this version has it no more"):
+        assert resolve(config, stored=True) == resolve(digits())
     with pytest.raises(Mistake, match=r"train_cfg\.references: unknown key"):
         resolve(config)
 
