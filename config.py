@@ -546,8 +546,11 @@ def network_without_memory(config: Mapping) -> nn.Module:
 
 
 def check_shape(config: Mapping, shape: Sequence[int]) -> None:
-    """Mistake if the network takes no images [C, H, W] of the shape; takes no memory. One of the user's own is not asked."""
-    if not _is_own(config["time_aware_net"]["name"]):
+    """Mistake if the network takes no images [C, H, W] of the shape; takes no memory.
+
+    One of the user's own is not asked, nor is one that a diffusion of the user's own calls, as its _net may give it more.
+    """
+    if not any(_is_own(config[section].get("name")) for section in ("time_aware_net", "diffusion")):
         with as_mistake():
             x = torch.empty(1, *shape, device="meta")
             network_without_memory(config)(x, torch.ones(1, dtype=torch.long, device="meta"))

@@ -90,6 +90,10 @@ class DiffusionProcess(nn.Module):
                 raise ValueError(f"{dtype}: the tables of a diffusion need float32; run the network alone under autocast")
         return super()._apply(fn, recurse)
 
+    def _net(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output: every call of the network is one of this."""
+        return self.time_aware_net(xt, t, **arguments_of(condition))
+
     # Times
 
     def _times(self, t: int | Tensor, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from beta_schedule import alpha_bar_before
-from diffusion_process import Bound, Condition, DiffusionProcess, arguments_of, check_chunk_size, choice, every_pair, mean_from
+from diffusion_process import Bound, Condition, DiffusionProcess, check_chunk_size, choice, every_pair, mean_from
 from samplers import even_in_time
 
 MAX_LEVELS = 2**16
@@ -372,7 +372,7 @@ class DiscreteDiffusion(DiffusionProcess):
     def predict(self, xt: Tensor, t: int | Tensor, condition: Condition = None) -> Tensor:
         """log p_hat(x_0 | x_t) [B, ..., n_levels], the network's logits normalised, by one call of it."""
         t = self._times(t, self._symbols("xt", xt, self.n_states))
-        logits = self.time_aware_net(xt, t, **arguments_of(condition))
+        logits = self._net(xt, t, condition)
         found, wanted = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__, [*xt.shape, self.n_levels]
         if found != wanted:
             raise ValueError(f"time_aware_net: gives {found}, where n_levels = {self.n_levels} asks for logits of {wanted}")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from beta_schedule import alpha_bar_before
 from classify import classify
-from diffusion_process import Bound, Condition, DiffusionProcess, arguments_of, check_chunk_size, choice, every_pair, mean_from
+from diffusion_process import Bound, Condition, DiffusionProcess, check_chunk_size, choice, every_pair, mean_from
 from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
@@ -117,6 +117,8 @@ class GaussianDiffusion(DiffusionProcess):
         choice("prediction", prediction, PREDICTIONS)
         choice("loss_mode", loss_mode, get_args(LossMode))
         choice("time_sampling", time_sampling, get_args(TimeSampling))
+        if not isinstance(bounded, bool):
+            raise ValueError(f"bounded = {bounded!r}: must be True or False")
         if loss_mode == "full" and time_sampling != "uniform":
             raise ValueError(f"time_sampling = {time_sampling!r}: the full loss draws no t, it sums over all")
         super().__init__(schedule, time_aware_net)
@@ -133,6 +135,8 @@ class GaussianDiffusion(DiffusionProcess):
                 )
             self.register_buffer(name, table.float(), persistent=False)
         density = self._time_density()
+        if density.shape != (self.T,) or not (density >= 0).all() or abs(density.sum().item() - 1) > 1e-4:
+            raise ValueError(f"_time_density: must be [T = {self.T}], at least 0, and add up to 1")
         self._times_are_even = bool((density == density[0]).all())
         self.register_buffer("time_cdf", density.cumsum(0).float(), persistent=False)
         self.register_buffer("time_weight", (1 / (self.T * density)).float(), persistent=False)
@@ -243,7 +247,7 @@ class GaussianDiffusion(DiffusionProcess):
 
     def _net(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output in x's precision, whatever precision autocast let it run in."""
-        out = self.time_aware_net(xt, t, **arguments_of(condition))
+        out = super()._net(xt, t, condition)
         found = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
         if found != list(xt.shape):  # which would broadcast, and train on something else
             raise ValueError(f"time_aware_net: gives {found} for xt of shape {list(xt.shape)}: must be xt's shape")

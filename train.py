@@ -43,7 +43,7 @@ from training.ranks import Ranks, leave_ranks
 from training.run_folder import RunFolder
 from training.seeds import STEP, WEIGHTS, mixed_seed
 from training.signals import Stopped, Stopper
-from training.state import read_state, restore_state, take_snapshot, take_state
+from training.state import freeze_as_before, read_state, restore_state, take_snapshot, take_state
 from training.writer import Writer
 
 log = logging.getLogger("train")
@@ -87,6 +87,7 @@ class Trainer:
         self.loggers = Loggers(() if self.ranks.rank else self.cfg.loggers, self.config)
         with self.stopper:
             self._build_model_and_data((state or {}).get("cluster_centres"))
+        freeze_as_before(self.model, state)
         speed.prepare(self, deterministic)
         self.parallel = self.ranks.parallel(self.model, lambda model: speed.loss_of_two(self, model))
         self.optimizer = build_optimizer(self.cfg, self.model, self.device)
@@ -126,6 +127,7 @@ class Trainer:
         self.last_save = time.monotonic()
         self.meter = Meter(self.device, self.model.T, self.model.time_weight)
         self.parameters = list(self.model.time_aware_net.parameters())
+        self.besides = [p for name, p in self.model.named_parameters() if not name.startswith("time_aware_net.")]
         self.averages = Averages(self)
 
     # Training
@@ -166,7 +168,7 @@ class Trainer:
     @torch.no_grad()
     def _update(self, loss: Tensor, norm: Tensor, terms: list[tuple[Tensor, Tensor] | None]) -> None:
         """Step the optimizer; where a gradient is not finite, the fused step leaves everything as it is."""
-        total = sum((p.grad.sum() for p in self.model.parameters(recurse=False) if p.grad is not None), norm)  # and a variance
+        total = sum((p.grad.sum() for p in self.besides if p.grad is not None), norm)
         bad = (~total.isfinite()).float()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # not by scaler.step, which would set its own
         self.optimizer.step()
@@ -271,23 +273,21 @@ class Trainer:
 
     # Records and checkpoints
 
-    def record(
-        self, bar: tqdm, valid_loss: float | None = None, seconds: float | None = None, metrics: dict | None = None
-    ) -> None:
+    def record(self, bar: tqdm, valid: float | None = None, seconds: float | None = None, metrics: dict | None = None) -> None:
         """Add a line to metrics.jsonl and to the log, of what happened since the last one."""
         seconds = self.meter.elapsed() if seconds is None else seconds
         line = {
             "step": self.step,
             "epoch": self.epoch,
             "time": round(time.time(), 3),
-            "valid_loss": rounded(valid_loss),
+            "valid_loss": rounded(valid),
             "lr": self.optimizer.param_groups[0]["lr"],
             **self.meter.record(self.ranks, seconds),
         } | ({"metrics": metrics} if metrics else {})
         self.records += 1
         self.folder.add_record(line)
         self.loggers.add(line)
-        words = in_words(line | {"valid_loss": valid_loss})  # also where it is not finite
+        words = in_words(line | {"valid_loss": valid})  # also where it is not finite
         seconds, done = time.monotonic() - self.begun[0], self.step - self.begun[1]
         ends = f", ends {end_time(datetime.now(), seconds, done, self.total_steps - self.step)}" if done else ""
         bar.set_postfix_str(f"epoch {line['epoch']}/{self.cfg.epochs}, {words}{ends}")

@@ -935,6 +935,14 @@ def test_times_are_drawn_by_the_density_of_ones_own(time_sampling):
     assert torch.allclose(share * diffusion.time_weight, torch.full((10,), 0.1), atol=2e-3)
 
 
+@pytest.mark.parametrize("density", [[1.0] * 10, [0.2] * 5, [0.2] * 6 + [-0.1, 0.1, -0.1, -0.1], [torch.nan] * 10])
+def test_a_density_of_the_times_that_is_none_is_refused(density, monkeypatch):
+    """Drawn from its sums, all times would be the first ones."""
+    monkeypatch.setattr(Late, "_time_density", lambda self: torch.tensor(density, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"^_time_density: must be \[T = 10\], at least 0, and add up to 1$"):
+        Late(CosineSchedule(10), nn.Identity())
+
+
 class Computed(GaussianDiffusion):
     """Learns the variance by way of another parameter."""
 

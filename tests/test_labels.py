@@ -399,6 +399,21 @@ def test_a_network_that_takes_classes_and_does_not_say_so_is_refused():
     check_fit(trained(diffusion, n_classes=None), images)
 
 
+def test_a_network_that_takes_labels_and_gets_none_is_told(caplog):
+    class Labelled(Same):
+        def forward(self, xt, t, label=None):
+            return super().forward(xt, t)
+
+    logging.getLogger("train").propagate = True
+    run = trained(GaussianDiffusion(LinearSchedule(1000), Labelled()))
+    check_fit(run, {"train": Numbered(9), "valid": Numbered(9)})
+    assert "takes a label, and gets none, since it has no attribute n_classes" in caplog.text
+    caplog.clear()
+    run.condition = lambda labels: {"label": labels}  # of a Trainer of one's own
+    check_fit(run, {"train": Numbered(9), "valid": Numbered(9)})
+    assert "takes a label" not in caplog.text
+
+
 class Shifting(nn.Module):
     """A network of seven classes, with so many rows for them."""
 

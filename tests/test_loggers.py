@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import re
 import signal
 import struct
 import sys
@@ -255,3 +256,16 @@ def test_a_dashboard_of_ones_own_gets_the_records_and_one_that_is_not_there_is_r
     assert train.main(tiny(tmp_path / "b", 'train_cfg.loggers=["tensorbord"]')) == 2
     assert "train_cfg.loggers = \"tensorbord\": unknown; did you mean 'tensorboard'?" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_a_dashboard_of_ones_own_lacks_no_part_and_its_bug_shows_where_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_bugs.py").write_text(OWN.replace("record['step']", "record['steps']") + "\n\nclass Half:\n    add = 1\n")
+    assert train.main(tiny(tmp_path / "a", 'train_cfg.loggers=["my_bugs.Half"]')) == 2
+    assert "train_cfg.loggers = my_bugs.Half: has no close" in capsys.readouterr().err
+    assert train.main(tiny(tmp_path / "a", 'train_cfg.loggers=["my_bugs.Lines"]')) == 0
+    said = capsys.readouterr().err
+    assert "my_bugs.Lines: cannot write, and the run goes on without it ('steps')" in said
+    assert re.search(r'File ".*my_bugs\.py", line \d+, in add', said)
+    assert "KeyError: 'steps'" in said

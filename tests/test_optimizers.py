@@ -1,12 +1,11 @@
 """The optimizer that a config asks for, and the moments of a run begun with the one optimizer of three groups."""
 
-import sys
 from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import tiny
+from runs import assert_same_state, tiny
 from torch import nn
 
 import checkpoint
@@ -129,42 +128,27 @@ def test_muon_needs_to_know_the_hidden_layers():
         build_optimizer(settings("muon"), diffusion_of("beta", Unused()), CPU)
 
 
-OWN = """
-import torch
-from gaussian_diffusion import GaussianDiffusion
-
-
-class Weighted(GaussianDiffusion):
-    \"\"\"Learns a weight for each t (Karras et al. 2024), and counts its losses.\"\"\"
-
-    def __init__(self, schedule, time_aware_net):
-        super().__init__(schedule, time_aware_net)
-        self.u = torch.nn.Parameter(torch.zeros(self.T))
-        self.register_buffer("calls", torch.zeros(()))
-
-    def _loss(self, mode, x0, t, noise, condition):
-        self.calls += 1
-        return super()._loss(mode, x0, t, noise, condition) / self.u[t - 1].exp() + self.u[t - 1]
-"""
-
-
-def test_what_a_diffusion_of_ones_own_learns_is_trained_and_averaged(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_weights.py").write_text(OWN)
-    own = ("train_cfg.max_steps=3", 'diffusion={"name": "my_weights.Weighted"}')
-    assert main(tiny(tmp_path / "a", *own)) == 0
-    state = checkpoint.load(tmp_path / "a" / "last.pth")
-    assert state["model"]["u"].abs().max() > 0
-    assert state["ema"]["u"].abs().max() > 0
-    assert state["ema"]["calls"] >= 3
-
-
-def test_a_network_is_frozen_with_its_variance(tmp_path):
-    config, _, _, _, *settings = tiny(tmp_path / "a", "diffusion.reverse_variance=learnable")
+def run_frozen(folder, *more):
+    """A run of eight steps of the last layer alone; and the variance that it began with."""
+    config, _, _, _, *settings = tiny(folder, "diffusion.reverse_variance=learnable", *more)
     trainer = Trainer(load_config(config, settings), "cpu")
     trainer.model.requires_grad_(False)
     trainer.model.time_aware_net.conv_out.requires_grad_(True)
     before = trainer.model.log_sigma_square.clone()
     trainer.run()
+    return trainer, before
+
+
+def test_a_network_is_frozen_with_its_variance(tmp_path):
+    trainer, before = run_frozen(tmp_path / "a")
     assert torch.equal(trainer.model.log_sigma_square, before)
+
+
+def test_what_is_frozen_stays_so_when_the_run_goes_on(tmp_path):
+    run_frozen(tmp_path / "whole")
+    run_frozen(tmp_path / "a", "train_cfg.max_steps=3")
+    assert main(tiny(tmp_path / "a", "diffusion.reverse_variance=learnable", flags=("--resume",))) == 0
+    whole, resumed = (checkpoint.load(tmp_path / name / "last.pth") for name in ("whole", "a"))
+    assert len(whole["optimizer"]["state"]) == 2
+    for part in ("model", "ema", "optimizer", "frozen"):
+        assert_same_state(whole[part], resumed[part])

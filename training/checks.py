@@ -1,6 +1,7 @@
 """What can be known to be wrong before the first step, and what to say when the numbers go wrong later."""
 
 import copy
+import inspect
 import logging
 import math
 import zlib
@@ -72,7 +73,7 @@ def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> Non
 def _check_call(model: GaussianDiffusion, x: Tensor, condition: Condition) -> None:
     """Call the network; Mistake if it writes into what it was given, with which samplers go on."""
     t, before = torch.ones(1, dtype=torch.long), x.clone()
-    model.time_aware_net(x, t, **condition)
+    model._net(x, t, condition)
     if not torch.equal(x, before) or t.item() != 1:
         raise Mistake("it writes into xt or t, which it may only read: xt + 1 is a new tensor, and xt += 1 is not")
     model.predict(x, t, condition)
@@ -105,9 +106,12 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
 
 
 def _check_network(run, images: dict[str, ImageDataset]) -> None:
-    model, n_classes = run.model, run.n_classes
+    model, net, n_classes = run.model, run.model.time_aware_net, run.n_classes
     if n_classes is None and run.config["time_aware_net"]["kwargs"].get("n_classes") is not None:
         raise Mistake("time_aware_net: takes n_classes and does not keep it as self.n_classes, so that it would get no labels")
+    takes = inspect.signature(net.forward).parameters
+    if not hasattr(net, "n_classes") and "label" in takes and "label" not in run.condition(None):
+        log.warning("time_aware_net: takes a label, and gets none, since it has no attribute n_classes")
     _check_labels(n_classes, images)
     if any(map(is_lazy, model.parameters())):
         raise Mistake("time_aware_net: has lazy layers, whose shapes its config does not say: no checkpoint could be read")

@@ -137,6 +137,9 @@ class Loggers:
 
     def __init__(self, names: Sequence[str], config: dict):
         self.classes = {name: find(name, LOGGERS, object, "train_cfg.loggers") for name in names}
+        for name, cls in self.classes.items():
+            if lacking := [part for part in ("add", "close") if not hasattr(cls, part)]:
+                raise Mistake(f"train_cfg.loggers = {name}: has no {', '.join(lacking)}")
         self.config, self.threads = config, []
         for name in set(names) & set(LOGGERS):
             try:
@@ -186,5 +189,6 @@ class _Thread(threading.Thread):
             dashboard.close()
         except Exception as error:  # each dashboard has its own, and none may end the run
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            bug = error if self.name not in LOGGERS else None  # of the user's own, whose traceback says where
             with contextlib.suppress(OSError):  # a full disk may be the log's, too
-                log.warning(f"{self.name}: cannot write, and the run goes on without it ({reason[:200]})")
+                log.warning(f"{self.name}: cannot write, and the run goes on without it ({reason[:200]})", exc_info=bug)

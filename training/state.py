@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
 from config import MAY_CHANGE, as_json_line
@@ -43,6 +43,7 @@ def take_state(run) -> dict | None:
             "loss_by_t": sums[2:],
             "bad_steps": [int(run.meter.bad_steps), int(run.meter.bad_in_row)],
             "quality": run.quality.state(),
+            "frozen": [name for name, p in run.model.named_parameters() if not p.requires_grad],
             "model": run.model.state_dict(),
             "ema": run.ema.state_dict(),
             **({"power_ema": run.averages.state()} if run.averages.power else {}),
@@ -126,6 +127,13 @@ def restore_state(run, state: dict) -> None:
         log.warning(f"the run had {state['world']} ranks and has {run.ranks.world} now: its draws will differ")
 
 
+def freeze_as_before(model: nn.Module, state: Mapping | None) -> None:
+    """Train those weights alone that the run trained; older checkpoints do not say which."""
+    if state and "frozen" in state:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name not in state["frozen"])
+
+
 def _moved(then: object, now: list[int]) -> float:
     """The share of images that must have changed their class for the counts to be so."""
     try:
@@ -196,6 +204,9 @@ def _check_counters(state: dict) -> None:
         values = state.get(name, [0] * count if name == "loss_by_t" else None)
         if not isinstance(values, list) or [type(value) in (int, float) for value in values] != [True] * count:
             raise ValueError(f"{name}: must be {count} numbers")
+    frozen = state.get("frozen", [])
+    if not isinstance(frozen, list) or not all(type(name) is str for name in frozen):
+        raise ValueError("frozen: must be a list of names")
     quality = state.get("quality", {})
     if not isinstance(quality, dict) or any(type(value) is not float or math.isnan(value) for value in quality.values()):
         raise ValueError("quality: must be an object of numbers")
