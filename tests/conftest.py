@@ -1,4 +1,5 @@
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
@@ -82,6 +83,32 @@ def start(work, server) -> Iterator[Callable[..., Child]]:
     for child in children:
         child.process.kill()
         child.process.join()
+
+
+@pytest.fixture
+def start_ranks(start) -> Callable[..., list[Child]]:
+    """start_ranks(script, argv, count) as torchrun starts them, without the seconds that its processes take to import torch."""
+
+    def start_ranks(script: str, argv: list[str], count: int = 2) -> list[Child]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = (("WORLD_SIZE", str(count)), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port))
+        own = [(("RANK", str(i)), ("LOCAL_RANK", str(i))) for i in range(count)]
+        return [start(script, argv, environment=(*common, *each)) for each in own]
+
+    return start_ranks
+
+
+@pytest.fixture
+def run_ranks(start_ranks) -> Callable[..., None]:
+    """run_ranks(script, argv, count) until all have ended well."""
+
+    def run_ranks(script: str, argv: list[str], count: int = 2) -> None:
+        for rank in start_ranks(script, argv, count):
+            rank.end().assert_ended(0)
+
+    return run_ranks
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def test_the_labels_reach_the_network_and_a_checkpoint_knows_their_names(run):
 
 def test_training_with_labels_learns_from_them(tmp_path):
     """Labels shuffled among the images help less than the right ones."""
-    more = ("train_cfg.epochs=12", "train_cfg.batch_size=128", "train_cfg.sample_period=0", "train_cfg.label_dropout=0")
+    more = ("train_cfg.epochs=5", "train_cfg.batch_size=64", "train_cfg.sample_period=0", "train_cfg.label_dropout=0")
     more += ("train_cfg.lr=0.01", "train_cfg.warmup_steps=10", "train_cfg.ema_decay=0.9", "time_aware_net.kwargs.dropout=0")
     assert train.main(classes(tmp_path / "right", *more)) == 0
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from children import ENDLESS, KEEN, PATIENCE, RESUME, Child, files, image_folder, run_argv
+from children import ENDLESS, KEEN, PATIENCE, RESUME, files, image_folder, run_argv
 from runs import ROOT, assert_same_state, losses, tiny
 
 import checkpoint
@@ -137,27 +136,16 @@ def test_a_run_saves_before_its_first_step_so_that_resume_always_finds_last_pth(
 # Ranks
 
 
-def start_two(start, *flags: str) -> list[Child]:
-    """Two ranks as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port))
-    return [
-        start("train", run_argv(flags=flags), environment=(*common, ("RANK", str(i)), ("LOCAL_RANK", str(i)))) for i in range(2)
-    ]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_two_ranks_stopped_at_random_and_resumed_are_the_run_without_faults(number, start, work, tmp_path):
+def test_two_ranks_stopped_at_random_and_resumed_are_the_run_without_faults(number, start_ranks, work, tmp_path):
     begin = time.monotonic()
-    assert [rank.end().code for rank in start_two(start)] == [0, 0]
+    assert [rank.end().code for rank in start_ranks("train", run_argv())] == [0, 0]
     seconds = time.monotonic() - begin
     (work / "run").rename(tmp_path / "whole")
     rng, stopped = random.Random(number), 0
     for _ in range(3):
-        ranks = start_two(start, "--resume")
+        ranks = start_ranks("train", RESUME)
         ranks[0].wait_for_output("steps on")
         time.sleep(rng.uniform(0, 0.1 * seconds))
         for rank in ranks if number == signal.SIGKILL else ranks[1:]:  # one rank's word is enough to stop
@@ -168,7 +156,7 @@ def test_two_ranks_stopped_at_random_and_resumed_are_the_run_without_faults(numb
         stopped += codes != {0}
         assert_whole(work / "run")
     assert stopped
-    assert [rank.end().code for rank in start_two(start, "--resume")] == [0, 0]
+    assert [rank.end().code for rank in start_ranks("train", RESUME)] == [0, 0]
     assert_same_run(work / "run", tmp_path / "whole")
 
 

@@ -4,8 +4,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-from runs import ROOT, assert_same_state, losses, metrics, tiny, torchrun
+from runs import assert_same_state, losses, metrics, tiny
 
 import checkpoint
 import mistakes
@@ -46,44 +45,41 @@ class Data(Digits):
 """
 
 
-def trained(folder: Path, argv: list[str], ranks: int = 2) -> None:
-    torchrun(str(ROOT / "train.py"), *argv, ranks=ranks, folder=folder)
-
-
 def of_net(folder: Path, net: str, *more: str, flags: tuple[str, ...] = ()) -> list[str]:
     argv = [each for each in tiny(folder, *more, flags=flags) if not each.startswith("time_aware_net")]
     return [*argv, f"time_aware_net.name=my_nets.{net}", 'time_aware_net.kwargs={"n_channels": 1}']
 
 
-def test_three_ranks_stopped_and_resumed_are_the_run_never_stopped(tmp_path):
+def test_three_ranks_stopped_and_resumed_are_the_run_never_stopped(tmp_path, run_ranks):
     """With three, the order of a sum shows, which torch's DDP chooses after its first pass."""
     few = "train_cfg.batch_size=510"
-    trained(tmp_path, tiny(tmp_path / "whole", few), 3)
+    run_ranks("train", tiny(tmp_path / "whole", few), 3)
     for steps in ("3", "null"):
-        trained(tmp_path, tiny(tmp_path / "parts", few, f"train_cfg.max_steps={steps}", flags=("--resume",)), 3)
+        run_ranks("train", tiny(tmp_path / "parts", few, f"train_cfg.max_steps={steps}", flags=("--resume",)), 3)
     whole, parts = (checkpoint.load(tmp_path / name / "last.pth") for name in ("whole", "parts"))
     for name in ("model", "ema", "optimizer", "best_loss"):
         assert_same_state(whole[name], parts[name], name)
 
 
-def test_two_ranks_train_a_network_with_a_parameter_that_it_does_not_use(tmp_path):
-    (tmp_path / "my_nets.py").write_text(NETS)
-    trained(tmp_path, of_net(tmp_path / "run", "Unused"))
-    assert losses(tmp_path / "run")[-1][0] == 8
+def test_two_ranks_train_a_network_with_a_parameter_that_it_does_not_use(work, run_ranks):
+    (work / "my_nets.py").write_text(NETS)
+    run_ranks("train", of_net(work / "run", "Unused"))
+    assert losses(work / "run")[-1][0] == 8
 
 
-def test_two_ranks_validate_the_batchnorm_that_is_saved(tmp_path):
-    (tmp_path / "my_nets.py").write_text(NETS)
-    trained(tmp_path, of_net(tmp_path / "whole", "Normed"))
+def test_two_ranks_validate_the_batchnorm_that_is_saved(work, run_ranks):
+    (work / "my_nets.py").write_text(NETS)
+    run_ranks("train", of_net(work / "whole", "Normed"))
     for steps in ("6", "null"):
-        trained(tmp_path, of_net(tmp_path / "parts", "Normed", f"train_cfg.max_steps={steps}", flags=("--resume",)))
-    assert metrics(tmp_path / "whole")[-1]["valid_loss"] == metrics(tmp_path / "parts")[-1]["valid_loss"]
+        run_ranks("train", of_net(work / "parts", "Normed", f"train_cfg.max_steps={steps}", flags=("--resume",)))
+    assert metrics(work / "whole")[-1]["valid_loss"] == metrics(work / "parts")[-1]["valid_loss"]
 
 
-def test_two_ranks_with_other_data_are_refused_and_do_not_wait_for_each_other(tmp_path):
-    (tmp_path / "my_data.py").write_text(DATA)
-    with pytest.raises(AssertionError, match=r"dataset\.train: must be the same on all ranks, and is 1617 images"):
-        trained(tmp_path, tiny(tmp_path / "run", "dataset.name=my_data.Data"))
+def test_two_ranks_with_other_data_are_refused_and_do_not_wait_for_each_other(work, start_ranks):
+    (work / "my_data.py").write_text(DATA)
+    first, second = (rank.end() for rank in start_ranks("train", tiny(work / "run", "dataset.name=my_data.Data")))
+    first.assert_ended(2, "dataset.train: must be the same on all ranks, and is 1617 images")
+    assert second.code == 2
 
 
 def test_with_slow_steps_the_ranks_hear_a_signal_within_two(clock):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from runs import ROOT, TINY, assert_same_state, metrics, torchrun
+from runs import ROOT, TINY, assert_same_state, metrics
 
 import test as sampling
 import train
@@ -139,17 +139,17 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, config, setting):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_resume_and_sample_symbols(tmp_path):
-    torchrun("train.py", *argv(tmp_path / "whole"))
-    torchrun("train.py", *argv(tmp_path / "part", "train_cfg.max_steps=3"))
-    torchrun("train.py", *argv(tmp_path / "part", flags=("--resume",)))
+def test_two_ranks_train_resume_and_sample_symbols(tmp_path, run_ranks):
+    run_ranks("train", argv(tmp_path / "whole"))
+    run_ranks("train", argv(tmp_path / "part", "train_cfg.max_steps=3"))
+    run_ranks("train", argv(tmp_path / "part", flags=("--resume",)))
     whole, part = (load(tmp_path / name / "last.pth") for name in ("whole", "part"))
     for key in ("model", "ema", "optimizer"):
         assert_same_state(whole[key], part[key], key)
     assert train.main(argv(tmp_path / "one")) == 0
     assert metrics(tmp_path / "whole")[-1]["valid_loss"] == pytest.approx(metrics(tmp_path / "one")[-1]["valid_loss"], rel=0.2)
     sampled = [str(tmp_path / "whole" / "last.pth"), "-n", "5", "--batch-size", "2", "--device", "cpu"]
-    torchrun("test.py", *sampled)
+    run_ranks("test", sampled)
     shared = (tmp_path / "whole" / "last_gen" / "grid.png").read_bytes()
     assert sampling.main(sampled) == 0
     assert (tmp_path / "whole" / "last_gen" / "grid.png").read_bytes() == shared

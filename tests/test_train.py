@@ -863,50 +863,44 @@ def test_ranks_share_an_epoch_without_overlap():
     assert sorted(sum(parts, [])) == list(range(1617))  # noqa: RUF017
 
 
-def test_two_ranks_train_and_sample_and_resume_like_one(tmp_path):
+def test_two_ranks_train_and_sample_and_resume_like_one(tmp_path, run_ranks):
     torchrun("train.py", *tiny(tmp_path / "two"))
     assert train.main(tiny(tmp_path / "one")) == 0
     one, two = metrics(tmp_path / "one")[-1], metrics(tmp_path / "two")[-1]
     assert two["step"] == one["step"]
     assert two["valid_loss"] == pytest.approx(one["valid_loss"], rel=0.2)  # other draws of t and eps
-    torchrun("train.py", *tiny(tmp_path / "two", flags=("--resume",)))
+    run_ranks("train", tiny(tmp_path / "two", flags=("--resume",)))
     sampled = [str(tmp_path / "two" / "last.pth"), "-n", "5", "--batch-size", "2", "--device", "cpu"]
-    torchrun("test.py", *sampled)
+    run_ranks("test", sampled)
     shared = pictures(tmp_path / "two" / "last_gen")
     assert sampling.main(sampled) == 0
     assert pictures(tmp_path / "two" / "last_gen") == shared
 
 
-GRADIENTS = """
-import sys
-import torch
-import train
+GIVEN = """
 from gaussian_diffusion import GaussianDiffusion
 
-def given(self, x0, chunk_size=None, condition=None):
-    '''The loss at t and eps that are functions of the image alone.'''
-    t = 1 + (1000 * x0.flatten(1).sum(1).abs()).long() % self.T
-    return self.loss(x0, t, (100 * x0.flatten(1).cumsum(1)).sin().view_as(x0)).mean()
 
-GaussianDiffusion.forward = given
-path, *settings = sys.argv[2:]
-run = train.Trainer(train.load_config(path, settings), "cpu")
-run.train_step(*next(run.train_data.epoch(0)))
-if run.ranks.rank == 0:  # Adam's first average of the gradients: a tenth of them
-    torch.save([10 * run.optimizer.state[p]["exp_avg"] for p in run.parameters], sys.argv[1])
+class Given(GaussianDiffusion):
+    \"\"\"Its loss is that at t and eps that are functions of the image alone.\"\"\"
+
+    def forward(self, x0, chunk_size=None, condition=None):
+        t = 1 + (1000 * x0.flatten(1).sum(1).abs()).long() % self.T
+        return self.loss(x0, t, (100 * x0.flatten(1).cumsum(1)).sin().view_as(x0)).mean()
 """
 
 
 @pytest.mark.parametrize("accum", [1, 2])
-def test_two_ranks_have_the_gradient_of_one_on_given_t_and_eps(accum, tmp_path):
-    (tmp_path / "gradients.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + GRADIENTS)
-    settings = [*TINY, f"train_cfg.model_save_dirpath={tmp_path / 'a'}", "time_aware_net.kwargs.dropout=0"]
-    config = str(ROOT / "configs" / "Digits_den.json")
-    script = str(tmp_path / "gradients.py")
-    torchrun(script, str(tmp_path / "one.pt"), config, *settings, ranks=1)
-    torchrun(script, str(tmp_path / "two.pt"), config, *settings, f"train_cfg.grad_accum={accum}", ranks=2)
-    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
-    one, two = (torch.cat([g.flatten() for g in gradient]) for gradient in (one, two))
+def test_two_ranks_have_the_gradient_of_one_on_given_t_and_eps(accum, work, start, run_ranks):
+    (work / "my_given.py").write_text(GIVEN)
+    given = ("diffusion.name=my_given.Given", "train_cfg.max_steps=1", "time_aware_net.kwargs.dropout=0")
+    start("train", tiny(work / "one", *given)).end().assert_ended(0)
+    run_ranks("train", tiny(work / "two", *given, f"train_cfg.grad_accum={accum}"))
+    gradients = []
+    for name in ("one", "two"):
+        moments = torch.load(work / name / "last.pth", weights_only=True)["optimizer"]["state"]
+        gradients.append(10 * torch.cat([moment["exp_avg"].flatten() for moment in moments.values()]))  # a tenth, after a step
+    one, two = gradients
     assert one.norm() > 0.1
     assert (two - one).norm() < 1e-5 * one.norm()
 

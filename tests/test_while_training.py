@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import assert_same_state, losses, metrics, tiny, torchrun
+from runs import assert_same_state, losses, metrics, tiny
 
 import checkpoint
 import evaluation.metrics
@@ -404,9 +404,9 @@ def test_the_time_spent_is_kept_when_a_run_goes_on(clock):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])  # of 3 batches, the fourth rank has none
-def test_ranks_measure_together(ranks, measured, here):
+def test_ranks_measure_together(ranks, measured, here, run_ranks):
     argv = tiny(here / f"{ranks} ranks", *OFTEN)
-    torchrun(str(train.__file__), *argv, ranks=ranks)
+    run_ranks("train", argv, ranks)
     for line in metrics(here / f"{ranks} ranks"):
         if found := line.get("metrics"):
             assert found["fd"]["samples"] == 150

@@ -6,6 +6,7 @@ The images are decoded once, or by worker processes as they are needed.
 import gc
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,12 +15,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import TrainConfig
-from dataset import ArrayDataset, ImageDataset
+from dataset import ImageDataset
 from mistakes import Mistake
 from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
 
 Batch = tuple[Tensor, Tensor | None]  # uint8 pixels [b, C, H, W] and their labels [b], None where the data set has none
+WORKERS_PAY = 2.0  # seconds of decoding all: less than it may take to start worker processes
 GRACE = 30  # seconds that a worker lives on after SIGTERM
 
 
@@ -66,8 +68,8 @@ class Batches:
             self.numbers = torch.arange(len(self.numbers))  # from now on of the images in the cache
 
     def _decode_all(self) -> Tensor:
-        at_hand = isinstance(self.images, ArrayDataset) and not self.images.pipeline
-        workers = 0 if at_hand else self.cfg.num_workers
+        quick = min(map(self._seconds, self.numbers[:3].tolist())) * len(self.numbers) < WORKERS_PAY
+        workers = 0 if quick else self.cfg.num_workers
         sampler = self.numbers.tolist()  # of max_images, no others
         loader = DataLoader(_Pixels(self.images), 256, sampler=sampler, num_workers=workers, worker_init_fn=_leave_alone)
         cache = torch.empty(len(self.numbers), *self.images.shape, dtype=torch.uint8)
@@ -79,6 +81,12 @@ class Batches:
         if device.type == "cuda" and cache.numel() < torch.cuda.mem_get_info(device)[0] / 4:
             cache = cache.to(device)
         return cache
+
+    def _seconds(self, i: int) -> float:
+        """That image i takes to decode."""
+        begin = time.perf_counter()
+        self.images.pixels(i)
+        return time.perf_counter() - begin
 
     def indices(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         """This rank's image numbers in each batch of an epoch, from batch `first` on."""
