@@ -329,7 +329,7 @@ def run(
         seconds = time.perf_counter() - start
     if bad := int((~drawn.samples.isfinite()).sum()):  # of all samples on rank 0, which the other ranks need not hear of
         raise Mistake(f"--sampler {args.sampler}: {bad} values of the samples are not finite")
-    evaluation.samples = drawn.samples
+    evaluation.samples, evaluation.labels = drawn.samples, job.labels
     weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
     folder = job.path.with_name(f"{job.path.stem}{weight_name}_gen")
     if ranks.rank == 0:

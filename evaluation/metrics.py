@@ -253,6 +253,7 @@ class Evaluation:
     guided: bool = False  # are the samples drawn with guidance?
     other_size: bool = False  # have they another size than the data?
     samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
+    labels: Tensor | None = None  # [n], the class that each was asked to be, None without
     check: Callable[[], object] = lambda: None  # called before each batch of images
     class_names: list[str] | None = None  # of the checkpoint, if it says them
     centres: Tensor | None = None  # of the clusters that are its classes

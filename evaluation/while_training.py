@@ -140,13 +140,13 @@ class Quality:
         self.run.save_last(take_state(self.run))  # a metric may fail, or outlast the patience of what sent a signal
         begin = time.monotonic()
         if any(not isinstance(metric, BitsPerDimension | Accuracy) for metric in self.metrics.values()):
-            self.evaluation.samples = self._draw(cfg.metric_samples)
+            self._draw(cfg.metric_samples)
         results = {}
         for name, found in measure_each(self.metrics, self.run.ranks, cfg.precision):
             results[name] = found
             if self.run.ranks.rank == 0:
                 log.info(self.metrics[name].describe(found))
-        self.evaluation.samples = None
+        self.evaluation.samples = self.evaluation.labels = None
         self._note_best(results)
         self.expected = time.monotonic() - begin
         self.seconds += self.expected
@@ -158,17 +158,17 @@ class Quality:
         self.better = self.run.ranks.largest(float(distance < self.best_fd)) > 0
         self.best_fd = distance if distance < self.best_fd else self.best_fd  # min() may keep a nan
 
-    def _draw(self, n: int) -> torch.Tensor:
-        """n samples, all of them on rank 0. Of a network with classes, each with the label of an image of the valid split."""
+    def _draw(self, n: int) -> None:
+        """Give the evaluation n samples, all on rank 0. Of a network with classes, each has the label of a valid image."""
         run, labels = self.run, None
         if run.n_classes is not None:
             known = run.valid_data.images.labels
             labels = known[torch.arange(n) * len(known) // n]
         how = {"timesteps": min(run.cfg.sample_timesteps, run.ema.T), "batch_size": BATCH_SIZE, "seed": run.cfg.seed}
+        how |= {"labels": labels, "ranks": run.ranks, "check": self.evaluation.check}
         with speed.autocast(run.device, run.cfg.precision):
-            return draw(
-                run.ema, n, run.shape, self.sampler, **how, labels=labels, ranks=run.ranks, check=self.evaluation.check
-            ).samples
+            drawn = draw(run.ema, n, run.shape, self.sampler, **how)
+        self.evaluation.samples, self.evaluation.labels = drawn.samples, labels
 
     def _cost(self, metric: object) -> float:
         """Of an image, in samples: the bound takes about as long as one, and a class as many calls as it says, at most."""

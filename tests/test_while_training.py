@@ -1,5 +1,6 @@
 """Pictures and metrics while a model trains: they change nothing of it, say what they measured, and stay within their share."""
 
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import evaluation.metrics
 import test as sampling
 import train
 from config import build_dataset, load_config
+from dataset import Digits
 from evaluation import while_training
 from evaluation.features import from_uint8, to_uint8
 from evaluation.metrics import BitsPerDimension
@@ -35,7 +37,9 @@ class Brightness:
         self.evaluation = evaluation
 
     def measure(self):
-        return {"mean": self.evaluation.samples.mean(), "samples": len(self.evaluation.samples)}
+        e = self.evaluation
+        classes = None if e.labels is None else e.labels.bincount(minlength=10)
+        return {"mean": e.samples.mean(), "samples": len(e.samples), "classes": classes}
 
     @staticmethod
     def describe(found):
@@ -126,6 +130,20 @@ def test_a_metric_of_ones_own_and_a_resumed_best(here):
     found = metrics(here / "own")[-1]["metrics"]["my_metric.Brightness"]
     assert found["samples"] == 150
     assert -1 < found["mean"] < 1
+    assert found["classes"] is None
+
+
+def test_a_metric_of_ones_own_knows_what_each_sample_was_asked_to_be(here):
+    (here / "my_metric.py").write_text(OWN)
+    more = [*OFTEN, 'train_cfg.metrics=["my_metric.Brightness"]', "time_aware_net.kwargs.n_classes=10", "train_cfg.epochs=1"]
+    assert train.main(tiny(here / "labelled", *more)) == 0
+    found = metrics(here / "labelled")[-1]["metrics"]["my_metric.Brightness"]
+    labels = Digits(train=False).labels
+    assert found["classes"] == labels[torch.arange(150) * len(labels) // 150].bincount(minlength=10).tolist()
+    flags = ["--metrics", "my_metric.Brightness", "-n", "20", "--class", "3", "--timesteps", "2", "--device", "cpu"]
+    assert sampling.main([str(here / "labelled" / "last.pth"), *flags]) == 0
+    results = json.loads((here / "labelled" / "last_gen" / "metrics.json").read_text())
+    assert results["my_metric.Brightness"]["classes"] == [0, 0, 0, 20, 0, 0, 0, 0, 0, 0]
 
 
 def test_the_least_distance_outlives_a_part_of_the_run_without_metrics(measured, here):
