@@ -12,9 +12,9 @@ demo: .venv/installed
 	$(BIN)/python test.py $(DEMO)/last.pth -n 80 --pictures 80 --class all --guidance 1.5 --sampler dpm --timesteps 25
 	@echo "Look at $(DEMO)/last_gen/grid.png, trajectory.gif and 0.png beside it"
 
-# Two processes of one thread: networks this small hardly use a second one.
+# A process of one thread for each core: networks this small hardly use a second one.
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
