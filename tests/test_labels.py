@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from runs import tiny
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import config
@@ -317,7 +318,28 @@ def test_of_some_images_the_cache_has_no_others_and_the_batches_are_the_same(shu
 
 
 def test_of_some_images_no_others_are_decoded():
-    assert batches(max_images=31, pipeline=[v2.Resize(4)]).images.opened == 31 + 3  # timed first; the shape was asked of a copy
+    assert batches(max_images=31, pipeline=[v2.Resize(4)]).images.opened == 31  # the shape, and the time, were asked of copies
+
+
+@pytest.mark.parametrize(("seconds", "workers"), [(0.03, 0), (0.05, 2)])
+def test_worker_processes_decode_what_takes_longer_than_to_start_them(seconds, workers, clock, monkeypatch):
+    class Slow(Numbered):
+        def image(self, i):
+            clock.now += seconds
+            return super().image(i)
+
+    class Loader(DataLoader):
+        def __init__(self, *args, num_workers, **more):
+            started.append(num_workers)
+            super().__init__(*args, **more)
+
+    started = []
+    monkeypatch.setattr("training.batches.DataLoader", Loader)
+    cfg = TrainConfig(epochs=1, batch_size=12, lr=1e-3, model_save_dirpath="run", num_workers=2)
+    images = Slow(50)
+    Batches(images, cfg, Ranks("cpu", alone=True), shuffle=True)
+    assert started == [workers]
+    assert images.opened == 50  # copies were timed
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 The images are decoded once, or by worker processes as they are needed.
 """
 
+import copy
 import gc
 import math
 import signal
@@ -21,7 +22,7 @@ from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
 
 Batch = tuple[Tensor, Tensor | None]  # uint8 pixels [b, C, H, W] and their labels [b], None where the data set has none
-WORKERS_PAY = 2.0  # seconds of decoding all: less than it may take to start worker processes
+WORKERS_PAY_FROM = 2.0  # seconds of decoding all: to start worker processes may take longer
 GRACE = 30  # seconds that a worker lives on after SIGTERM
 
 
@@ -68,7 +69,7 @@ class Batches:
             self.numbers = torch.arange(len(self.numbers))  # from now on of the images in the cache
 
     def _decode_all(self) -> Tensor:
-        quick = min(map(self._seconds, self.numbers[:3].tolist())) * len(self.numbers) < WORKERS_PAY
+        quick = min(map(self._seconds, self.numbers[:3].tolist())) * len(self.numbers) < WORKERS_PAY_FROM
         workers = 0 if quick else self.cfg.num_workers
         sampler = self.numbers.tolist()  # of max_images, no others
         loader = DataLoader(_Pixels(self.images), 256, sampler=sampler, num_workers=workers, worker_init_fn=_leave_alone)
@@ -83,9 +84,9 @@ class Batches:
         return cache
 
     def _seconds(self, i: int) -> float:
-        """That image i takes to decode."""
-        begin = time.perf_counter()
-        self.images.pixels(i)
+        """That image i takes to decode: by a copy, so that no file that it opens is open, and shared, in every worker."""
+        images, begin = copy.copy(self.images), time.perf_counter()
+        images.pixels(i)
         return time.perf_counter() - begin
 
     def indices(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
