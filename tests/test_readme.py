@@ -58,6 +58,12 @@ def test_the_python_of_the_readme_runs_as_printed(code, folder):
     run_code(code)
 
 
+def test_a_model_of_ones_own_loop_is_sampled_as_printed(folder):
+    run_code(next(code for code in PYTHON if "own.pth" in code))
+    assert sampling.main(["own.pth", "-n", "2", "--timesteps", "2", "--device", "cpu"]) == 0
+    assert Path("own_gen/grid.png").exists()
+
+
 def test_the_network_of_ones_own_trains_and_samples_as_printed(folder, monkeypatch):
     code = next(code for code in PYTHON if "class MyNet" in code)
     commands = next(code for _, code in FENCED.findall(README) if "my_net.MyNet" in code and code.startswith("python train.py"))
