@@ -2,14 +2,18 @@
 
 import itertools
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from children import PATIENCE
 from PIL import Image
-from runs import tiny
+from runs import ROOT, tiny
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -319,6 +323,25 @@ def test_of_some_images_the_cache_has_no_others_and_the_batches_are_the_same(shu
 
 def test_of_some_images_no_others_are_decoded():
     assert batches(max_images=31, pipeline=[v2.Resize(4)]).images.opened == 31  # the shape, and the time, were asked of copies
+
+
+def test_python_ends_at_once_where_worker_processes_were_left(tmp_path):
+    """As in a script that looks at a few batches. At the end Python sends them a signal, after which they would live on."""
+    argv = tiny(tmp_path / "run", "train_cfg.cache_gb=0")
+    script = "\n".join(
+        [
+            "from train import Trainer, load_config",
+            "from training import batches",
+            f"batches.GRACE = {10 * PATIENCE}",
+            f"trainer = Trainer(load_config({argv[0]!r}, {argv[4:]!r}), 'cpu')",
+            "next(trainer.train_data.epoch(0))",
+            "print(trainer.train_data.loader.num_workers)",
+        ]
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert done.stdout == "2\n"
 
 
 @pytest.mark.parametrize(("seconds", "workers"), [(0.03, 0), (0.05, 2)])

@@ -8,6 +8,7 @@ import gc
 import math
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -122,6 +123,7 @@ class Batches:
                 persistent_workers=self.cfg.num_workers > 0,
                 worker_init_fn=_live_on,
             )
+            self._end_workers = weakref.finalize(self, _end_workers, self.loader)  # at the latest when Python ends
         parts = list(self.indices(epoch, first))
         self.loader.batch_sampler[:] = [[(epoch, i) for i in part.tolist()] for part in parts]
         for part, pixels in zip(parts, self.loader, strict=True):
@@ -129,8 +131,8 @@ class Batches:
 
     def close(self) -> None:
         """End the worker processes, also where an error's traceback still refers to them; another epoch starts new ones."""
-        if (iterator := getattr(self.loader, "_iterator", None)) is not None:
-            iterator._shutdown_workers()  # a DataLoader has no public way to it
+        if self.loader is not None:
+            self._end_workers()
         self.loader = None
 
     def _to_device(self, x: Tensor) -> Tensor:
@@ -139,6 +141,12 @@ class Batches:
         if device.type == "cuda" and x.device != device:
             return x.pin_memory().to(device, non_blocking=True)
         return x.to(device)
+
+
+def _end_workers(loader: DataLoader) -> None:
+    """Let the workers of a DataLoader end, which has no public way to it. By a signal, they would live on for GRACE seconds."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
 
 
 def _leave_alone(worker: int) -> None:
