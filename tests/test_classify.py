@@ -168,6 +168,8 @@ def test_the_metric_accuracy_is_that_of_bayes_rule():
     assert abs(found["accuracy"] - best) < 0.03
     assert found["standard_error"] == pytest.approx((found["accuracy"] * (1 - found["accuracy"]) / 400) ** 0.5)
     assert 3 * 16 <= found["calls"] < 3 * 16 * 16
+    said = Accuracy.describe(found | {"accuracy": 0.75, "standard_error": 0.0125, "calls": 49.6})
+    assert said.endswith("75.0 % +- 1.2 % of 400 valid images, with 50 network calls each (weighting 'bound')")
     with pytest.raises(Mistake, match="measure it without guidance"):
         Accuracy(dataclasses.replace(measured, guided=True))
 

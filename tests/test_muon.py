@@ -1,5 +1,7 @@
 """The optimizer against the singular value decomposition and against a problem with a known best step."""
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -83,6 +85,30 @@ def test_a_bad_step_changes_nothing():
         assert torch.equal(before, p) == bool(bad)
         assert torch.equal(average, optimizer.state[p]["momentum"]) == bool(bad)
     assert optimizer.state[p]["step"] == optimizer.state[q]["step"] == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_its_products_are_in_full_float32_and_others_as_they_were(fails, monkeypatch):
+    """An error in a product of the small matrices grows 12-fold a step."""
+    seen = []
+
+    def look(batches):
+        seen.append(torch.get_float32_matmul_precision())
+        if fails:
+            raise RuntimeError
+        return orthogonalized(batches)
+
+    monkeypatch.setattr("training.muon.orthogonalized", look)
+    before = torch.get_float32_matmul_precision()
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.ones(4, 4)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            Muon([{"params": [p], "orthogonal": True}], lr=0.1, fused=True).step()
+        assert (seen, torch.get_float32_matmul_precision()) == (["highest"], "medium")
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Calls(TorchDispatchMode):
