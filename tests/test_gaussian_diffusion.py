@@ -935,6 +935,11 @@ def test_times_are_drawn_by_the_density_of_ones_own(time_sampling):
     assert torch.allclose(share * diffusion.time_weight, torch.full((10,), 0.1), atol=2e-3)
 
 
+def test_a_word_is_not_taken_for_true():
+    with pytest.raises(ValueError, match=r"^bounded = 'False': must be True or False$"):
+        GaussianDiffusion(CosineSchedule(10), nn.Identity(), bounded="False")
+
+
 @pytest.mark.parametrize("density", [[1.0] * 10, [0.2] * 5, [0.2] * 6 + [-0.1, 0.1, -0.1, -0.1], [torch.nan] * 10])
 def test_a_density_of_the_times_that_is_none_is_refused(density, monkeypatch):
     """Drawn from its sums, all times would be the first ones."""

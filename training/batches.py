@@ -70,7 +70,8 @@ class Batches:
             self.numbers = torch.arange(len(self.numbers))  # from now on of the images in the cache
 
     def _decode_all(self) -> Tensor:
-        quick = min(map(self._seconds, self.numbers[:3].tolist())) * len(self.numbers) < WORKERS_PAY_FROM
+        last = self.numbers[-3:].tolist()  # the first has been read before, and a slow disk would not show
+        quick = min(map(self._seconds, last)) * len(self.numbers) < WORKERS_PAY_FROM
         workers = 0 if quick else self.cfg.num_workers
         sampler = self.numbers.tolist()  # of max_images, no others
         loader = DataLoader(_Pixels(self.images), 256, sampler=sampler, num_workers=workers, worker_init_fn=_leave_alone)
