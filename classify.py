@@ -69,6 +69,8 @@ def _check(diffusion: nn.Module, n_classes: int, weighting: str, rounds: int, tr
     if not 1 <= n_classes <= known:
         raise ValueError(f"n_classes = {n_classes}: must lie in 1..{known}, the classes of the network")
     choice("weighting", weighting, get_args(Weighting))
+    if chunk_size is None:
+        raise ValueError("chunk_size = None: must be a number of rows")
     check_chunk_size(chunk_size)
     if rounds < 1 or trials < 2:
         raise ValueError(f"rounds = {rounds}, trials = {trials}: must be at least 1 round of at least 2 trials")

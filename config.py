@@ -100,7 +100,7 @@ class TrainConfig:
     grad_clip: Annotated[float, Range(ge=0)] = 1.0  # largest norm of the network's gradient, 0 for any
     grad_accum: Annotated[int, Range(ge=1)] = 1  # parts that a batch is split into, one forward and backward pass each
     ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.9999  # of the averaged weights, per step; shorter at first
-    power_ema: Sequence[Annotated[float, Range(gt=0, le=0.28)]] = ()  # lengths sigma_rel of power-function averages besides
+    power_ema: Sequence[Annotated[float, Range(ge=1e-5, le=0.28)]] = ()  # lengths sigma_rel of power-function averages besides
     power_ema_snapshots: Annotated[int, Range(ge=1)] = 32  # of those, evenly spread over the run, for the averages between them
     label_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1  # share of labels that the network does not see: it learns both
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of the network; the maths is float32 always
@@ -525,7 +525,7 @@ def _build_split(config: Mapping, split: str) -> dataset.ImageDataset:
     section = _split(path, cls, config["dataset"][split])
     if "pipeline" in section:
         section["pipeline"] = [
-            _build_named(f"{path}.pipeline.{i}", transform, dataset.TRANSFORMS, Callable, (ValueError, TypeError))
+            _build_named(f"{path}.pipeline.{i}", transform, dataset.TRANSFORMS, Callable, (ValueError, TypeError, KeyError))
             for i, transform in enumerate(section["pipeline"])
         ]
     images = _build(path, cls, section, Mistake)  # a ValueError may be of a transform of the user's own

@@ -44,7 +44,7 @@ from mistakes import Mistake, OneLineParser, as_mistake, run_script
 from time_aware_module import Downsample, ResidualBlock, SelfAttention, TimeAwareUNet, Upsample
 
 CONFIG = "gaussian_diffusion.json"  # in a folder that this script wrote
-OF_TRAINING = ("loss_mode", "time_sampling")  # in a config's section diffusion
+OF_TRAINING = ("loss_mode", "time_sampling", "bounded")  # in a config's section diffusion
 PREDICTIONS = {"denoising": "epsilon", "reconstruction": "sample", "velocity": "v_prediction"}
 VARIANCES = {"sigma_bar_square": "fixed_small", "beta": "fixed_large"}
 
@@ -258,6 +258,12 @@ def process_settings(scheduler) -> tuple[dict, dict]:
     ):
         _require(value in known.values(), theirs, value, f"this library has only {', '.join(known.values())}")
         settings[ours] = next(here for here, there in known.items() if there == value)
+    _require(not options.thresholding, "thresholding", options.thresholding, "this library has no such clipping")
+    if options.clip_sample:
+        reach = options.clip_sample_range
+        _require(reach == 1, "clip_sample_range", reach, "this library keeps x_0 in [-1, 1], or does not")
+    else:
+        print("clip_sample = false: test.py --no-clip samples so")
     return _schedule(scheduler), settings
 
 

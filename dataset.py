@@ -109,7 +109,8 @@ class ImageDataset(Dataset):
 
     def _transformed(self, image: Image.Image, where: str, transform: Callable, i: int) -> Image.Image:
         # What one of torchvision's finds wrong is its arguments or the image; an error in another is its author's to see.
-        blamed = (ValueError, TypeError, ArithmeticError, RuntimeError) if type(transform) in TRANSFORMS.values() else ()
+        errors = (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError)
+        blamed = errors if type(transform) in TRANSFORMS.values() else ()
         try:
             image = transform(image)
         except blamed as error:
@@ -381,11 +382,12 @@ def _read_image(path: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with open(path, "rb") as file, Image.open(file) as image:  # of a path, Pillow maps some turned TIFFs wrongly
                 _scale_transparent_colour(image)
                 image.load()
                 _check_levels(image)
                 image = _upright(image)
+                image = image.convert("RGB") if image.mode == "LAB" else image  # the only mode that Pillow makes of it
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises whatever a broken file leads to

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusion_process import Condition, choice, repeat_condition
 from gaussian_diffusion import GaussianDiffusion
-from samplers import SAMPLERS, Level, Normal, PredictX0, ddpm
+from samplers import NO_SIGNAL, SAMPLERS, Level, Normal, PredictX0, ddpm
 
 Operator = Callable[[Tensor], Tensor]
 Times = int | Sequence[int] | None
@@ -204,10 +204,11 @@ def posterior_sample(
         raise ValueError("posterior_sample: needs derivatives, which inference_mode has none of; no_grad is right")
     adjoint = _adjoint(operator, y, shape)
     steps = diffusion.steps(timesteps, sampler)
-    if diffusion.signal_scale[steps[0] - 1] == 0:  # nor is a covariance known there
-        if steps[0] == 1:
+    first = int((diffusion._alpha_bar >= NO_SIGNAL).sum())  # after it no signal is left, and no covariance is known
+    if steps[0] > first:
+        if first == 0:
             raise ValueError("timesteps: at t = 1 no signal is left, and there is no time before it to begin at")
-        steps = list(dict.fromkeys([steps[0] - 1, *steps[1:]]))
+        steps = [first, *(t for t in steps if t < first)]
 
     def rule(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) -> Iterator[Tensor]:
         alpha_bar = {level.t: level.alpha_bar for level in levels}

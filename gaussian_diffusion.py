@@ -349,7 +349,7 @@ class GaussianDiffusion(DiffusionProcess):
     def _drawn_loss(self, mode: LossMode, x0: Tensor, condition: Condition) -> Tensor:
         """[B]: the loss at random times, weighted to be that of uniform ones in expectation (equation 15c)."""
         t = self._random_times(x0)
-        loss = self._loss(mode, x0, t, torch.randn_like(x0), condition)
+        loss = self._loss(mode, x0, t, _noise(x0, None), condition)
         self.last_terms = t, loss.detach()
         return self._at(self.time_weight, t, loss) * loss
 
@@ -366,7 +366,7 @@ class GaussianDiffusion(DiffusionProcess):
 
         def chunk(x0: Tensor, t: Tensor) -> Tensor:
             rows, times, conditions = every_pair(x0, t, condition)
-            return self._loss("full", rows, times, torch.randn_like(rows), conditions).view(len(t), -1).sum(0)
+            return self._loss("full", rows, times, _noise(rows, None), conditions).view(len(t), -1).sum(0)
 
         chunks = self._chunks(x0, self._for_each(x0, 1, self.T), chunk_size)
         return sum(checkpoint(chunk, x0, t, use_reentrant=False) for t in chunks)
@@ -437,7 +437,7 @@ class GaussianDiffusion(DiffusionProcess):
         its part of 2..T.
         """
         n_levels = 256 if discretized is True else int(discretized)
-        if n_levels != 0 and n_levels < 2:
+        if n_levels < 0 or n_levels == 1 or not (discretized is True or n_levels == discretized):
             raise ValueError(f"discretized = {discretized}: must be False, True, or a number of levels, at least 2")
         if n_levels and not (x0.abs() <= 1).all():  # nor is nan
             raise ValueError(f"x0 from {x0.min():g} to {x0.max():g}: the discretized likelihood is of data in [-1, 1]")
@@ -594,7 +594,9 @@ class GaussianDiffusion(DiffusionProcess):
         if self.reverse_variance != "learnable":
             return self.x0_error.cpu().double()
         excess = self.log_sigma_square.detach().cpu().double().exp() - self.sigma_bar_square.cpu().double()
-        return (excess / self.mu_bar_from_x0.cpu().double() ** 2).clamp(min=0)  # a learnt one may be a little too small
+        factor = self.mu_bar_from_x0.cpu().double() ** 2
+        error = torch.where(factor > 0, excess / factor, 1 - self._alpha_bar)  # where it has none, as beta claims
+        return error.clamp(min=0)  # a learnt one may be a little too small
 
     classify = classify  # the class of the least bound
 
@@ -619,6 +621,8 @@ def _takes_eta(sampler: Sampler) -> bool:
 
 def _noise(x: Tensor, noise: Tensor | None) -> Tensor:
     """The noise given, or drawn."""
+    if not x.is_floating_point():
+        raise ValueError(f"x of type {x.dtype}: must be floats")
     if noise is None:
         return torch.randn_like(x)
     if noise.shape != x.shape:

@@ -5,7 +5,8 @@
 
 Both extrapolate from a worse prediction through a better one: guided = worse + weight (better - worse). This is done to the
 network's output, whatever its prediction is: at given x_t, the mean, x_0_hat and eps_hat are affine in the output (README,
-equation 11), and weights that add up to 1 pass through an affine map. So guiding the output guides them all.
+equation 11), and weights that add up to 1 pass through an affine map. So guiding the output guides them all, before an x_0_hat
+is kept in [-1, 1].
 Of a network of symbols it is the logits that are guided: p_hat is then proportional to p_worse^(1 - weight) p_better^weight.
 
 A guided network is for samples, and training does not go through it. Its outputs at the different t belong to no one density

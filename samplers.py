@@ -40,6 +40,7 @@ SAMPLERS: dict[str, Sampler] = {}
 # Spacings: where a sampler that is given a number of steps takes them, from alpha_bar [T] in float64
 
 NOISE = -10.2  # the log snr below which x_t counts as noise; the schedule of Ho et al. 2020 ends at -10.1
+NO_SIGNAL = 1e-36  # the alpha_bar below which x_t / sqrt(alpha_bar_t) may leave what float32 holds
 
 
 def even_in_time(alpha_bar: Tensor, count: int) -> list[int]:
@@ -156,7 +157,7 @@ def heun(predict_x0: PredictX0, x: Tensor, levels: list[Level], normal: Normal) 
         if s == 0:
             yield predict_x0(x, t)
             return
-        if alpha_bar_t == 0:  # nu is infinite: Euler's step alone, which is that of ddim
+        if alpha_bar_t < NO_SIGNAL:  # nu is as good as infinite: Euler's step alone, which is that of ddim
             x = sqrt(1 - alpha_bar_s) * x + sqrt(alpha_bar_s) * predict_x0(x, t)
             yield x
             continue

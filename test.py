@@ -237,7 +237,7 @@ def evaluation_of(args: argparse.Namespace, job: Job, ranks: Ranks, datasets: di
     """What the flags ask to measure of the model and of its samples, before these are drawn."""
     names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
     how = {name: getattr(args, name) for name in names}
-    how |= {"guided": args.guidance is not None, "other_size": job.shape != job.state["shape"], "datasets": datasets}
+    how |= {"guided": args.guidance is not None, "shape": job.shape, "datasets": datasets}
     how |= {"class_names": job.state.get("class_names"), "centres": job.state.get("cluster_centres")}
     return Evaluation(job.diffusion, job.state["config"], ranks, **how)
 

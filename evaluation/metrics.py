@@ -12,7 +12,7 @@ METRICS is what `test.py --metrics` offers; a metric of your own is a class like
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,7 +251,7 @@ class Evaluation:
     features: str = "classifier"  # or "inception"
     classifier: str | None = None  # its file; None for one in models/, of this data set
     guided: bool = False  # are the samples drawn with guidance?
-    other_size: bool = False  # have they another size than the data?
+    shape: Sequence[int] | None = None  # of a sample, [C, H, W]; None for that of the valid images
     samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
     labels: Tensor | None = None  # [n], the class that each was asked to be, None without
     check: Callable[[], object] = lambda: None  # called before each batch of images
@@ -277,14 +277,16 @@ class Evaluation:
     def images(self, split: str, count: int | None = None, ranks: Ranks | None = None) -> Iterable[tuple[Tensor, dict]]:
         """Batches (images, condition) of `count` images spread evenly over a split, None for all.
 
-        Those of this rank, or of the ranks given. The condition holds their labels if the network has classes.
+        Those of this rank, or of the ranks given. The condition holds their labels if the network has classes. Only images to
+        train on are flipped by chance: what is measured on others is the same every time.
         """
         images, ranks = self.dataset(split), ranks or self.ranks
         numbers = torch.tensor(evenly(len(images) if count is None else count, len(images)))
         batches = numbers.split(self.batch_size)[ranks.rank :: ranks.world]
         for batch in tqdm(batches, desc=f"{split} images", unit="batch", leave=None, disable=ranks.rank > 0):
             self.check()
-            x0 = images.to_float(torch.stack([images.fixed_pixels(i) for i in batch.tolist()])).to(ranks.device)
+            pixels = torch.stack([images.fixed_pixels(i) for i in batch.tolist()])
+            x0 = (images.to_float if split == "train" else from_uint8)(pixels).to(ranks.device)
             yield x0, {} if self.n_classes is None else {"label": images.labels[batch].to(ranks.device)}
 
 
@@ -347,8 +349,11 @@ class FrechetDistance:
         if evaluation.ranks.rank:
             return
         shape = evaluation.dataset("valid").shape
-        if evaluation.other_size:
-            raise Mistake(f"--metrics fd: compares with images of {shape[1]} x {shape[2]}; leave out H W")
+        if evaluation.shape is not None and list(evaluation.shape) != list(shape):
+            sizes = [f"{height} x {width}" for _, height, width in (shape, evaluation.shape)]
+            raise Mistake(
+                f"--metrics fd: compares with images of {sizes[0]}, dataset.valid's, where samples have {sizes[1]}"
+            )
         needed = 1 + {"classifier": SmallClassifier, "inception": InceptionFeatures}[evaluation.features].n_features
         counts = {"-n": evaluation.n, "dataset.valid": len(evaluation.dataset("valid"))}
         for name, count in counts.items():

@@ -16,6 +16,7 @@ from mistakes import Mistake
 
 LEAST_SIDE, MOST_SIDE = 64, 512  # pixels: smaller images are enlarged in a picture, but to no more (a GIF has a limit)
 FONT_SIZE = 16  # pixels
+MOST_GIF = 2**16 - 1  # pixels a side, of which the format has two bytes
 
 
 def _levels(images: Tensor) -> Tensor:
@@ -94,6 +95,9 @@ def save_png(path: str | Path, picture: Image.Image) -> None:
 
 def save_gif(path: str | Path, pictures: Sequence[Image.Image]) -> None:
     """The pictures in turn for four seconds, then the last one for two, over and over."""
+    if max(pictures[0].size) > MOST_GIF:
+        print(f"{path}: left out, since a GIF has at most {MOST_GIF} pixels a side; fewer --pictures make a smaller one")
+        return
     milliseconds = [max(20, round(4000 / len(pictures)))] * (len(pictures) - 1) + [2000]
     with whole_file(path) as file:
         pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)

@@ -89,15 +89,14 @@ class Report:
         e = self.evaluation
         if "fd" in self.metrics:
             return self.metrics["fd"].extractor
-        if self.data["train"].labels is None and not e.classifier:
-            e = replace(e, features="inception")
-        try:
-            with as_mistake():
-                return build_extractor(e)
-        except Mistake as mistake:
-            if e.classifier or self.evaluation.features == "inception":  # asked for
-                raise
-            self.missing["features"] = str(mistake)
+        for features in dict.fromkeys((e.features, "inception")):
+            try:
+                with as_mistake():
+                    return build_extractor(replace(e, features=features))
+            except Mistake as mistake:
+                if e.classifier or e.features == "inception":  # asked for
+                    raise
+                self.missing["features"] = str(mistake)
         return None
 
     def write(self, path: Path, sampled: Sampled, results: dict[str, dict]) -> None:
@@ -262,12 +261,16 @@ class Report:
         trained on most of them and not on samples.
         """
         train, valid, size = self.data["train"], self.data["valid"], self.evaluation.batch_size
+        if train.shape != valid.shape:
+            return "Training images have another size, and cannot be taken for comparison."
         numbers, of = evenly(samples, len(train)), ""
         if self.sampled.labels is not None and train.labels is not None:
             asked = self.sampled.labels.bincount().tolist()
             of_class = [(train.labels == label).nonzero().flatten() for label in range(len(asked))]
             numbers = [int(each[i]) for each, count in zip(of_class, asked, strict=True) for i in evenly(count, len(each))]
             of = ", as many of each class,"
+        if not numbers:
+            return "Of these classes there is no training image to compare with."
 
         def batches(images: ImageDataset, numbers: Sequence[int]):
             return (_images(images, part.tolist()) for part in torch.tensor(numbers).split(size))

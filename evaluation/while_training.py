@@ -124,7 +124,7 @@ class Quality:
         terms = min(cfg.sample_timesteps, run.ema.T - 1) or None  # of the bound, so that an image costs as much as a sample
         how = {"n": cfg.metric_samples, "batch_size": BATCH_SIZE, "seed": cfg.seed, "features": cfg.metric_features}
         how |= {"bpd_images": cfg.metric_samples, "bpd_timesteps": terms, "datasets": {"valid": run.valid_data.images}}
-        how |= {"centres": run.train_data.images.centres}
+        how |= {"centres": run.train_data.images.centres, "shape": run.shape}
         evaluation = Evaluation(run.ema, run.config, run.ranks, **how)
         if run.ranks.world == 1:  # ranks look for signals equally often or not at all
             evaluation.check = run.stopper.check
@@ -138,11 +138,12 @@ class Quality:
         if not cfg.metric_period or not (last or epoch % cfg.metric_period == 0) or self._too_long(epoch):
             return {}
         self.run.save_last(take_state(self.run))  # a metric may fail, or outlast the patience of what sent a signal
-        begin = time.monotonic()
-        if any(not isinstance(metric, BitsPerDimension | Accuracy) for metric in self.metrics.values()):
-            self._draw(cfg.metric_samples)
+        begin, metrics = time.monotonic(), self.metrics
+        without_samples = {name: each for name, each in metrics.items() if isinstance(each, BitsPerDimension | Accuracy)}
+        if len(without_samples) < len(metrics) and not self._draw(cfg.metric_samples):
+            metrics = without_samples
         results = {}
-        for name, found in measure_each(self.metrics, self.run.ranks, cfg.precision):
+        for name, found in measure_each(metrics, self.run.ranks, cfg.precision):
             results[name] = found
             if self.run.ranks.rank == 0:
                 log.info(self.metrics[name].describe(found))
@@ -158,8 +159,11 @@ class Quality:
         self.better = self.run.ranks.largest(float(distance < self.best_fd)) > 0
         self.best_fd = distance if distance < self.best_fd else self.best_fd  # min() may keep a nan
 
-    def _draw(self, n: int) -> None:
-        """Give the evaluation n samples, all on rank 0. Of a network with classes, each has the label of a valid image."""
+    def _draw(self, n: int) -> bool:
+        """Give the evaluation n samples, all on rank 0. Of a network with classes, each has the label of a valid image.
+
+        False, with a warning, where they are not finite: then nothing can be measured of them, and training goes on.
+        """
         run, labels = self.run, None
         if run.n_classes is not None:
             known = run.valid_data.images.labels
@@ -169,6 +173,10 @@ class Quality:
         with speed.autocast(run.device, run.cfg.precision):
             drawn = draw(run.ema, n, run.shape, self.sampler, **how)
         self.evaluation.samples, self.evaluation.labels = drawn.samples, labels
+        finite = run.ranks.largest(float(not drawn.samples.isfinite().all())) == 0
+        if not finite and run.ranks.rank == 0:
+            log.warning(f"samples at step {run.step} are not finite: the metrics that look at them are left out")
+        return finite
 
     def _cost(self, metric: object) -> float:
         """Of an image, in samples: the bound takes about as long as one, and a class as many calls as it says, at most."""

@@ -139,6 +139,7 @@ def test_the_fewest_trials_are_one_round_of_two():
         ),
         (TimeAwareMLP(2, n_classes=3), {"n_classes": 3, "rounds": 0}, "rounds = 0"),
         (TimeAwareMLP(2, n_classes=3), {"n_classes": 3, "chunk_size": 0}, "chunk_size = 0"),
+        (TimeAwareMLP(2, n_classes=3), {"n_classes": 3, "chunk_size": None}, "chunk_size = None"),
     ],
 )
 def test_a_bad_argument_is_refused(net, kwargs, message):

@@ -104,6 +104,7 @@ def test_a_config_is_not_changed_by_resolving():
         ('dataset.train.pipeline=[{"name":"Resize","kwargs":{"size":"8"}}]', ["dataset.train.pipeline.0.kwargs.size", '"8"']),
         ('dataset.train.pipeline={"name":"Resize"}', ["dataset.train.pipeline", "list"]),
         ("dataset.train.pipeline=null", ["dataset.train.pipeline", "list"]),
+        ("train_cfg.power_ema=[1e-200]", ["train_cfg.power_ema", "1e-05"]),
         ('dataset.train.pipeline=["Resize"]', ["dataset.train.pipeline.0", "object"]),
         ('dataset.train.pipeline=[{"name":"Resize","size":"8"}]', ["dataset.train.pipeline.0.size", '"8"']),
         ('dataset.train.pipeline=[{"name":"Resize","sise":8}]', ["dataset.train.pipeline.0.sise", "did you mean 'size'"]),
@@ -133,10 +134,22 @@ def test_a_bad_key_is_refused_by_its_path_with_what_is_allowed(assignment, words
     assert all(word in message for word in words), message
 
 
-def test_a_flip_of_impossible_probability_is_refused_by_its_path():
-    flip = 'dataset.train.pipeline=[{"name":"RandomHorizontalFlip","kwargs":{"p":2}}]'
-    with pytest.raises(ValueError, match=r"dataset\.train\.pipeline\.0\.kwargs"):
-        build_dataset(load_config("configs/Digits_den.json", [flip]), "train")
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("RandomHorizontalFlip", {"p": 2}),
+        ("Resize", {"size": 8, "interpolation": 17}),
+        ("RandomRotation", {"degrees": 9, "interpolation": 17}),
+    ],
+)
+def test_an_argument_that_a_transform_cannot_have_is_refused_by_its_path(name, kwargs):
+    with pytest.raises(ValueError, match=r"dataset\.train.*pipeline\.0"):
+        build_dataset(
+            load_config(
+                "configs/Digits_den.json", [f"dataset.train.pipeline={json.dumps([{'name': name, 'kwargs': kwargs}])}"]
+            ),
+            "train",
+        )
 
 
 @pytest.mark.parametrize("section", ["schedule", "time_aware_net", "diffusion", "dataset", "train_cfg"])

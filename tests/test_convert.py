@@ -283,11 +283,18 @@ def test_a_process_that_diffusers_lacks_is_refused_by_name(change, message):
         ({"prediction_type": "flow"}, "prediction_type = .flow."),
         ({"rescale_betas_zero_snr": True}, "beta_schedule = .linear.: no schedule"),
         ({"trained_betas": [0.1, 0.5, 0.2]}, "trained_betas = .*3 betas"),
+        ({"thresholding": True}, "thresholding = true"),
+        ({"clip_sample_range": 3.0}, "clip_sample_range = 3.0"),
     ],
 )
 def test_a_process_of_another_kind_is_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         convert.process_settings(diffusers.DDPMScheduler(**options))
+
+
+def test_a_process_that_does_not_clip_says_how_to_sample_so(capsys):
+    convert.process_settings(diffusers.DDPMScheduler(clip_sample=False))
+    assert "--no-clip" in capsys.readouterr().out
 
 
 def test_a_fitted_variance_is_refused(tmp_path):
@@ -357,13 +364,13 @@ def test_a_folder_of_diffusers_becomes_a_checkpoint_that_test_py_samples(tmp_pat
 
 def test_dataset_and_training_come_from_the_config_given(tmp_path, capsys):
     found(tmp_path / "folder")
-    config = config_of(loss_mode="min_snr", prediction="reconstruction", time_sampling="importance")
+    config = config_of(loss_mode="min_snr", prediction="reconstruction", time_sampling="importance", bounded=True)
     (tmp_path / "c.json").write_text(json.dumps(config))
     code, _ = run(capsys, "--from-diffusers", tmp_path / "folder", tmp_path / "a.pth", "--config", tmp_path / "c.json")
     assert code == 0
     new = checkpoint.load(tmp_path / "a.pth")["config"]
     assert (new["dataset"], new["train_cfg"]) == (config["dataset"], config["train_cfg"])
-    process = {"prediction": "denoising", "reverse_variance": "beta", "bounded": False}
+    process = {"prediction": "denoising", "reverse_variance": "beta", "bounded": True}
     assert new["diffusion"] == process | {"loss_mode": "min_snr", "time_sampling": "importance"}
 
 

@@ -256,6 +256,25 @@ def test_an_image_is_turned_as_its_exif_data_say_also_beside_odd_ones(odd, tmp_p
         assert np.array_equal(read_image(str(tmp_path / "a.png"), "L"), expected), orientation
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_plain_tiff_is_turned_as_a_png_of_the_same_pixels_is(orientation, mode, tmp_path):
+    """Pillow gives these, mapped from the file, another size than their pixels have."""
+    levels = np.arange(12 * len(mode), dtype=np.uint8).reshape(3, 4, -1) * 5
+    image = Image.fromarray(levels.squeeze(), mode) if mode != "L" else Image.fromarray(levels[:, :, 0])
+    image.save(tmp_path / "a.tiff", tiffinfo={274: orientation})
+    plain = image.convert("RGB") if mode == "CMYK" else image
+    plain.save(tmp_path / "a.png", exif=exif(orientation))
+    of_tiff, of_png = (np.asarray(read_image(str(tmp_path / name), "RGB")) for name in ("a.tiff", "a.png"))
+    assert np.array_equal(of_tiff, of_png)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_colours_of_another_space_are_converted(mode, tmp_path):
+    Image.new("LAB", (8, 8), (255, 128, 128)).save(tmp_path / "a.tiff")
+    assert np.asarray(read_image(str(tmp_path / "a.tiff"), mode)).min() > 250  # L* = 100 is white
+
+
 @pytest.mark.parametrize(
     ("level", "dtype", "tags"),
     [(70000, np.int32, {}), (-1, np.int32, {}), (7, np.uint16, {262: 0}), (7, np.uint16, {339: 2})],

@@ -309,6 +309,19 @@ def test_gradients_stay_off_outside_and_the_network_gets_its_condition():
     assert not any(x.requires_grad for x in made)
 
 
+def test_a_posterior_sample_begins_where_signal_is_left():
+    """From alpha_bar of 1e-102 on, float32 knows no covariance; the mean of many samples is the posterior's."""
+    schedule = LinearSchedule(1000, 1e-4, 0.4)
+    diffusion = GaussianDiffusion(schedule, OptimalNet(GAUSSIAN, schedule.beta, "velocity"), "beta", "velocity")
+    y = torch.full((SIZE, 1), 0.4)
+    x = posterior_sample(diffusion, y, lambda x: x[:, :1], 0.5, (SIZE, 2), "dpm", 200)
+    mean, variance = GAUSSIAN.means[0], GAUSSIAN.variances.item()
+    gain = variance / (variance + 0.25)
+    expected = torch.stack([mean[0] + gain * (0.4 - mean[0]), mean[1]])
+    covariance = torch.diag(torch.tensor([variance * (1 - gain), variance], dtype=torch.float64))
+    assert_drawn_from(x, Correlated(expected, covariance), bias=0.05)
+
+
 def test_a_posterior_sample_with_a_generator_leaves_the_global_one_alone():
     before = torch.get_rng_state()
     generator = torch.Generator().manual_seed(0)

@@ -772,11 +772,18 @@ def test_the_tables_are_not_rounded_to_three_digits(dtype):
         GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity()).to(dtype)
 
 
-@pytest.mark.parametrize("levels", [1, -5])
-def test_a_number_of_levels_below_two_is_refused(levels):
+@pytest.mark.parametrize("levels", [1, -5, 2.7, 0.5])
+def test_a_number_of_levels_below_two_or_between_two_is_refused(levels):
     diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity())
     with pytest.raises(ValueError, match=f"discretized = {levels}: must be"):
         diffusion.variational_bound(torch.zeros(2, 3), discretized=levels)
+
+
+@pytest.mark.parametrize("mode", ["simple", "full"])
+def test_pixels_that_are_not_floats_yet_are_refused(mode):
+    diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity(), loss_mode=mode)
+    with pytest.raises(ValueError, match=r"x of type torch\.uint8: must be floats"):
+        diffusion(torch.zeros(2, 3, dtype=torch.uint8))
 
 
 class Elementwise(nn.Module):

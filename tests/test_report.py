@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from runs import ROOT, TINY, metrics, tiny
 
+import evaluation.metrics
 import test as sampling
 import train
 from beta_schedule import LinearSchedule
@@ -32,6 +33,7 @@ from evaluation.metrics import bits_by_time
 from evaluation.nearest import Copies, nearer_than, nearest_training_images, training_image
 from evaluation.pictures import grid, save_gif
 from gaussian_diffusion import GaussianDiffusion
+from mistakes import Mistake
 
 VOID = {"meta", "link", "img", "input", "br"}
 DIGITS = ["dataset.train.pipeline=[]", "dataset.valid.pipeline=[]"]  # whole, so that the classifier takes them
@@ -260,7 +262,7 @@ def test_validation_images_that_training_saw_are_not_called_unseen(folder, tmp_p
 
 def test_samples_of_another_size_have_no_distance_and_one_image_no_likelihood(folder, tmp_path):
     page = report(train_run(tmp_path / "run", "train_cfg.max_steps=1"), "16", "12", "-n", "3")
-    assert "compares with images of 8 x 8; leave out H W" in page.text
+    assert "compares with images of 8 x 8, dataset.valid's, where samples have 16 x 12" in page.text
     (tmp_path / "images").mkdir()
     for i in range(10):
         Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
@@ -268,6 +270,42 @@ def test_samples_of_another_size_have_no_distance_and_one_image_no_likelihood(fo
     data = [f"dataset={json.dumps({'name': 'ImageFolder', 'train': part | {'train': True}, 'valid': part | {'train': False}})}"]
     page = report(train_run(tmp_path / "few", *data, "train_cfg.max_steps=1", "train_cfg.batch_size=2"), "-n", "3")
     assert "needs at least 2 images for a standard error" in page.text
+
+
+def test_of_classes_without_a_training_image_there_is_no_distance_to_compare_with(folder, tmp_path):
+    """The first image of ten is for validation: all that the class "a" has."""
+    for i in range(1600):
+        (tmp_path / "images" / ("a" if i == 0 else "b")).mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((8, 8), 5 + i % 90).save(tmp_path / "images" / ("a" if i == 0 else "b") / f"{i:04}.png")
+    part = {"root": str(tmp_path / "images"), "mode": "L", "labels": "folders"}
+    data = {"name": "ImageFolder", "train": part | {"train": True}, "valid": part | {"train": False}}
+    more = [f"dataset={json.dumps(data)}", "time_aware_net.kwargs.n_classes=2", "train_cfg.max_steps=1"]
+    page = report(train_run(tmp_path / "run", *more), "-n", "130", "--class", "a", "--timesteps", "1")
+    assert "Of these classes there is no training image to compare with." in page.text
+
+
+def test_of_clusters_without_labels_the_features_are_those_of_the_inception(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def inception(device):
+        asked.append(device)
+        raise Mistake("not here")
+
+    monkeypatch.setattr(evaluation.metrics, "inception_features", inception)
+    for i in range(40):
+        Image.effect_noise((8, 8), 5 + 2 * i).save(tmp_path / f"{i:02}.png")
+    part = {"root": str(tmp_path), "mode": "L"}
+    data = {"name": "ImageFolder", "clusters": 2, "train": part | {"train": True}, "valid": part | {"train": False}}
+    more = [f"dataset={json.dumps(data)}", "time_aware_net.kwargs.n_classes=2", "train_cfg.max_steps=1"]
+    page = report(train_run(tmp_path / "run", *more), "-n", "3", "--timesteps", "1")
+    assert asked
+    assert "In pixels only: not here" in page.text
+
+
+def test_an_animation_that_is_too_wide_for_a_gif_is_left_out_and_said(tmp_path, capsys):
+    save_gif(tmp_path / "a.gif", [Image.new("L", (2**16, 2))] * 2)
+    assert "a.gif: left out, since a GIF has at most 65535 pixels a side" in capsys.readouterr().out
+    assert not (tmp_path / "a.gif").exists()
 
 
 def test_the_line_of_the_step_is_in_the_chart_also_after_the_last_record():

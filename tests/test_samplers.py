@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from beta_schedule import CosineSchedule, LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
 from samplers import SAMPLERS, Level, even_in_time, register
+from time_aware_module import TimeAwareMLP
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 
@@ -778,6 +779,24 @@ def test_without_signal_at_T_samples_have_the_moments_of_the_data(sampler, times
     deviation = GAUSSIAN.variances.sqrt().item()
     assert (x0.mean(0) - GAUSSIAN.means[0]).abs().max() < 5 * deviation / math.sqrt(len(x0)) + 2e-3
     assert (x0.std(0) / deviation - 1).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_with_next_to_no_signal_from_some_time_on_samples_have_the_moments_of_the_data(sampler):
+    """alpha_bar falls to 1e-102, far below what float32 holds, through all that it nearly holds."""
+    schedule = LinearSchedule(1000, 1e-4, 0.4)
+    diffusion = optimal("velocity", schedule=schedule)
+    diffusion.fit_reverse_variance([GAUSSIAN.sample(100)])
+    x0 = diffusion.sample((20_000, 2), sampler).double()
+    deviation = GAUSSIAN.variances.sqrt().item()
+    assert (x0.mean(0) - GAUSSIAN.means[0]).abs().max() < 5 * deviation / math.sqrt(len(x0)) + 2e-3
+    assert (x0.std(0) / deviation - 1).abs().max() < 0.04
+
+
+def test_a_learnt_variance_is_defined_also_where_no_signal_is_left():
+    diffusion = GaussianDiffusion(LinearSchedule(1000, 1e-4, 0.4), TimeAwareMLP(2), "learnable", "velocity")
+    assert diffusion._assumed_x0_error().isfinite().all()
+    assert diffusion.sample((4, 2), x_T=torch.zeros(4, 2)).isfinite().all()
 
 
 def test_without_signal_at_T_eps_does_not_tell_x0_and_is_refused():

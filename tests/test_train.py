@@ -111,6 +111,9 @@ def test_overwrite_deletes_what_was_found_of_the_run_too(tmp_path):
     assert train.main(tiny(tmp_path / "a", "train_cfg.max_steps=1")) == 0
     flags = ["--device", "cpu", "-n", "2", "--timesteps", "2", "--fit-variance", "2"]
     assert sampling.main([str(tmp_path / "a" / "last.pth"), *flags, "--metrics", "bpd", "--bpd-images", "2"]) == 0
+    shutil.copy(tmp_path / "a" / "last_fitted.pth", tmp_path / "a" / "epoch_1_fitted.pth")  # of the run, and of test.py
+    Image.new("L", (4, 4)).save(tmp_path / "grey.png")
+    assert sampling.main([str(tmp_path / "a" / "last.pth"), *flags[:-2], "--from", str(tmp_path / "grey.png")]) == 0
     (tmp_path / "a" / "notes.txt").write_text("mine")
     assert (tmp_path / "a" / "last_gen" / "metrics.json").exists()
     assert train.main(tiny(tmp_path / "a", "train_cfg.max_steps=2", flags=("--overwrite",))) == 0
@@ -130,9 +133,11 @@ def test_models_in_a_folder_without_a_run_are_kept(flags, tmp_path):
     assert all(path.read_text() == "mine" for path in kept)
 
 
-def test_going_on_from_an_earlier_epoch_deletes_only_the_best_of_later_ones(tmp_path):
+@pytest.mark.parametrize("power", ["[]", "[0.1]"], ids=["one average", "snapshots of others, all of them earlier"])
+def test_going_on_from_an_earlier_epoch_deletes_only_the_best_of_later_ones(power, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "validate", lambda run: {1: 0.3, 2: 0.4, 3: 0.2}[run.epoch])
     folder = tmp_path / "a"
-    argv = tiny(folder, "train_cfg.save_period=1", "train_cfg.epochs=3")
+    argv = tiny(folder, "train_cfg.save_period=1", "train_cfg.epochs=3", f"train_cfg.power_ema={power}")
     assert train.main(argv) == 0
     assert checkpoint.load(folder / "best.pth")["step"] > 4
     shutil.copy(folder / "best.pth", folder / "best_mine.pth")
@@ -728,7 +733,7 @@ def test_another_size_and_sizes_that_do_not_fit(run, capsys):
         (["--timesteps", "21"], "must lie in 1..20"),
         (["--eta", "2", "--sampler", "ddim"], "eta = 2"),
         (["--eta", "0.5"], "only the sampler 'ddim'"),
-        (["12", "16", "--metrics", "fd"], "--metrics fd: compares with images of 4 x 4"),
+        (["12", "16", "--metrics", "fd"], "compares with images of 4 x 4, dataset.valid's, where samples have 12 x 16"),
         (["--metrics", "bpd", "--bpd-images", "1"], "needs at least 2 images"),
     ],
 )

@@ -15,14 +15,17 @@ import checkpoint
 import evaluation.metrics
 import test as sampling
 import train
+from beta_schedule import CosineSchedule
 from config import build_dataset, load_config
 from dataset import Digits
 from evaluation import while_training
 from evaluation.features import from_uint8, to_uint8
-from evaluation.metrics import BitsPerDimension
+from evaluation.metrics import BitsPerDimension, Evaluation
 from evaluation.pictures import grid
 from evaluation.sampling import draw
 from evaluation.while_training import Quality
+from gaussian_diffusion import GaussianDiffusion
+from time_aware_module import TimeAwareMLP
 from training.ranks import Ranks
 
 WHOLE = ["dataset.train.pipeline=[]", "dataset.valid.pipeline=[]"]  # the classifier takes no smaller images
@@ -144,6 +147,27 @@ def test_a_metric_of_ones_own_knows_what_each_sample_was_asked_to_be(here):
     assert sampling.main([str(here / "labelled" / "last.pth"), *flags]) == 0
     results = json.loads((here / "labelled" / "last_gen" / "metrics.json").read_text())
     assert results["my_metric.Brightness"]["classes"] == [0, 0, 0, 20, 0, 0, 0, 0, 0, 0]
+
+
+def test_samples_that_are_not_finite_end_no_run_and_the_bits_are_measured_all_the_same(here, monkeypatch, caplog):
+    def spoilt(*args, **kwargs):
+        drawn = draw(*args, **kwargs)
+        return drawn._replace(samples=drawn.samples * math.nan)
+
+    monkeypatch.setattr(while_training, "draw", spoilt)
+    assert train.main(tiny(here / "spoilt", *OFTEN, "train_cfg.epochs=1")) == 0
+    assert "samples at step 4 are not finite: the metrics that look at them are left out" in caplog.text
+    assert metrics(here / "spoilt")[-1]["metrics"].keys() == {"bpd"}
+
+
+@pytest.mark.parametrize("flip", ["RandomHorizontalFlip", "RandomVerticalFlip"])
+def test_images_to_measure_on_are_the_same_every_time(flip):
+    config = load_config("configs/Digits_den.json", [f'dataset.valid.pipeline=[{{"name":"{flip}"}}]'])
+    found = Evaluation(GaussianDiffusion(CosineSchedule(4), TimeAwareMLP(2)), config, Ranks("cpu"), 8)
+    first, again = (torch.cat([x0 for x0, _ in found.images("valid")]) for _ in range(2))
+    images = build_dataset(config, "valid")
+    assert torch.equal(first, again)
+    assert torch.equal(first, from_uint8(torch.stack([images.pixels(i) for i in range(180)])))
 
 
 def test_the_least_distance_outlives_a_part_of_the_run_without_metrics(measured, here):

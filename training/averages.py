@@ -57,7 +57,7 @@ class Averages:
         self._models = run.model, run.ema
         saved = set(run.model.state_dict()) - {"x0_error"}  # which training does not change
         self._buffers = [name for name, _ in run.model.named_buffers() if name in saved]
-        count = cfg.power_ema_snapshots if self.power else 0
+        count = min(cfg.power_ema_snapshots, run.total_steps) if self.power else 0
         self.snapshot_steps = {round(run.total_steps * i / count) for i in range(1, count + 1)}
 
     @torch.no_grad()

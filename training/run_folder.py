@@ -20,6 +20,7 @@ PATTERNS += ("first.png", "first_strip.png", ".*.part", "tensorboard/events.out.
 BEST = ("best.pth", "best_fd.pth")
 RESULTS = ("*_fitted.pth", "*_ema[0-9]*.pth")  # of test.py, which --overwrite deletes with the run
 RESULTS += tuple(f"*_gen/{name}" for name in ("*.png", "trajectory.gif", "metrics.json", "report.html"))
+RESULTS += tuple(f"*_{edit}/*.png" for edit in ("inpaint", "from", "interpolate", "upscale", "colour"))
 
 _locked: dict[int, Path] = {}  # the handles by which this process has locked folders, and the folders
 
@@ -121,7 +122,7 @@ class RunFolder:
         if records is None:
             self._refuse_a_second()  # which another process may have begun since
             results = RESULTS if self.results_too and self.files() else ()
-            for path in [*self.files(), *(path for pattern in results for path in self.path.glob(pattern))]:
+            for path in {*self.files(), *(path for pattern in results for path in self.path.glob(pattern))}:  # each once
                 path.unlink()
         kept = 0 if records is None else self._go_on(records, step)
         self.log_file = _LogFile(self.path / "train.log", encoding="utf-8")
@@ -138,11 +139,11 @@ class RunFolder:
                 file.writelines(lines)
         old = self.resume_from.parent
         best = [] if self.in_place() else [self.path / name for name in BEST]
-        for path, taken in _taken(self.path, best).items():
+        for path, taken in (_snapshots(self.path) | _taken(best)).items():
             if taken > step:
                 path.unlink()
         missing = [old / name for name in BEST if not (self.path / name).exists()]
-        for path, taken in _taken(old, missing).items():
+        for path, taken in (_snapshots(old) | _taken(missing)).items():
             if taken <= step and not (self.path / path.name).exists():
                 with whole_file(self.path / path.name) as file, open(path, "rb") as source:
                     shutil.copyfileobj(source, file)
@@ -156,7 +157,7 @@ class RunFolder:
         """Is there a best checkpoint of that name when a run goes on from a step?"""
         old = self.resume_from.parent
         there = self.in_place() and (self.path / name).exists()
-        return there or any(taken <= step for taken in _taken(old, [old / name]).values())
+        return there or any(taken <= step for taken in _taken([old / name]).values())
 
     def add_record(self, record: dict) -> None:
         """Append a line to metrics.jsonl, and see it to the disk: before the checkpoint that counts it."""
@@ -189,10 +190,15 @@ def _whole_records(path: Path, count: int, step: int) -> list[bytes]:
     return lines[:count]
 
 
-def _taken(folder: Path, best: Iterable[Path]) -> dict[Path, int]:
-    """The snapshots of the averages in a folder and the best checkpoints given, but for broken ones, and the step of each."""
-    taken = {path: step for step, path in snapshots(folder).items()}
-    for path in best:
+def _snapshots(folder: Path) -> dict[Path, int]:
+    """The snapshots of the averages in a folder, and the step of each."""
+    return {path: step for step, path in snapshots(folder).items()}
+
+
+def _taken(checkpoints: Iterable[Path]) -> dict[Path, int]:
+    """The checkpoints that are there, but for broken ones, and the step of each."""
+    taken = {}
+    for path in checkpoints:
         with contextlib.suppress(Mistake):  # also where there is none
             taken[path] = checkpoint.load(path).get("step", 0)
     return taken
