@@ -290,8 +290,7 @@ class Trainer:
         words = in_words(line | {"valid_loss": valid})  # also where it is not finite
         seconds, done = time.monotonic() - self.begun[0], self.step - self.begun[1]
         ends = f", ends {end_time(datetime.now(), seconds, done, self.total_steps - self.step)}" if done else ""
-        epochs = math.ceil(self.total_steps / self.train_data.steps)
-        bar.set_postfix_str(f"epoch {line['epoch']}/{epochs}, {words}{ends}")
+        bar.set_postfix_str(f"epoch {line['epoch']}/{math.ceil(self.total_steps / self.train_data.steps)}, {words}{ends}")
         log.info(f"step {self.step}, epoch {line['epoch']}: {words}")
 
     def _write(self, name: str, state: dict | None) -> None:

@@ -351,9 +351,7 @@ class FrechetDistance:
         shape = evaluation.dataset("valid").shape
         if evaluation.shape is not None and list(evaluation.shape) != list(shape):
             sizes = [f"{height} x {width}" for _, height, width in (shape, evaluation.shape)]
-            raise Mistake(
-                f"--metrics fd: compares with images of {sizes[0]}, dataset.valid's, where samples have {sizes[1]}"
-            )
+            raise Mistake(f"--metrics fd: compares with images of {sizes[0]}, dataset.valid's, where samples have {sizes[1]}")
         needed = 1 + {"classifier": SmallClassifier, "inception": InceptionFeatures}[evaluation.features].n_features
         counts = {"-n": evaluation.n, "dataset.valid": len(evaluation.dataset("valid"))}
         for name, count in counts.items():

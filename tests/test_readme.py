@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from runs import ROOT
 
+import dataset
 import test as sampling
 import train
 from beta_schedule import CosineSchedule
@@ -17,7 +19,7 @@ from checkpoint import load_diffusion
 from gaussian_diffusion import GaussianDiffusion
 
 README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "tests/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/TRIED.md", "tests/README.md"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in FENCED.findall(README) if language == "python"]
 # What a page names and a run, a reader or another package has
@@ -80,6 +82,26 @@ def test_the_network_of_ones_own_trains_and_samples_as_printed(folder, monkeypat
     assert saved["config"]["time_aware_net"] == {"name": "my_net.MyNet", "kwargs": {"n_channels": 1, "width": 32}}
     assert {name.removeprefix("time_aware_net.") for name in saved["model"] if "net." in name} == set(net.state_dict())
     assert Path("models/my_net/last_gen/grid.png").exists()
+
+
+def test_a_folder_of_ones_own_images_goes_as_printed(folder, capsys):
+    """Photographs' sizes and shapes, more of them than clusters; the run is shortened, and nothing else."""
+    images = Path("data/my_images")
+    images.mkdir(parents=True)
+    for i in range(45):
+        Image.effect_noise((40 + 3 * i, 90 - i), 60).save(images / f"{i:02}.jpg")
+    commands = next(code for _, code in FENCED.findall(README) if "dataset.py configs/MyImages.json" in code)
+    more = {
+        "train.py": ["--set", "train_cfg.max_steps=2", "train_cfg.batch_size=8"],
+        "test.py": ["-n", "8", "--timesteps", "2"],
+    }
+    for command in commands.splitlines():
+        python, script, *argv = shlex.split(command, comments=True)
+        main = {"dataset.py": dataset.main, "train.py": train.main, "test.py": sampling.main}[script]
+        assert (python, main([*argv, *more.get(script, [])])) == ("python", 0), capsys.readouterr().err
+    saved = torch.load("models/MyImages/last.pth", weights_only=True)
+    assert (saved["step"], saved["shape"], sum(saved["class_counts"])) == (2, [3, 64, 64], 40)
+    assert Image.open("models/MyImages/last_gen/grid.png").width > 3 * 64
 
 
 @pytest.mark.parametrize("more", [[], ["time_aware_net.kwargs.n_classes=2"]], ids=["without classes", "with classes"])
