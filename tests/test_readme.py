@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/TRIED.md", "tests/README.md"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in FENCED.findall(README) if language == "python"]
+RUN, TUNED = (next(code for code in PYTHON if words in code) for words in ("Trainer(config).run()", "pretrained"))
 # What a page names and a run, a reader or another package has
 ELSEWHERE = re.compile(
     r"(models|my|data)/|my_|train_unconditional\.py|image_\w+\.py|metrics\.json|.*\bNAME\b|"
@@ -45,17 +46,17 @@ def run_code(code: str) -> dict:
 
 
 def test_the_run_of_the_readme_and_the_one_that_starts_from_it_go_as_printed(folder, capsys):
-    run_code(PYTHON[0])
+    run_code(RUN)
     bits, distance = (ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
     assert 0 < bits["total"] < 100
     assert 0 < distance["distance"] < 1000
     assert (bits["images"], distance["samples"], distance["real"]) == (180, 150, 180)
-    names = run_code(PYTHON[1])
+    names = run_code(TUNED)
     tuned, before = names["trainer"].model.time_aware_net.state_dict(), names["pretrained"].time_aware_net.state_dict()
     assert {name.split(".")[0] for name in tuned if not torch.equal(tuned[name], before[name])} == {"conv_out"}
 
 
-@pytest.mark.parametrize("code", PYTHON[2:], ids=range(2, len(PYTHON)))
+@pytest.mark.parametrize("code", [code for code in PYTHON if code not in (RUN, TUNED)], ids=range(len(PYTHON) - 2))
 def test_the_python_of_the_readme_runs_as_printed(code, folder):
     run_code(code)
 
