@@ -477,7 +477,7 @@ def rows_of(args: argparse.Namespace, name: str, racer: str, seed: int, measure:
                 continue
             row = json.loads(line)
             samples = torch.load(row.pop("samples"), weights_only=True)
-            yield {"racer": name, "seed": seed, **measure(samples), "n": args.n} | row
+            yield {"racer": name, "seed": seed, **measure(samples), "n": args.n} | row | {"date": time.strftime("%Y-%m-%d")}
     if process.returncode:
         sys.exit(f"{name}: its process failed")
 
@@ -499,7 +499,7 @@ def compete(args: argparse.Namespace, arena: Arena, device: torch.device) -> Non
             print(f"{arena.name}, {name}, seed {seed}, {row['budget']:g} s: {row['distance']:.2f}", file=sys.stderr, flush=True)
             old = json.loads(path.read_text()) if path.exists() else old  # another race may have written meanwhile
             kept = [each for each in old["rows"] if any(each[key] != row[key] for key in (*SAME, "seed"))]
-            made = {"date": time.strftime("%Y-%m-%d"), "device": machine, "versions": versions()}
+            made = {"date": row["date"], "device": machine, "versions": versions()}
             scale = old.get("ends", {}) | {str(args.n): ends}
             about = {"features": measure.extractor.name, "real images": measure.real.count}
             result = {**about, "ends": scale, **made, "rows": [*kept, row]}
