@@ -140,7 +140,7 @@ class Quality:
         self.run.save_last(take_state(self.run))  # a metric may fail, or outlast the patience of what sent a signal
         begin, metrics = time.monotonic(), self.metrics
         without_samples = {name: each for name, each in metrics.items() if isinstance(each, BitsPerDimension | Accuracy)}
-        if len(without_samples) < len(metrics) and not self._draw(cfg.metric_samples):
+        if len(without_samples) < len(metrics) and self._draw(cfg.metric_samples):
             metrics = without_samples
         results = {}
         for name, found in measure_each(metrics, self.run.ranks, cfg.precision):
@@ -162,7 +162,7 @@ class Quality:
     def _draw(self, n: int) -> bool:
         """Give the evaluation n samples, all on rank 0. Of a network with classes, each has the label of a valid image.
 
-        False, with a warning, where they are not finite: then nothing can be measured of them, and training goes on.
+        True, with a warning, where they are not finite: nothing can be measured of them then, and training goes on.
         """
         run, labels = self.run, None
         if run.n_classes is not None:
@@ -173,10 +173,10 @@ class Quality:
         with speed.autocast(run.device, run.cfg.precision):
             drawn = draw(run.ema, n, run.shape, self.sampler, **how)
         self.evaluation.samples, self.evaluation.labels = drawn.samples, labels
-        finite = run.ranks.largest(float(not drawn.samples.isfinite().all())) == 0
-        if not finite and run.ranks.rank == 0:
+        bad = run.ranks.largest(float(not drawn.samples.isfinite().all())) > 0
+        if bad and run.ranks.rank == 0:
             log.warning(f"samples at step {run.step} are not finite: the metrics that look at them are left out")
-        return finite
+        return bad
 
     def _cost(self, metric: object) -> float:
         """Of an image, in samples: the bound takes about as long as one, and a class as many calls as it says, at most."""
