@@ -89,6 +89,7 @@ class Report:
         e = self.evaluation
         if "fd" in self.metrics:
             return self.metrics["fd"].extractor
+        reasons = []
         for features in dict.fromkeys((e.features, "inception")):
             try:
                 with as_mistake():
@@ -96,7 +97,8 @@ class Report:
             except Mistake as mistake:
                 if e.classifier or e.features == "inception":  # asked for
                     raise
-                self.missing["features"] = str(mistake)
+                reasons.append(str(mistake))
+        self.missing["features"] = "; ".join(reasons)
         return None
 
     def write(self, path: Path, sampled: Sampled, results: dict[str, dict]) -> None:

@@ -299,7 +299,8 @@ def test_of_clusters_without_labels_the_features_are_those_of_the_inception(fold
     more = [f"dataset={json.dumps(data)}", "time_aware_net.kwargs.n_classes=2", "train_cfg.max_steps=1"]
     page = report(train_run(tmp_path / "run", *more), "-n", "3", "--timesteps", "1")
     assert asked
-    assert "In pixels only: not here" in page.text
+    assert "In pixels only: --features classifier: ImageFolder has no labels to train one on" in page.text
+    assert "; not here" in page.text
 
 
 def test_an_animation_that_is_too_wide_for_a_gif_is_left_out_and_said(tmp_path, capsys):
