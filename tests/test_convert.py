@@ -394,7 +394,13 @@ def test_the_first_pipelines_files_are_read(tmp_path):
     assert_same_outputs(checkpoint.load_diffusion(tmp_path / "a.pth")[0].time_aware_net, unet)
 
 
-SIZES = {"Digits": 8, "FashionMNIST": 28, "CIFAR10": 32, "CelebA_HQ_256": 32}  # the last one's is 256
+SIZES = {
+    "Digits": 8,
+    "FashionMNIST": 28,
+    "CIFAR10": 32,
+    "CelebA_HQ_256": 32,
+    "ImageFolder": 16,
+}  # the last ones have 256 and 64
 
 
 CONFIGS = {path.name: path.read_text() for path in sorted((ROOT / "configs").glob("*.json"))}
