@@ -41,6 +41,8 @@ from training import speed
 from training.ranks import Ranks
 from training.seeds import VALIDATION, mixed_seed
 
+# What a setting is called where it is set: here the flags of test.py
+FLAGS = {"metrics": "--metrics", "features": "--features", "n": "-n", "images": "--bpd-images", "terms": "--bpd-timesteps"}
 OF_GUIDED = "the bound of guided samples says nothing of the network; measure it without guidance"
 MAX_CLASSIFIER_BYTES = 4 * 10**9  # of training images that a classifier is made of; of more, evenly spread ones
 
@@ -258,6 +260,7 @@ class Evaluation:
     class_names: list[str] | None = None  # of the checkpoint, if it says them
     centres: Tensor | None = None  # of the clusters that are its classes
     datasets: dict[str, ImageDataset] = field(default_factory=dict)  # that were built, by split
+    names: Mapping[str, str] = field(default_factory=lambda: FLAGS)  # of settings, in messages
 
     @property
     def n_classes(self) -> int | None:
@@ -297,7 +300,8 @@ def build_extractor(e: Evaluation) -> nn.Module:
     dataset = e.config["dataset"] | {"clusters": None}  # the features are of the data's own classes
     train, name = build_dataset({"dataset": dataset}, "train"), dataset["name"]
     if train.labels is None:
-        raise Mistake(f"--features classifier: {name} has no labels to train one on; --features inception needs none")
+        key = e.names["features"]
+        raise Mistake(f"{key} classifier: {name} has no labels to train one on; {key} inception needs none")
     mark = hashlib.sha256(json.dumps(dataset["train"], sort_keys=True).encode()).hexdigest()[:8]  # not of another ImageFolder
     path = Path(e.classifier or f"models/classifier_{name}_{mark}.pth")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,14 +318,15 @@ class BitsPerDimension:
 
     def __init__(self, evaluation: Evaluation):
         """Refuse what cannot be measured, before the first network call."""
-        self.evaluation, last = evaluation, evaluation.diffusion.T - 1
+        self.evaluation, names, last = evaluation, evaluation.names, evaluation.diffusion.T - 1
         if evaluation.guided:
-            raise Mistake(f"--metrics bpd: {OF_GUIDED}")
+            raise Mistake(f"{names['metrics']} bpd: {OF_GUIDED}")
         if evaluation.bpd_timesteps is not None and not 1 <= evaluation.bpd_timesteps <= last:
-            raise Mistake(f"--bpd-timesteps = {evaluation.bpd_timesteps}: must lie in 1..{last}, the number of KL terms")
+            raise Mistake(f"{names['terms']} = {evaluation.bpd_timesteps}: must lie in 1..{last}, the number of KL terms")
         images = min(evaluation.bpd_images, len(evaluation.dataset("valid")))
         if images < 2:
-            raise Mistake("--metrics bpd: needs at least 2 images for a standard error, of --bpd-images and of dataset.valid")
+            of = f"of {names['images']} and of dataset.valid"
+            raise Mistake(f"{names['metrics']} bpd: needs at least 2 images for a standard error, {of}")
 
     def measure(self) -> dict[str, Any]:
         e = self.evaluation
@@ -348,16 +353,17 @@ class FrechetDistance:
         self.evaluation, self.real = evaluation, None
         if evaluation.ranks.rank:
             return
-        shape = evaluation.dataset("valid").shape
+        shape, names = evaluation.dataset("valid").shape, evaluation.names
+        where = f"{names['metrics']} fd: "
         if evaluation.shape is not None and list(evaluation.shape) != list(shape):
             sizes = [f"{height} x {width}" for _, height, width in (shape, evaluation.shape)]
-            raise Mistake(f"--metrics fd: compares with images of {sizes[0]}, dataset.valid's, where samples have {sizes[1]}")
+            raise Mistake(f"{where}compares with images of {sizes[0]}, dataset.valid's, where samples have {sizes[1]}")
         needed = 1 + {"classifier": SmallClassifier, "inception": InceptionFeatures}[evaluation.features].n_features
-        counts = {"-n": evaluation.n, "dataset.valid": len(evaluation.dataset("valid"))}
+        counts = {names["n"]: evaluation.n, "dataset.valid": len(evaluation.dataset("valid"))}
         for name, count in counts.items():
             if count < needed:
                 raise Mistake(f"{name} = {count}: the Fréchet distance needs at least {needed}, one more than features")
-        with as_mistake("--metrics fd: "):
+        with as_mistake(where):
             self.extractor = build_extractor(evaluation)
             self.extractor.features(torch.zeros(1, *shape, device=evaluation.ranks.device))  # does it take them?
 
@@ -381,13 +387,13 @@ class Accuracy:
 
     def __init__(self, evaluation: Evaluation):
         """Refuse what cannot be measured, before the first network call."""
-        self.evaluation = evaluation
+        self.evaluation, where = evaluation, f"{evaluation.names['metrics']} accuracy"
         if evaluation.guided:
-            raise Mistake(f"--metrics accuracy: {OF_GUIDED}")
+            raise Mistake(f"{where}: {OF_GUIDED}")
         if evaluation.diffusion.n_levels:
-            raise Mistake("--metrics accuracy: this checkpoint is of symbols, and classes are told apart by numbers only")
+            raise Mistake(f"{where}: this checkpoint is of symbols, and classes are told apart by numbers only")
         if evaluation.n_classes is None:
-            raise Mistake("--metrics accuracy: this network has no classes")
+            raise Mistake(f"{where}: this network has no classes")
         evaluation.dataset("valid")
         self.calls = ROUNDS * TRIALS * evaluation.n_classes  # of the network, for an image, at most
 

@@ -28,6 +28,9 @@ SAMPLES = 64  # in a picture
 STRIPS, FRAMES = 8, 11  # samples whose way is shown, and states of each
 FIRST_PICTURE = 30.0  # seconds of training until the first picture, if no epoch has ended by then that gets one
 BATCH_SIZE = 64  # samples that are drawn at a time to be measured
+# What a setting of the metrics is called in a config
+KEYS = {"metrics": "train_cfg.metrics", "features": "train_cfg.metric_features", "n": "train_cfg.metric_samples"}
+KEYS |= {"images": "train_cfg.metric_samples", "terms": "train_cfg.sample_timesteps"}
 
 
 @torch.no_grad()
@@ -111,11 +114,11 @@ class Quality:
         self.sampler = sampler(run)
         if run.cfg.metric_period:
             self.evaluation = self._evaluation()
-            self.metrics = {name: _metric(name, self.evaluation) for name in run.cfg.metrics}
+            self.metrics = {name: build_metric(name, self.evaluation, KEYS["metrics"]) for name in run.cfg.metrics}
             return
         for name in run.cfg.metrics:  # a slip is told, though none is measured
             try:
-                find(name, METRICS, object, "train_cfg.metrics")
+                find(name, METRICS, object, KEYS["metrics"])
             except Mistake as mistake:
                 log.warning(mistake)
 
@@ -124,7 +127,7 @@ class Quality:
         terms = min(cfg.sample_timesteps, run.ema.T - 1) or None  # of the bound, so that an image costs as much as a sample
         how = {"n": cfg.metric_samples, "batch_size": BATCH_SIZE, "seed": cfg.seed, "features": cfg.metric_features}
         how |= {"bpd_images": cfg.metric_samples, "bpd_timesteps": terms, "datasets": {"valid": run.valid_data.images}}
-        how |= {"centres": run.train_data.images.centres, "shape": run.shape}
+        how |= {"centres": run.train_data.images.centres, "shape": run.shape, "names": KEYS}
         evaluation = Evaluation(run.ema, run.config, run.ranks, **how)
         if run.ranks.world == 1:  # ranks look for signals equally often or not at all
             evaluation.check = run.stopper.check
@@ -212,18 +215,3 @@ class Quality:
     def restore(self, state: Mapping[str, float]) -> None:
         self.seconds, self.best_fd = state.get("seconds", 0.0), state.get("best_fd", math.inf)  # older ones have none
         self.began = time.monotonic() - state.get("run_seconds", 0.0)
-
-
-KEYS = {"--metrics": "train_cfg.metrics", "--features": "train_cfg.metric_features", "-n =": "train_cfg.metric_samples ="}
-KEYS |= {"--bpd-images": "train_cfg.metric_samples"}
-
-
-def _metric(name: str, evaluation: Evaluation) -> object:
-    """The metric of a name; what it refuses is said in the words of a config, not of test.py."""
-    try:
-        return build_metric(name, evaluation, "train_cfg.metrics")
-    except Mistake as mistake:
-        message = str(mistake)
-        for flag, key in KEYS.items():
-            message = message.replace(flag, key)
-        raise Mistake(message) from mistake
