@@ -9,6 +9,7 @@ A distance means something only beside the name of its extractor and the number 
 METRICS is what `test.py --metrics` offers; a metric of your own is a class like those at the end.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -283,13 +284,13 @@ class Evaluation:
         Those of this rank, or of the ranks given. The condition holds their labels if the network has classes. Only images to
         train on are flipped by chance: what is measured on others is the same every time.
         """
-        images, ranks = self.dataset(split), ranks or self.ranks
+        images, ranks = copy.copy(self.dataset(split)), ranks or self.ranks
+        images.flips = images.flips if split == "train" else []
         numbers = torch.tensor(evenly(len(images) if count is None else count, len(images)))
         batches = numbers.split(self.batch_size)[ranks.rank :: ranks.world]
         for batch in tqdm(batches, desc=f"{split} images", unit="batch", leave=None, disable=ranks.rank > 0):
             self.check()
-            pixels = torch.stack([images.fixed_pixels(i) for i in batch.tolist()])
-            x0 = (images.to_float if split == "train" else from_uint8)(pixels).to(ranks.device)
+            x0 = images.to_float(torch.stack([images.fixed_pixels(i) for i in batch.tolist()])).to(ranks.device)
             yield x0, {} if self.n_classes is None else {"label": images.labels[batch].to(ranks.device)}
 
 

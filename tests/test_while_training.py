@@ -170,6 +170,18 @@ def test_images_to_measure_on_are_the_same_every_time(flip):
     assert torch.equal(first, from_uint8(torch.stack([images.pixels(i) for i in range(180)])))
 
 
+def test_images_to_measure_on_are_scaled_as_those_to_train_on():
+    class Negative(Digits):
+        def to_float(self, pixels):
+            return -super().to_float(pixels)
+
+    images = Negative(train=False)
+    how = {"datasets": {"valid": images}}
+    found = Evaluation(GaussianDiffusion(CosineSchedule(4), TimeAwareMLP(2)), {}, Ranks("cpu"), 8, **how)
+    x0 = torch.cat([x0 for x0, _ in found.images("valid")])
+    assert torch.equal(x0, -from_uint8(torch.stack([images.pixels(i) for i in range(180)])))
+
+
 def test_the_least_distance_outlives_a_part_of_the_run_without_metrics(measured, here):
     least = checkpoint.load(measured / "last.pth")["quality"]["best_fd"]
     last, more = str(measured / "last.pth"), [*OFTEN, "train_cfg.metric_period=0"]
