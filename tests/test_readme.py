@@ -93,7 +93,7 @@ def test_a_folder_of_ones_own_images_goes_as_printed(folder, capsys):
         Image.effect_noise((40 + 3 * i, 90 - i), 60).save(images / f"{i:02}.jpg")
     commands = next(code for _, code in FENCED.findall(README) if "dataset.py configs/MyImages.json" in code)
     more = {
-        "train.py": ["--set", "train_cfg.max_steps=2", "train_cfg.batch_size=8"],
+        "train.py": ["--set", "train_cfg.max_steps=2", "train_cfg.batch_size=8", "train_cfg.sample_period=0"],
         "test.py": ["-n", "8", "--timesteps", "2"],
     }
     for command in commands.splitlines():

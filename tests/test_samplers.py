@@ -784,10 +784,10 @@ def test_without_signal_at_T_samples_have_the_moments_of_the_data(sampler, times
 def test_with_next_to_no_signal_from_some_time_on_samples_have_the_moments_of_the_data():
     """alpha_bar falls to 1e-102, far below what float32 holds, through all that it nearly holds."""
     schedule = LinearSchedule(1000, 1e-4, 0.4)
-    x0 = optimal("velocity", schedule=schedule).sample((20_000, 2), "heun").double()  # whose nu is 1 / sqrt(alpha_bar)
+    x0 = optimal("velocity", schedule=schedule).sample((5_000, 2), "heun").double()  # whose nu is 1 / sqrt(alpha_bar)
     deviation = GAUSSIAN.variances.sqrt().item()
     assert (x0.mean(0) - GAUSSIAN.means[0]).abs().max() < 5 * deviation / math.sqrt(len(x0)) + 2e-3
-    assert (x0.std(0) / deviation - 1).abs().max() < 0.04
+    assert (x0.std(0) / deviation - 1).abs().max() < 0.05
 
 
 def test_a_learnt_variance_is_defined_also_where_no_signal_is_left():
