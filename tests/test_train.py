@@ -115,9 +115,10 @@ def test_overwrite_deletes_what_was_found_of_the_run_too(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "grey.png")
     assert sampling.main([str(tmp_path / "a" / "last.pth"), *flags[:-2], "--from", str(tmp_path / "grey.png")]) == 0
     (tmp_path / "a" / "notes.txt").write_text("mine")
+    (tmp_path / "a" / "last_from" / "mine.png").write_text("mine")
     assert (tmp_path / "a" / "last_gen" / "metrics.json").exists()
     assert train.main(tiny(tmp_path / "a", "train_cfg.max_steps=2", flags=("--overwrite",))) == 0
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} >= {"last.pth", "notes.txt"}
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} >= {"last.pth", "notes.txt", "mine.png"}
     assert not {"last_fitted.pth", "metrics.json", "grid.png", "0.png"} & {path.name for path in tmp_path.rglob("*")}
 
 

@@ -20,7 +20,8 @@ PATTERNS += ("first.png", "first_strip.png", ".*.part", "tensorboard/events.out.
 BEST = ("best.pth", "best_fd.pth")
 RESULTS = ("*_fitted.pth", "*_ema[0-9]*.pth")  # of test.py, which --overwrite deletes with the run
 RESULTS += tuple(f"*_gen/{name}" for name in ("*.png", "trajectory.gif", "metrics.json", "report.html"))
-RESULTS += tuple(f"*_{edit}/*.png" for edit in ("inpaint", "from", "interpolate", "upscale", "colour"))
+EDITS = ("inpaint", "from", "interpolate", "upscale", "colour")
+RESULTS += tuple(f"*_{edit}/{name}" for edit in EDITS for name in ("[0-9]*.png", "grid.png"))
 
 _locked: dict[int, Path] = {}  # the handles by which this process has locked folders, and the folders
 
