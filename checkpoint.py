@@ -16,10 +16,11 @@ import torch
 from config import as_json_line, build_diffusion, check_shape, network_without_memory, resolve
 from files import whole_file
 from gaussian_diffusion import GaussianDiffusion
-from mistakes import Mistake, as_mistake
+from mistakes import Mistake, as_mistake, one_line
 
 FORMAT = "pytorch-gaussian-diffusion"
 VERSION = 1
+ABOUT_MODEL = ("config", "shape", "class_names", "class_counts", "cluster_centres", "train_images", "step", "epoch")
 PLAIN = (type(None), bool, int, float, str, torch.Tensor)
 MAX_VALUES = 2**28  # in the images worked on at a time: 1 GiB of float32
 # What torch.save writes of tensors and plain values; what torch allows beyond that may ask for any amount of memory.
@@ -69,6 +70,11 @@ def load(path: str | Path) -> dict:
     return state
 
 
+def about_model(state: Mapping) -> dict:
+    """What a state says of its model, without the weights and what resuming needs; None for what it does not say."""
+    return {name: state.get(name) for name in ABOUT_MODEL}
+
+
 def _check_archive(path: str | Path) -> None:
     """Mistake if a part is packed, damaged, or names what save never writes."""
     with zipfile.ZipFile(path) as archive:
@@ -116,5 +122,5 @@ def diffusion_of(state: Mapping, path: str | Path, ema: bool = True) -> Gaussian
     try:
         diffusion.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise Mistake(f"{path}: {' '.join(str(error).split())[:300]}") from error
+        raise Mistake(f"{path}: {one_line(error)}") from error
     return diffusion.eval()

@@ -23,7 +23,6 @@ the config of the checkpoint, and come back from it. Where a folder has none, th
 images "data" and train_cfg's defaults. What training alone needs (optimizer, step) is carried neither way.
 """
 
-import argparse
 import contextlib
 import inspect
 import json
@@ -432,23 +431,23 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--raw: is of --to-diffusers")
     if args.to_diffusers and args.config:
         parser.error("--config: is of --from-diffusers")
-    return run_script("convert.py", lambda: _convert(args))
 
+    def work() -> None:
+        if args.from_diffusers:
+            folder, target = args.from_diffusers
+            config = from_diffusers(folder, target, args.config)
+            names = config["schedule"]["name"], config["diffusion"]["reverse_variance"], config["diffusion"]["prediction"]
+            print(f"{target}: {', '.join(names)}; python test.py {target} samples from it")
+            return
+        source, folder = args.to_diffusers
+        config = to_diffusers(source, folder, ema=not args.raw)
+        print(f'{folder}: DDPMPipeline.from_pretrained("{folder}") reads it')
+        patch = config["time_aware_net"]["kwargs"]["patch_size"]
+        if patch > 1:
+            sizes = f"{patch**2} C, H / {patch}, W / {patch}"
+            print(f"Its samples [B, {sizes}] are patches: torch.pixel_shuffle(samples, {patch}) makes images [B, C, H, W]")
 
-def _convert(args: argparse.Namespace) -> None:
-    if args.from_diffusers:
-        folder, target = args.from_diffusers
-        config = from_diffusers(folder, target, args.config)
-        names = config["schedule"]["name"], config["diffusion"]["reverse_variance"], config["diffusion"]["prediction"]
-        print(f"{target}: {', '.join(names)}; python test.py {target} samples from it")
-        return
-    source, folder = args.to_diffusers
-    config = to_diffusers(source, folder, ema=not args.raw)
-    print(f'{folder}: DDPMPipeline.from_pretrained("{folder}") reads it')
-    patch = config["time_aware_net"]["kwargs"]["patch_size"]
-    if patch > 1:
-        sizes = f"{patch**2} C, H / {patch}, W / {patch}"
-        print(f"Its samples [B, {sizes}] are patches: torch.pixel_shuffle(samples, {patch}) makes images [B, C, H, W] of them")
+    return run_script("convert.py", work)
 
 
 if __name__ == "__main__":

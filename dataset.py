@@ -31,7 +31,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import ToTensor, v2
 from tqdm import tqdm
 
-from mistakes import Mistake
+from mistakes import Mistake, one_line
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg")  # which are not read
@@ -39,8 +39,22 @@ CLUSTER_SIDE = 16  # pixels
 FLIPS = {v2.RandomHorizontalFlip: -1, v2.RandomVerticalFlip: -2}  # the dimension that is turned round
 FIXED_TRANSFORMS = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Grayscale)  # give the same image every time
 RANDOM_TRANSFORMS = (*FLIPS, v2.RandomCrop, v2.RandomResizedCrop, v2.RandomRotation, v2.RandomAffine, v2.ColorJitter)
-SCALINGS = (ToTensor, v2.Normalize)  # known by name only: every data set scales to [-1, 1] as it is
+SCALINGS = (ToTensor, v2.Normalize)  # accepted, and left out: images are scaled to [-1, 1] anyway
 TRANSFORMS = {cls.__name__: cls for cls in (*FIXED_TRANSFORMS, *RANDOM_TRANSFORMS, *SCALINGS)}
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images in [-1, 1] as they would be saved: clamped, and rounded to the nearest of 256 levels."""
+    if not images.is_floating_point():
+        raise ValueError(f"images of type {images.dtype}: must be floats in [-1, 1]")
+    if not images.isfinite().all():
+        raise ValueError(f"images: {int((~images.isfinite()).sum())} of {images.numel()} values are not finite")
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """The float images in [-1, 1] of 8-bit ones: x / 127.5 - 1."""
+    return images.float() / 127.5 - 1
 
 
 class ImageDataset(Dataset):
@@ -114,7 +128,7 @@ class ImageDataset(Dataset):
         try:
             image = transform(image)
         except blamed as error:
-            raise Mistake(f"{where} cannot transform {self.name_of(i)} ({' '.join(str(error).split())})") from error
+            raise Mistake(f"{where} cannot transform {self.name_of(i)} ({one_line(error)})") from error
         if not isinstance(image, Image.Image):
             raise Mistake(f"{where} gives a {type(image).__name__}, where a transform must give a PIL image")
         if 0 in image.size:
@@ -123,7 +137,7 @@ class ImageDataset(Dataset):
 
     def to_float(self, pixels: Tensor) -> Tensor:
         """uint8 [B, C, H, W] to float32 in [-1, 1], each image flipped by its own coin."""
-        x = pixels.float() / 127.5 - 1
+        x = from_uint8(pixels)
         for dim, p in self.flips:
             coin = torch.rand(len(x), 1, 1, 1, device=x.device) < p
             x = torch.where(coin, x.flip(dim), x)

@@ -8,7 +8,6 @@ numbers are those of the README, section "The mathematics".
     python gaussian_diffusion.py --device cpu --timesteps 100 --batch-size 8 --image-size 16
 """
 
-import argparse
 import inspect
 import math
 import statistics
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -33,32 +33,20 @@ MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
 IMPORTANCE_SHARE = 0.5  # of equation 15c; the rest is even, so that no weight is more than 2
 
 
-class Process(NamedTuple):
+def _process(alpha_bar: Tensor) -> SimpleNamespace:
     """The coefficients of q (equations 1 to 4), each [T]."""
-
-    step_signal_scale: Tensor  # sqrt(alpha_t)
-    step_noise_scale: Tensor  # sqrt(beta_t)
-    signal_scale: Tensor  # sqrt(alpha_bar_t)
-    noise_scale: Tensor  # sqrt(1 - alpha_bar_t)
-    signal_scale_before: Tensor  # sqrt(alpha_bar_{t-1})
-    mu_bar_from_x0: Tensor  # c_t
-    mu_bar_from_xt: Tensor  # a_t
-    sigma_bar_square: Tensor  # 0 at t = 1
-
-
-def _process(alpha_bar: Tensor) -> Process:
     before = alpha_bar_before(alpha_bar)
     alpha = alpha_bar / before
     beta = 1 - alpha
-    return Process(
+    return SimpleNamespace(
         step_signal_scale=alpha.sqrt(),
         step_noise_scale=beta.sqrt(),
         signal_scale=alpha_bar.sqrt(),
         noise_scale=(1 - alpha_bar).sqrt(),
         signal_scale_before=before.sqrt(),
-        mu_bar_from_x0=before.sqrt() * beta / (1 - alpha_bar),
-        mu_bar_from_xt=alpha.sqrt() * (1 - before) / (1 - alpha_bar),
-        sigma_bar_square=beta * (1 - before) / (1 - alpha_bar),
+        mu_bar_from_x0=before.sqrt() * beta / (1 - alpha_bar),  # c_t
+        mu_bar_from_xt=alpha.sqrt() * (1 - before) / (1 - alpha_bar),  # a_t
+        sigma_bar_square=beta * (1 - before) / (1 - alpha_bar),  # 0 at t = 1
     )
 
 
@@ -149,7 +137,7 @@ class GaussianDiffusion(DiffusionProcess):
         # equation 11: x_t and the target, solved for x_0 and eps
         d = u * q.noise_scale - w * q.signal_scale
         x0_from_xt, x0_from_out = -w / d, q.noise_scale / d
-        return q._asdict() | {
+        return vars(q) | {
             "target_from_x0": u,
             "target_from_eps": w,
             "mu_from_xt": q.mu_bar_from_xt + q.mu_bar_from_x0 * x0_from_xt,
@@ -287,27 +275,18 @@ class GaussianDiffusion(DiffusionProcess):
 
     # Losses
 
-    def _target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What the network's output at q_sample(x_0, t, noise) should be (equation 10)."""
-        return self._mix(self.target_from_x0, x0, self.target_from_eps, noise, t)
+    def _residual(self, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> Tensor:
+        """The network's output at x_t = q_sample(x_0, t, noise), less what it should be (equation 10)."""
+        out = self._net(self.q_sample(x0, t, noise), t, condition)
+        return out - self._mix(self.target_from_x0, x0, self.target_from_eps, noise, t)
 
-    def _errors(self, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """[B] twice: the mean squared error of the network's output, and the same without gradient, for a learnable variance.
-
-        Of a bounded x_0 the first one counts nothing beyond the end where x_0 is (equation 15b), and the second, which is the
-        bound's, takes x_0_hat as the nearest one in [-1, 1].
-        """
-        xt = self.q_sample(x0, t, noise)
-        residual = self._net(xt, t, condition) - self._target(x0, t, noise)
+    def _of_nearest_x0(self, residual: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """The residual; of a bounded x_0, that of the x_0_hat in [-1, 1] that is nearest."""
         if not self.bounded:
-            error = mean_from(1, residual.square())
-            return error, error.detach()
+            return residual
         from_out = self._at(self.x0_from_out, t, x0)
-        x0_off = from_out * residual.detach()  # x_0_hat - x_0
-        error = mean_from(1, residual.masked_fill((x0.abs() >= 1) & (x0 * x0_off > 0), 0).square())
-        if self.reverse_variance != "learnable":
-            return error, error.detach()
-        return error, mean_from(1, (((x0 + x0_off).clamp(-1, 1) - x0) / from_out).square())
+        x0_hat = x0 + from_out * residual
+        return torch.where(x0_hat.abs() > 1, (x0_hat.clamp(-1, 1) - x0) / from_out, residual)
 
     def _bound_term(self, t: Tensor, error: Tensor) -> Tensor:
         """[B]: the term of L_2 / n or L_1 / n (equations 13 and 8) at t, of the network's mean squared error [B]."""
@@ -319,11 +298,19 @@ class GaussianDiffusion(DiffusionProcess):
 
     def _loss(self, mode: LossMode, x0: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> Tensor:
         """[B]: the loss of each sample at the times t [B], before any weight of t. A loss of your own overrides this one."""
-        error, fixed_error = self._errors(x0, t, noise, condition)
+        residual = self._residual(x0, t, noise, condition)
+        counted, learnable = residual, self.reverse_variance == "learnable"
+        if self.bounded:  # nothing counts beyond the end of [-1, 1] where x_0 is (equation 15b)
+            x0_off = self._at(self.x0_from_out, t, x0) * residual.detach()  # x_0_hat - x_0
+            counted = residual.masked_fill((x0.abs() >= 1) & (x0 * x0_off > 0), 0)
+        error = mean_from(1, counted.square())
+        fixed_error = error.detach()  # which a learnable variance learns from: the bound's
+        if self.bounded and learnable:
+            fixed_error = mean_from(1, self._of_nearest_x0(residual.detach(), x0, t).square())
         if mode == "full":  # with the value of fixed_error and the gradient of error
             return self._bound_term(t, error + (fixed_error - error.detach()))
         loss = self._at(self.min_snr_weight, t, error) * error if mode == "min_snr" else error
-        if self.reverse_variance == "learnable":  # the bound trains the variance, and only that
+        if learnable:  # the bound trains the variance, and only that
             loss = loss + self._bound_term(t, fixed_error)
         return loss
 
@@ -391,12 +378,7 @@ class GaussianDiffusion(DiffusionProcess):
         for t in (self._for_each(x0, 1, 1), *self._chunks(x0, times, chunk_size)):
             rows, row_times, conditions = every_pair(x0, t, condition)
             noise = torch.randn(rows.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-            out = self._net(self.q_sample(rows, row_times, noise), row_times, conditions)
-            residual = out - self._target(rows, row_times, noise)
-            if self.bounded:  # x_0_hat is taken as the nearest one in [-1, 1]
-                from_out = self._at(self.x0_from_out, row_times, rows)
-                x0_hat = rows + from_out * residual
-                residual = torch.where(x0_hat.abs() > 1, (x0_hat.clamp(-1, 1) - rows) / from_out, residual)
+            residual = self._of_nearest_x0(self._residual(rows, row_times, noise, conditions), rows, row_times)
             yield t, residual.unflatten(0, t.shape)
 
     def variational_bound(
@@ -691,29 +673,38 @@ def main(argv: list[str] | None = None) -> int:
         if min(args.batch_size, args.image_size, args.iterations) < 1:
             raise Mistake("--batch-size, --image-size and --iterations must be at least 1")
         with as_mistake():
-            _table(args, device)
+            _table(**vars(args) | {"device": device})
 
     return run_script("gaussian_diffusion.py", work)
 
 
-def _table(args: argparse.Namespace, device: torch.device) -> None:
+def _table(
+    device: torch.device,
+    timesteps: int,
+    batch_size: int,
+    image_size: int,
+    base_channels: int,
+    chunk_size: int | None,
+    activation_checkpointing: bool,
+    iterations: int,
+) -> None:
     from beta_schedule import LinearSchedule
     from time_aware_module import TimeAwareUNet
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    batch = f"batch {args.batch_size} of 3 x {args.image_size} x {args.image_size}"
+    batch = f"batch {batch_size} of 3 x {image_size} x {image_size}"
     small = "" if device.type == "cuda" else " (small, for want of CUDA)"
-    print(f"{where}, torch {torch.__version__}: T = {args.timesteps}, {batch}, base_channels = {args.base_channels}{small}")
+    print(f"{where}, torch {torch.__version__}: T = {timesteps}, {batch}, base_channels = {base_channels}{small}")
     print(f"{'variance':>16}  {'prediction':>14}  {'loss':>7}  {'loss value':>12}  {'ms / iteration':>14}  {'peak MiB':>8}")
     for variance, prediction, loss_mode in product(*map(get_args, (ReverseVariance, PredictionName, LossMode))):
         torch.manual_seed(0)
-        net = TimeAwareUNet(3, args.base_channels, attention=(False, True, False, False))
-        net.activation_checkpointing = args.activation_checkpointing
-        diffusion = GaussianDiffusion(LinearSchedule(args.timesteps), net, variance, prediction, loss_mode).to(device)
-        x0 = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device) * 2 - 1
+        net = TimeAwareUNet(3, base_channels, attention=(False, True, False, False))
+        net.activation_checkpointing = activation_checkpointing
+        diffusion = GaussianDiffusion(LinearSchedule(timesteps), net, variance, prediction, loss_mode).to(device)
+        x0 = torch.rand(batch_size, 3, image_size, image_size, device=device) * 2 - 1
         print(f"{variance:>16}  {prediction:>14}  {loss_mode:>7}", end="  ", flush=True)
         try:
-            loss, seconds, peak = _measure(diffusion, x0, args.chunk_size, args.iterations)
+            loss, seconds, peak = _measure(diffusion, x0, chunk_size, iterations)
         except RuntimeError as error:  # CUDA's own class is one of these
             if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
                 raise

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 ALWAYS = (0, math.inf)  # an interval that holds every time
 
 
-class _Guidance(nn.Module):
+class Guidance(nn.Module):
     """What the wrappers share: the network, the weight, and the times lo <= t <= hi in which the weight acts."""
 
     def __init__(self, net: nn.Module, weight: float, interval: tuple[float, float]):
@@ -58,7 +58,7 @@ class _Guidance(nn.Module):
         return guided if isinstance(rows, slice) else better.index_copy(0, rows, guided)
 
 
-class ClassifierFreeGuidance(_Guidance):
+class ClassifierFreeGuidance(Guidance):
     """out_none + weight (out_label - out_none), Ho & Salimans 2022 (arXiv:2207.12598), equation 6.
 
     net       a network with classes, net(xt, t, label=None): label n_classes means "no label", and it was trained with both
@@ -92,7 +92,7 @@ class ClassifierFreeGuidance(_Guidance):
         return self._guided(out[:size], out[size:], rows)
 
 
-class AutoGuidance(_Guidance):
+class AutoGuidance(Guidance):
     """out_weaker + weight (out - out_weaker), Karras et al. 2024 (arXiv:2406.02507), equation 3.
 
     net       the network

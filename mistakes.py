@@ -15,10 +15,10 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
-# Whose ValueErrors are of arguments
+# Modules whose ValueErrors say what is wrong with an argument
 LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "diffusion_process", "gaussian_diffusion", "discrete_diffusion"}
 LIBRARY |= {"classify", "guidance", "editing", "mistakes", "dataset", "config", "checkpoint", "evaluation", "training"}
-WHILE = 5.0  # seconds that a rank waits before it tells of a failure: torchrun has ended it by then, if another told of it
+RANK_DELAY = 5.0  # seconds that a rank waits before it tells of a failure: torchrun has ended it by then, if another told of it
 OWN: set[str] = set()  # modules of the user's own, which config.find has imported
 
 
@@ -38,6 +38,11 @@ def as_mistake(where: str = "") -> Iterator[None]:
         if not isinstance(error, Mistake) and not _raised_by_the_library(error):
             raise
         raise Mistake(f"{where}{error}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters; its class where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _module(frame: types.FrameType) -> str:
@@ -106,7 +111,7 @@ def run_script(script: str, work: Callable[[], int | None]) -> int:
         try:
             return _told_once(script, work) or 0
         except Mistake as mistake:
-            print(f"{script}: {_one_line(mistake)}", file=sys.stderr)
+            print(f"{script}: {_message(mistake)}", file=sys.stderr)
             return 2
         except OSError as error:
             if _passed_own_code(error):
@@ -126,14 +131,14 @@ def _told_once(script: str, work: Callable[[], int | None]) -> int | None:
     except Exception as error:
         lost = isinstance(error, RuntimeError) and re.search("by peer|remote process exited", str(error))  # by gloo, NCCL
         if lost or rank != "0":
-            time.sleep(WHILE)
+            time.sleep(RANK_DELAY)
         if not lost:
             raise
     print(f"{script}: rank {rank} has lost another rank, whose own output says why", file=sys.stderr)
     return 1
 
 
-def _one_line(mistake: Mistake) -> str:
+def _message(mistake: Mistake) -> str:
     """The message; of a mistake found in a worker process, whose message is a traceback, the traceback's last one."""
     marker = f"{Mistake.__module__}.{Mistake.__qualname__}: "
     message = str(mistake).rsplit(marker, 1)[-1].strip()

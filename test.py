@@ -30,11 +30,11 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from checkpoint import MAX_VALUES, diffusion_of, load_diffusion, save
+from checkpoint import MAX_VALUES, about_model, diffusion_of, load_diffusion, save
 from classify import Weighting
 from config import check_shape, find, with_data
 from dataset import ImageDataset
-from evaluation.edits import EDITS, Edit
+from evaluation.edits import Edit
 from evaluation.metrics import METRICS, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, plain, save_gif, save_png
 from evaluation.report import Report, Sampled
@@ -44,8 +44,9 @@ from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
 from samplers import SAMPLERS
 from training import speed
-from training.averages import MAX_LENGTH, average_of, model_of
+from training.averages import MAX_LENGTH, average_of
 from training.ranks import Ranks, leave_ranks
+from training.run_folder import EDITS
 from training.seeds import STEP, mixed_seed
 
 DEFAULTS = {"n": 16, "timesteps": None, "bpd_images": 1000, "bpd_timesteps": None}  # None: all of them
@@ -127,7 +128,7 @@ def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path) 
     generator = torch.Generator(ranks.device).manual_seed(seed)
     evaluation.diffusion.fit_reverse_variance(images, generator=generator)
     if ranks.rank == 0:
-        save(target, model_of(state) | {"ema": evaluation.diffusion.state_dict(), "fitted": count})
+        save(target, about_model(state) | {"ema": evaluation.diffusion.state_dict(), "fitted": count})
 
 
 def set_speed(diffusion: nn.Module, x0: Tensor, asked: str, compiled: bool, ranks: Ranks) -> str:
@@ -237,7 +238,7 @@ def evaluation_of(args: argparse.Namespace, job: Job, ranks: Ranks, datasets: di
     """What the flags ask to measure of the model and of its samples, before these are drawn."""
     names = ("n", "batch_size", "seed", "bpd_images", "bpd_timesteps", "weighting", "features", "classifier")
     how = {name: getattr(args, name) for name in names}
-    how |= {"guided": args.guidance is not None, "shape": job.shape, "datasets": datasets}
+    how |= {"shape": job.shape, "datasets": datasets}
     how |= {"class_names": job.state.get("class_names"), "centres": job.state.get("cluster_centres")}
     return Evaluation(job.diffusion, job.state["config"], ranks, **how)
 

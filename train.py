@@ -88,13 +88,13 @@ class Trainer:
         with self.stopper:
             self._build_model_and_data((state or {}).get("cluster_centres"))
         freeze_as_before(self.model, state)
-        speed.prepare(self, deterministic)
+        recording = speed.prepare(self, deterministic)
         self.parallel = self.ranks.parallel(self.model, lambda model: speed.loss_of_two(self, model))
         self.optimizer = build_optimizer(self.cfg, self.model, self.device)
         self.scheduler = lr_schedule(self.cfg, lambda: self.total_steps, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cfg.precision == "fp16")
         self._start_counters()
-        self.work = Launcher(self._work, self.optimizer, self.cfg.cuda_graph) if self.device.type == "cuda" else self._work
+        self.work = Launcher(self._work, self.optimizer, recording) if self.device.type == "cuda" else self._work
         self.quality = Quality(self)
         self.resumed = self.pictured = state is not None
         if state:

@@ -12,7 +12,8 @@ from common import ROOT
 from torch import Tensor, nn
 
 from config import build_dataset, load_config
-from evaluation.features import N_FEATURES, cached_classifier, from_uint8, split
+from dataset import from_uint8
+from evaluation.features import N_FEATURES, cached_classifier, split
 from evaluation.metrics import FeatureStatistics, frechet_distance, image_statistics
 from mistakes import Mistake
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from checkpoint import load_diffusion
 from classify import Weighting
 from config import build_dataset
-from dataset import ImageDataset
-from evaluation.features import cached_classifier, from_uint8, to_uint8
+from dataset import ImageDataset, from_uint8, to_uint8
+from evaluation.features import cached_classifier
 from evaluation.metrics import frechet
 from evaluation.sampling import labels_by_row, sample
 from gaussian_diffusion import GaussianDiffusion

@@ -23,7 +23,7 @@ from common import ROOT, steps_within
 from torch import Tensor
 
 from checkpoint import load_diffusion
-from config import build_dataset
+from config import build_dataset, build_diffusion
 from dataset import ImageDataset
 from evaluation.features import cached_classifier
 from evaluation.metrics import frechet_distance, image_statistics
@@ -109,14 +109,13 @@ def predictions(bench: Bench) -> dict[str, dict]:
 
 
 def variances(bench: Bench) -> dict[str, dict]:
-    fixed, learned = (bench.load(path) for path in bench.args.checkpoints)
-    schedule = type("Schedule", (), {"alpha_bar": fixed._alpha_bar})
+    (fixed, state), learned = load_diffusion(bench.args.checkpoints[0]), bench.load(bench.args.checkpoints[1])
     rows = {}
     for name in bench.args.variances:
         diffusion = learned
         if name != "learnable":
-            variance = "beta" if name == "fitted" else name
-            diffusion = GaussianDiffusion(schedule, fixed.time_aware_net, variance, fixed.prediction).to(bench.device)
+            settings = state["config"]["diffusion"] | {"reverse_variance": "beta" if name == "fitted" else name}
+            diffusion = build_diffusion(state["config"] | {"diffusion": settings}, fixed.time_aware_net).to(bench.device)
         if name == "fitted":
             bench.fit(diffusion)
         bits, error = bench.bits(diffusion)

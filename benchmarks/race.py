@@ -69,7 +69,8 @@ from tqdm import tqdm
 
 from checkpoint import load_diffusion
 from config import load_config
-from evaluation.features import N_FEATURES, from_uint8, to_uint8
+from dataset import from_uint8, to_uint8
+from evaluation.features import N_FEATURES
 from evaluation.sampling import labels_in_shares
 from guidance import ALWAYS, ClassifierFreeGuidance
 from mistakes import run_script

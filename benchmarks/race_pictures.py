@@ -12,7 +12,7 @@ from arenas import Arena
 from common import ROOT
 from PIL import Image, ImageDraw
 
-from evaluation.features import from_uint8
+from dataset import from_uint8
 from evaluation.pictures import grid, new_figure, save_png
 
 FOLDER = ROOT / "models" / "race"  # samples and our checkpoints, not in git

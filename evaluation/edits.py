@@ -7,14 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dataset import read_image
+from dataset import from_uint8, read_image
 from editing import edit, inpaint, interpolate, posterior_sample
-from evaluation.features import from_uint8
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
 from training.seeds import SAMPLING, mixed_seed
 
-EDITS = ("inpaint", "from", "interpolate", "upscale", "colour")
 GREY = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # luma of ITU-R BT.601, as Pillow's "L"
 
 
@@ -34,7 +32,7 @@ def _of_size(x: Tensor, shape: list[int], path: str) -> Tensor:
 class Edit:
     """What is to be edited, read and checked before the first network call.
 
-    kind      one of EDITS
+    kind      one of run_folder.EDITS
     paths     of its image, of both images to interpolate between
     mask      of "inpaint": the file whose white pixels are known; black and transparent ones are not
     strength  of "from": the share of T that the image is noised to

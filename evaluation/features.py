@@ -16,29 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dataset import from_uint8, to_uint8
 from files import whole_file
 
 CLASSIFIER_FORMAT = "gaussian-diffusion classifier 1"
 N_FEATURES = 128  # of the classifier
 MIN_SIZE = 8  # pixels, height and width of the classifier's images
 MAX_HELD_OUT = 5000  # images; a tenth of a smaller set
-
-
-# From images to features
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Float images in [-1, 1] as they would be saved: clamped, and rounded to the nearest of 256 levels."""
-    if not images.is_floating_point():
-        raise ValueError(f"images of type {images.dtype}: must be floats in [-1, 1]")
-    if not images.isfinite().all():
-        raise ValueError(f"images: {int((~images.isfinite()).sum())} of {images.numel()} values are not finite")
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def from_uint8(images: Tensor) -> Tensor:
-    """The float images in [-1, 1] of 8-bit ones: x / 127.5 - 1."""
-    return images.float() / 127.5 - 1
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from evaluation.features import (
 )
 from evaluation.sampling import evenly
 from gaussian_diffusion import GaussianDiffusion
+from guidance import Guidance
 from mistakes import Mistake, as_mistake
 from training import speed
 from training.ranks import Ranks
@@ -53,7 +54,7 @@ MAX_CLASSIFIER_BYTES = 4 * 10**9  # of training images that a classifier is made
 class FeatureStatistics:
     """Mean and covariance of features [N, D] that arrive in batches, in float64, in memory D x D whatever N.
 
-    Batches are merged by their means m and scatters S = sum_i (x_i - m)(x_i - m)^T (Chan, Golub & LeVeque 1979), not by sums
+    A batch b is added by the means m and the scatters S = sum_i (x_i - m)(x_i - m)^T (Chan, Golub & LeVeque 1979), not by sums
     of squares, so that an offset of the features costs no digits:
 
         m = m_a + (m_b - m_a) n_b / n        S = S_a + S_b + (m_b - m_a)(m_b - m_a)^T n_a n_b / n        n = n_a + n_b
@@ -87,7 +88,8 @@ class FeatureStatistics:
         """Add a batch [B, D]; B may be 0, and differ from batch to batch."""
         if features.ndim != 2 or not features.is_floating_point():
             raise ValueError(f"features: {features.dtype} of shape {list(features.shape)}; must be floats of shape [B, D]")
-        self._check_dimensions(features.shape[1])
+        if self.count and features.shape[1] != self.n_features:
+            raise ValueError(f"features: {features.shape[1]} dimensions, where the samples before had {self.n_features}")
         if not len(features):
             return
         features = features.detach().cpu().double()
@@ -95,27 +97,15 @@ class FeatureStatistics:
             raise ValueError(f"features: {int((~features.isfinite()).sum())} of {features.numel()} values are not finite")
         mean = features.mean(0)
         centred = features - mean
-        self._add(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Add the samples of other, such as another process's."""
-        if other.count:
-            self._check_dimensions(other.n_features)
-            self._add(other.count, other._mean, other._scatter)
-
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        scatter = centred.T @ centred
         if not self.count:
-            self.count, self._mean, self._scatter = count, mean, scatter  # never written into
+            self.count, self._mean, self._scatter = len(features), mean, scatter
             return
-        total = self.count + count
+        total = self.count + len(features)
         delta = mean - self._mean
-        self._mean = self._mean + delta * (count / total)
-        self._scatter = (self._scatter + scatter).addr_(delta, delta, alpha=self.count * count / total)
+        self._mean = self._mean + delta * (len(features) / total)
+        self._scatter = (self._scatter + scatter).addr_(delta, delta, alpha=self.count * len(features) / total)
         self.count = total
-
-    def _check_dimensions(self, n_features: int) -> None:
-        if self.count and n_features != self.n_features:
-            raise ValueError(f"features: {n_features} dimensions, where the samples before had {self.n_features}")
 
     def _need(self, count: int) -> None:
         if self.count < count:
@@ -217,17 +207,17 @@ def bits_by_time(
     ranks: Ranks | None = None,
 ) -> tuple[dict[str, float], list[Part]]:
     """bits_per_dimension, whose arguments it has, and the parts of 2..T that its kl is the sum of, one for each term drawn."""
-    bounds, terms, (rank, world) = [], [], (ranks.rank, ranks.world) if ranks else (0, 1)
+    bounds, terms, ranks = [], [], ranks or Ranks("cpu", alone=True)
     for i, batch in enumerate(batches):
         x0, condition = (batch, None) if isinstance(batch, Tensor) else batch
-        generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, seed, 0, i * world + rank))
+        generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, seed, 0, i * ranks.world + ranks.rank))
         kind = {} if diffusion.n_levels else {"discretized": True}  # symbols are discrete as they are
         how = {"timesteps": timesteps, "generator": generator, "condition": condition}
         bound, _, length, kl = diffusion.bound_by_time(diffusion.x0_of(x0), **kind, **how)
         bounds.append(torch.stack(bound).cpu() / math.log(2))
         terms.append(torch.stack([length.cpu().double(), kl.cpu().double().sum(1) / math.log(2)]))  # mps has no float64
-    bounds = torch.cat(ranks.gather_everywhere(bounds) if ranks else bounds, dim=1)  # [4, images]
-    length, kl = torch.stack(ranks.gather_everywhere(terms) if ranks else terms).unbind(1)  # [batches, k]
+    bounds = torch.cat(ranks.gather_everywhere(bounds), dim=1)  # [4, images]
+    length, kl = torch.stack(ranks.gather_everywhere(terms)).unbind(1)  # [batches, k]
     means = dict(zip(Bound._fields, bounds.mean(1).tolist(), strict=True))
     found = means | {"standard_error": bounds[-1].std().item() / bounds.shape[1] ** 0.5, "images": bounds.shape[1]}
     last = 1 + length[0].cumsum(0)
@@ -253,7 +243,6 @@ class Evaluation:
     weighting: Weighting = "bound"  # by which classes are told apart
     features: str = "classifier"  # or "inception"
     classifier: str | None = None  # its file; None for one in models/, of this data set
-    guided: bool = False  # are the samples drawn with guidance?
     shape: Sequence[int] | None = None  # of a sample, [C, H, W]; None for that of the valid images
     samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
     labels: Tensor | None = None  # [n], the class that each was asked to be, None without
@@ -262,6 +251,10 @@ class Evaluation:
     centres: Tensor | None = None  # of the clusters that are its classes
     datasets: dict[str, ImageDataset] = field(default_factory=dict)  # that were built, by split
     names: Mapping[str, str] = field(default_factory=lambda: FLAGS)  # of settings, in messages
+
+    @property
+    def guided(self) -> bool:
+        return isinstance(self.diffusion.time_aware_net, Guidance)
 
     @property
     def n_classes(self) -> int | None:
@@ -314,7 +307,7 @@ def build_extractor(e: Evaluation) -> nn.Module:
 class BitsPerDimension:
     """The bound on images of the valid split."""
 
-    uses_model = True  # so that all ranks measure it together
+    uses_model, uses_samples = True, False  # so all ranks measure it together, and none are drawn for it alone
     figure = "total"  # of what it measures, less is better
 
     def __init__(self, evaluation: Evaluation):
@@ -384,7 +377,7 @@ class FrechetDistance:
 class Accuracy:
     """How many images of the valid split the bound classes rightly (classify.py)."""
 
-    uses_model = True
+    uses_model, uses_samples = True, False
 
     def __init__(self, evaluation: Evaluation):
         """Refuse what cannot be measured, before the first network call."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import ImageDataset
+from dataset import ImageDataset, from_uint8, to_uint8
 from evaluation.charts import Series, line_chart
-from evaluation.features import from_uint8, full_precision, to_uint8
+from evaluation.features import full_precision
 from evaluation.page import columns_of_two, figure, p, picture, shrunk
 from evaluation.sampling import evenly
 

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from config import network_without_memory
-from dataset import ImageDataset, shared_images
+from dataset import ImageDataset, from_uint8, shared_images
 from evaluation import page
 from evaluation.charts import Series, line_chart
-from evaluation.features import from_uint8
 from evaluation.metrics import METRICS, Evaluation, build_extractor, frechet
 from evaluation.nearest import Copies, nearest_training_images
 from evaluation.sampling import Drawn, evenly
@@ -129,7 +128,7 @@ class Report:
 
     def _summary(self, title: str) -> str:
         state, results = self.state, self.results
-        epochs = "" if state.get("epoch") is None else f", {state['epoch']} epochs"  # which a snapshot of averages does not say
+        epochs = "" if state.get("epoch") is None else f", {state['epoch']} epochs"  # older snapshots do not say
         rows = [("Network", f"{_size(state['config']):,}", "parameters")]
         if "step" in state:  # which one's own loop may not say
             rows.insert(0, ("Trained for", f"{state['step']:,}", f"steps{epochs}"))

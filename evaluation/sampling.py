@@ -38,25 +38,23 @@ def draw(
     clip_x0: bool = True,
     batch_size: int = 64,
     seed: int = 0,
-    pictures: int | Sequence[int] = 0,
+    pictures: Sequence[int] = (),
     frames: int = 11,
     labels: Tensor | None = None,
     ranks: Ranks | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> Drawn:
-    """n samples, and `frames` states of the first `pictures` of them; all of them on rank 0 if ranks share the work out.
+    """n samples, and `frames` states of those numbered in pictures, ascending; all on rank 0 if ranks share the work out.
 
-    pictures may also be the numbers of those samples, ascending.
     sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory. labels is long [n], one a sample.
     check is called after every step. Under another progress bar the one here leaves no trace.
     """
-    device, rank, world = next(diffusion.buffers()).device, ranks.rank if ranks else 0, ranks.world if ranks else 1
+    device, ranks = next(diffusion.buffers()).device, ranks or Ranks("cpu", alone=True)
     steps = len(diffusion.steps(timesteps, sampler))
-    pictured = range(pictures) if isinstance(pictures, int) else pictures
     strip_at, gif_at = evenly(frames, steps + 1), evenly(GIF_FRAMES, steps + 1)
-    batches = range(0, n, batch_size)[rank::world]
+    batches = range(0, n, batch_size)[ranks.rank :: ranks.world]
     drawn = []
-    with tqdm(total=len(batches) * steps, desc="sampling", unit="step", leave=None, disable=rank > 0) as bar:
+    with tqdm(total=len(batches) * steps, desc="sampling", unit="step", leave=None, disable=ranks.rank > 0) as bar:
         for first in batches:
             generator = torch.Generator(device).manual_seed(mixed_seed(SAMPLING, seed, first))
             count = min(batch_size, n - first)
@@ -65,7 +63,7 @@ def draw(
                 (count, *shape), sampler, timesteps, eta, clip_x0, generator=generator, condition=condition
             )
             strip, animation, x = [], [], None
-            rows = [i - first for i in pictured if first <= i < first + count]
+            rows = [i - first for i in pictures if first <= i < first + count]
             for i, (_, x) in enumerate(states):
                 x = diffusion.values_of(x)
                 strip += [x[rows].cpu()] if i in strip_at else []
@@ -73,7 +71,7 @@ def draw(
                 bar.update(i > 0)
                 check()
             drawn.append((first, Drawn(x.cpu(), torch.stack(strip, 1), torch.stack(animation, 1))))
-    drawn = sorted(ranks.gather(drawn) if ranks else drawn, key=lambda part: part[0])
+    drawn = sorted(ranks.gather(drawn), key=lambda part: part[0])
     if not drawn:  # on a rank for which no batch was left
         return Drawn(*[torch.empty(0, *shape)] * 3)
     return Drawn(*(torch.cat(parts) for parts in zip(*(part for _, part in drawn), strict=True)))

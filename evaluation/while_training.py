@@ -14,7 +14,7 @@ from types import FunctionType
 import torch
 
 from config import find
-from evaluation.metrics import METRICS, Accuracy, BitsPerDimension, Evaluation, build_metric, measure_each
+from evaluation.metrics import METRICS, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, save_png
 from evaluation.sampling import draw, evenly, labels_by_row
 from mistakes import Mistake
@@ -53,9 +53,10 @@ def valid_loss(run) -> float:
 # Pictures
 
 
-def sampler(run) -> str | Sampler:
-    """train_cfg.sampler; of symbols there is one alone."""
-    return "ddpm" if run.ema.n_levels else find(run.cfg.sampler, SAMPLERS, FunctionType, "train_cfg.sampler")
+def sampler_and_steps(run) -> tuple[str | Sampler, int]:
+    """train_cfg.sampler, but of symbols there is one alone; and train_cfg.sample_timesteps, at most T."""
+    sampler = "ddpm" if run.ema.n_levels else find(run.cfg.sampler, SAMPLERS, FunctionType, "train_cfg.sampler")
+    return sampler, min(run.cfg.sample_timesteps, run.ema.T)
 
 
 def save_samples(run, path: Path) -> None:
@@ -67,14 +68,13 @@ def save_samples(run, path: Path) -> None:
     labels, columns = labels_by_row(run.n_classes, share * run.ranks.world)
     condition = run.condition(None if labels is None else labels.split(share)[run.ranks.rank].to(run.device))
     generator = torch.Generator(run.device).manual_seed(mixed_seed(PICTURE, run.cfg.seed, run.ranks.rank))
-    steps = min(run.cfg.sample_timesteps, run.ema.T)
     how = {"clip_x0": True, "generator": generator, "condition": condition}
     states = []
-    for _, x in run.ema.trajectory((share, *run.shape), sampler(run), steps, **how):
+    for _, x in run.ema.trajectory((share, *run.shape), *sampler_and_steps(run), **how):
         run.stopper.check()
         states += [run.ema.values_of(x[:STRIPS].clone())] if run.cfg.loggers else []
     whole_rows = SAMPLES if columns is None else min(SAMPLES, columns * run.n_classes)
-    x = run.ranks.gather_tensor(run.ema.values_of(x))[:whole_rows]
+    x = torch.cat(run.ranks.gather([run.ema.values_of(x).cpu()]))[:whole_rows]
     if run.ranks.rank:
         return
     save_png(path, grid(x, columns))
@@ -111,7 +111,7 @@ class Quality:
         self.began = time.monotonic()  # less the time that the run took before it was resumed
         self.expected: float | None = None  # seconds of the next measurement
         self.told = False
-        self.sampler = sampler(run)
+        self.sampler, self.steps = sampler_and_steps(run)
         if run.cfg.metric_period:
             self.evaluation = self._evaluation()
             self.metrics = {name: build_metric(name, self.evaluation, KEYS["metrics"]) for name in run.cfg.metrics}
@@ -142,7 +142,7 @@ class Quality:
             return {}
         self.run.save_last(take_state(self.run))  # a metric may fail, or outlast the patience of what sent a signal
         begin, metrics = time.monotonic(), self.metrics
-        without_samples = {name: each for name, each in metrics.items() if isinstance(each, BitsPerDimension | Accuracy)}
+        without_samples = {name: each for name, each in metrics.items() if not getattr(each, "uses_samples", True)}
         if len(without_samples) < len(metrics) and self._draw(cfg.metric_samples):
             metrics = without_samples
         results = {}
@@ -171,7 +171,7 @@ class Quality:
         if run.n_classes is not None:
             known = run.valid_data.images.labels
             labels = known[torch.arange(n) * len(known) // n]
-        how = {"timesteps": min(run.cfg.sample_timesteps, run.ema.T), "batch_size": BATCH_SIZE, "seed": run.cfg.seed}
+        how = {"timesteps": self.steps, "batch_size": BATCH_SIZE, "seed": run.cfg.seed}
         how |= {"labels": labels, "ranks": run.ranks, "check": self.evaluation.check}
         with speed.autocast(run.device, run.cfg.precision):
             drawn = draw(run.ema, n, run.shape, self.sampler, **how)
@@ -185,8 +185,7 @@ class Quality:
         """Of an image, in samples: the bound takes about as long as one, and a class as many calls as it says, at most."""
         if not hasattr(metric, "calls"):
             return 1
-        steps = min(self.run.cfg.sample_timesteps, self.run.ema.T)
-        return metric.calls / self.run.ema.network_calls(steps, self.sampler)
+        return metric.calls / self.run.ema.network_calls(self.steps, self.sampler)
 
     def _too_long(self, epoch: int) -> bool:
         """Would measuring now take the time spent on it above its share? Said once."""

@@ -7,6 +7,7 @@ from closed_form import LabelNet, Mixture, Textbook, even_in_log_snr
 from classify import _errors, _times, _weight, _worse
 from evaluation.metrics import Accuracy, Evaluation
 from gaussian_diffusion import GaussianDiffusion
+from guidance import AutoGuidance
 from mistakes import Mistake
 from time_aware_module import TimeAwareMLP
 from training.ranks import Ranks
@@ -171,8 +172,10 @@ def test_the_metric_accuracy_is_that_of_bayes_rule():
     assert 3 * 16 <= found["calls"] < 3 * 16 * 16
     said = Accuracy.describe(found | {"accuracy": 0.75, "standard_error": 0.0125, "calls": 49.6})
     assert said.endswith("75.0 % +- 1.2 % of 400 valid images, with 50 network calls each (weighting 'bound')")
+    guided = model()
+    guided.time_aware_net = AutoGuidance(guided.time_aware_net, guided.time_aware_net, 2)
     with pytest.raises(Mistake, match="measure it without guidance"):
-        Accuracy(dataclasses.replace(measured, guided=True))
+        Accuracy(dataclasses.replace(measured, diffusion=guided))
 
 
 def test_where_no_signal_is_left_at_T_the_classes_are_found_as_well():

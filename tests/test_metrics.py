@@ -13,15 +13,14 @@ from closed_form import Textbook
 from sklearn.datasets import load_digits
 
 from beta_schedule import LinearSchedule
+from dataset import from_uint8, to_uint8
 from discrete_diffusion import DiscreteDiffusion
 from evaluation import features
 from evaluation.features import (
     cached_classifier,
     classifier_accuracy,
-    from_uint8,
     inception_features,
     split,
-    to_uint8,
     train_classifier,
 )
 from evaluation.metrics import FeatureStatistics, bits_by_time, bits_per_dimension, frechet_distance, image_statistics
@@ -41,7 +40,7 @@ def statistics_of(features: torch.Tensor, sizes: list[int] | None = None) -> Fea
 def gaussian(mean: torch.Tensor, covariance: torch.Tensor, count: int = 1000) -> FeatureStatistics:
     """Statistics with exactly these moments."""
     statistics = FeatureStatistics()
-    statistics._add(count, mean.double(), covariance.double() * (count - 1))
+    statistics.count, statistics._mean, statistics._scatter = count, mean.double(), covariance.double() * (count - 1)
     return statistics
 
 
@@ -99,33 +98,6 @@ def test_every_float_type_is_accepted(dtype):
     np.testing.assert_allclose(statistics_of(features).mean, features.double().mean(0), atol=1e-15)
 
 
-def test_merged_parts_equal_the_whole():
-    features = normal(300, 5) * 3 + 50
-    whole, first = statistics_of(features), statistics_of(features[:120])
-    first.merge(statistics_of(features[120:121]))
-    first.merge(statistics_of(features[121:]))
-    first.merge(FeatureStatistics())
-    empty = FeatureStatistics()
-    empty.merge(first)
-    for merged in (first, empty):
-        assert merged.count == 300
-        torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=0)
-        torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-11, atol=1e-11)
-
-
-def test_merge_leaves_the_other_alone_and_shares_no_memory():
-    features = normal(40, 3)
-    other = statistics_of(features)
-    merged = FeatureStatistics()
-    merged.merge(other)
-    merged.update(normal(10, 3, seed=1) + 9)
-    assert other.count == 40
-    torch.testing.assert_close(other.mean, features.mean(0))
-    other.mean.zero_()  # a copy
-    torch.testing.assert_close(other.covariance, torch.cov(features.T))
-    torch.testing.assert_close(other.mean, features.mean(0))
-
-
 @pytest.mark.parametrize(
     ("features", "message"),
     [
@@ -150,7 +122,7 @@ def test_moments_of_nothing_and_of_other_dimensions_are_refused():
     with pytest.raises(ValueError, match=r"count = 1.*at least 2"):
         _ = statistics_of(normal(1, 2)).covariance
     with pytest.raises(ValueError, match="3 dimensions"):
-        statistics_of(normal(4, 2)).merge(statistics_of(normal(4, 3)))
+        statistics_of(normal(4, 2)).update(normal(4, 3))
 
 
 # The distance

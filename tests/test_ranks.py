@@ -105,7 +105,7 @@ def test_fast_steps_cost_few_words(clock):
 
 def test_a_rank_that_has_lost_another_says_so_in_a_line(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(mistakes, "WHILE", 0.0)
+    monkeypatch.setattr(mistakes, "RANK_DELAY", 0.0)
 
     def work():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:413.")

@@ -26,9 +26,10 @@ import train
 from beta_schedule import LinearSchedule
 from checkpoint import load, load_diffusion, save
 from config import build_dataset, load_config
+from dataset import from_uint8, to_uint8
 from discrete_diffusion import DiscreteDiffusion
 from evaluation.charts import Axis, Series, line_chart
-from evaluation.features import cached_classifier, from_uint8, to_uint8
+from evaluation.features import cached_classifier
 from evaluation.metrics import bits_by_time
 from evaluation.nearest import Copies, nearer_than, nearest_training_images, training_image
 from evaluation.pictures import grid, save_gif

@@ -14,6 +14,7 @@ from runs import tiny
 import checkpoint
 import train
 from beta_schedule import LinearSchedule
+from dataset import Digits
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
 from time_aware_module import TimeAwareMLP
@@ -21,6 +22,7 @@ from training import speed
 from training.ranks import Ranks
 
 CPU = Ranks("cpu")
+IMAGES = Digits()
 ROOT = Path(__file__).parent.parent
 
 
@@ -35,6 +37,11 @@ def taking(clock):
         return step
 
     return step_of
+
+
+class Scaled(Digits):
+    def to_float(self, pixels):
+        return super().to_float(pixels) / 2
 
 
 def never(precision: str) -> None:
@@ -102,9 +109,12 @@ def test_auto_records_a_step_of_ours_whose_time_goes_into_launching(few, whole, 
     cfg = SimpleNamespace(activation_checkpointing=False)
     model = GaussianDiffusion(LinearSchedule(20), TimeAwareMLP(2))
     run = SimpleNamespace(device=torch.device("cuda"), ranks=CPU, cfg=cfg, model=model)
+    run.train_data = SimpleNamespace(images=IMAGES)
     assert speed.choose_cuda_graph("auto", few, whole, "bf16", run) == recorded
     assert speed.choose_cuda_graph(True, never, never, "bf16", run)
     run.model = GaussianDiffusion(LinearSchedule(20), torch.nn.Identity())  # of which nobody knows what its Python does
+    assert not speed.choose_cuda_graph("auto", few, whole, "bf16", run)
+    run.model, run.train_data.images = model, Scaled()
     assert not speed.choose_cuda_graph("auto", few, whole, "bf16", run)
 
 
@@ -112,6 +122,7 @@ def test_auto_records_a_step_of_ours_whose_time_goes_into_launching(few, whole, 
 def test_what_is_computed_again_in_the_backward_pass_is_never_recorded(asked, monkeypatch):
     monkeypatch.setattr(speed, "_seconds", lambda step, precision: 1.0)
     run = SimpleNamespace(device=torch.device("cuda"), ranks=CPU, cfg=SimpleNamespace(activation_checkpointing=True))
+    run.train_data = SimpleNamespace(images=IMAGES)
     run.model = GaussianDiffusion(LinearSchedule(20), TimeAwareMLP(2))
     assert not speed.choose_cuda_graph(asked, never, never, "bf16", run)
     run.cfg.activation_checkpointing = False

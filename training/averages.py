@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint
-from mistakes import Mistake
+from mistakes import Mistake, one_line
 
 MAX_LENGTH = 12**-0.5  # of gamma = 0, where every step has the same weight
 
@@ -93,10 +93,11 @@ class Averages:
 # Afterwards
 
 
-def snapshots(folder: Path) -> dict[int, Path]:
-    """The files power_STEP.pth of a run's folder, by step."""
-    found = ((re.fullmatch(r"power_(\d+)\.pth", path.name), path) for path in folder.glob("power_*.pth"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+def snapshots(folder: Path) -> dict[Path, int]:
+    """The files power_STEP.pth of a run's folder, each with its step, ascending."""
+    found = ((path, re.fullmatch(r"power_(\d+)\.pth", path.name)) for path in folder.glob("power_*.pth"))
+    steps = {path: int(match[1]) for path, match in found if match}
+    return dict(sorted(steps.items(), key=lambda item: item[1]))
 
 
 def overlap(gamma: Tensor, t: Tensor, other_gamma: Tensor, other_t: Tensor) -> Tensor:
@@ -131,26 +132,20 @@ def average_of(path: Path, length: float) -> tuple[dict, float]:
     state = checkpoint.load(path)
     if not state.get("power_ema") or not state.get("step"):
         raise Mistake(f"{path}: holds no power-function averages: they are recorded with train_cfg.power_ema, from step 1 on")
-    files = {step: file for step, file in snapshots(path.parent).items() if step < state["step"]} | {state["step"]: path}
+    files = {file: step for file, step in snapshots(path.parent).items() if step < state["step"]} | {path: state["step"]}
     gammas = [gamma_of(recorded) for recorded in state["config"]["train_cfg"]["power_ema"]]
-    every_gamma, every_step = torch.cartesian_prod(torch.tensor(gammas).double(), torch.tensor(list(files)).double()).unbind(1)
+    steps = torch.tensor(list(files.values())).double()
+    every_gamma, every_step = torch.cartesian_prod(torch.tensor(gammas).double(), steps).unbind(1)
     factors, error = coefficients(every_gamma, every_step, gamma_of(length), state["step"])
     total: dict[str, Tensor] = {}
-    for file, of_file in zip(files.values(), factors.view(len(gammas), -1).T, strict=True):
+    for file, of_file in zip(files, factors.view(len(gammas), -1).T, strict=True):
         recorded = state if file == path else checkpoint.load(file)
         try:
             _add(total, recorded["power_ema"], of_file)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as cause:
-            reason = " ".join(str(cause).split())[:200]
-            raise Mistake(f"{file}: does not hold the averages of the run of {path} ({reason})") from cause
+            raise Mistake(f"{file}: does not hold the averages of the run of {path} ({one_line(cause)})") from cause
     buffers = state["buffers"] if "buffers" in state else state["ema"]
-    return model_of(state) | {"ema": buffers | {name: p.float() for name, p in total.items()}}, error
-
-
-def model_of(state: Mapping) -> dict:
-    """What the state of a run says of its model, without the weights and what resuming needs."""
-    names = ("config", "shape", "class_names", "class_counts", "cluster_centres", "step", "epoch")
-    return {name: state.get(name) for name in names}
+    return checkpoint.about_model(state) | {"ema": buffers | {name: p.float() for name, p in total.items()}}, error
 
 
 def _add(total: dict[str, Tensor], averages: list[Mapping[str, Tensor]], factors: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistakes import Mistake
+from mistakes import Mistake, one_line
 
 WARM_UP = 3  # calls before the recording: cuDNN chooses its kernels, and the optimizer makes its state
 
@@ -54,7 +54,7 @@ class Launcher:
         return self.outputs
 
     def _record(self, inputs: tuple[Tensor | None, ...]) -> None:
-        """A recording bears no freeing of other graphs, and of other threads only those that are left out of it."""
+        """While it is recorded no other graph may be freed, hence no garbage collection; other threads are left out."""
         self.inputs = tuple(x if x is None else x.clone() for x in inputs)
         graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
         gc.collect()
@@ -64,7 +64,7 @@ class Launcher:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
         except RuntimeError as error:
-            reason = " ".join(str(error.__context__ or error).split())[:200]
+            reason = one_line(error.__context__ or error)
             raise Mistake(f"train_cfg.cuda_graph: this step cannot be recorded ({reason}); false trains without") from error
         finally:
             if collecting:

@@ -2,7 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -73,16 +74,13 @@ class Ranks:
             return model
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # the older name is deprecated
         how = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-        before = [(buffer, buffer.clone()) for buffer in model.buffers()]  # which BatchNorm, say, changes
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), buffers_kept(model):
             loss(model).backward()
             how["find_unused_parameters"] = any(p.requires_grad and p.grad is None for p in model.parameters())
             model.zero_grad()
             parallel = DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None, **how)
             loss(parallel).backward()
         model.zero_grad()
-        for buffer, value in before:
-            buffer.copy_(value)
         return parallel
 
     def gather(self, items: list) -> list:
@@ -104,14 +102,14 @@ class Ranks:
         dist.all_gather_object(gathered, items, group=self.cpu_group)
         return [item for part in gathered for item in part]
 
-    def gather_tensor(self, x: Tensor) -> Tensor:
-        """x of every rank, one after the other, on every rank; all of one shape."""
-        if self.world == 1:
-            return x
-        x = x.contiguous()
-        shares = [torch.empty_like(x) for _ in range(self.world)]
-        dist.all_gather(shares, x)
-        return torch.cat(shares)
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers of a model, which BatchNorm, say, changes, are what they were."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    for buffer, value in before:
+        buffer.copy_(value)
 
 
 def leave_ranks() -> None:

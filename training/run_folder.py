@@ -38,14 +38,13 @@ class RunFolder:
     """The folder train_cfg.model_save_dirpath, which one process at a time may write to; writes: does this rank?
 
     resume_from  the checkpoint that the run goes on from, None for a new run
-    overwrite    may `open` delete the files of a run that is there?
-    results_too  and what test.py made of that run?
+    doomed       patterns of the files that `open` deletes for a new run; without any, it refuses where a run is
     """
 
     def __init__(self, path: str, writes: bool):
         self.path, self.writes, self.log_file = Path(os.path.expanduser(path)), writes, None
         self.resume_from: Path | None = None
-        self.overwrite = self.results_too = False
+        self.doomed: tuple[str, ...] = ()
         self.handle: int | None = None  # by which it is locked
         if not writes:
             log.setLevel(logging.ERROR)  # one rank tells what goes on
@@ -55,36 +54,46 @@ class RunFolder:
 
         Where torchrun has started the script again (--max-restarts), the run that is there is its own: it is not overwritten.
         """
-        overwrite = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        self.overwrite = self.results_too = overwrite
-        path = self.path
-        there = _first_existing(path)
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        self.doomed = (*PATTERNS, *RESULTS) if overwrite and not restarted else ()
+        there = _first_existing(self.path)
         if not there.is_dir():
-            raise Mistake(f"train_cfg.model_save_dirpath = {path}: {there} is not a folder")
+            raise Mistake(f"train_cfg.model_save_dirpath = {self.path}: {there} is not a folder")
         if self.writes and not os.access(there, os.W_OK):
-            raise Mistake(f"train_cfg.model_save_dirpath = {path}: {there} cannot be written to")
-        if self.writes and path.exists():
+            raise Mistake(f"train_cfg.model_save_dirpath = {self.path}: {there} cannot be written to")
+        if self.writes and self.path.exists():
             self.lock()  # before anything in it is read
-        resume = str(Path(resume) / "last.pth") if resume and Path(resume).is_dir() else resume
-        if resume and not Path(resume).exists():
-            raise Mistake(f"--resume {resume}: no such checkpoint")
-        if resume and self.files() and Path(resume).resolve().parent != path.resolve():
-            raise Mistake(f"--resume {resume}: is of another folder than {path}, which holds a run already")
         if resume is None:
             self._refuse_a_second()
-        self.resume_from = None if resume is None else Path(resume) if resume else path / "last.pth"
-        if resume == "" and not any((path / name).exists() for name in ("last.pth", "best.pth")):
-            if kept := [each.name for each in self.files() if each.suffix in (".pth", ".png", ".jsonl")]:
-                raise Mistake(
-                    f"{self.resume_from} is not there, and {', '.join(kept[:5])} would be lost: give --resume a checkpoint, or "
-                    "--overwrite to start anew"
-                )
-            log.warning(f"{self.resume_from} is not there: starting at step 0")
-            self.resume_from, self.overwrite = None, path.exists()  # with no more of a run than its log, and locked
+        else:
+            self.resume_from = self._named(Path(resume)) if resume else self._own_last()
+
+    def _named(self, path: Path) -> Path:
+        """The checkpoint that --resume gives by its name, or by that of its folder."""
+        path = path / "last.pth" if path.is_dir() else path
+        if not path.exists():
+            raise Mistake(f"--resume {path}: no such checkpoint")
+        if self.files() and path.resolve().parent != self.path.resolve():
+            raise Mistake(f"--resume {path}: is of another folder than {self.path}, which holds a run already")
+        return path
+
+    def _own_last(self) -> Path | None:
+        """The last.pth that is here; None, with a warning, where no more of a run is left than its log."""
+        last = self.path / "last.pth"
+        if last.exists() or (self.path / "best.pth").exists():  # beside which read_state names one that is good
+            return last
+        if kept := [each.name for each in self.files() if each.suffix in (".pth", ".png", ".jsonl")]:
+            raise Mistake(
+                f"{last} is not there, and {', '.join(kept[:5])} would be lost: give --resume a checkpoint, or --overwrite to "
+                "start anew"
+            )
+        log.warning(f"{last} is not there: starting at step 0")
+        self.doomed = PATTERNS if self.path.exists() else ()  # and locked; not what another process may begin meanwhile
+        return None
 
     def _refuse_a_second(self) -> None:
         """Mistake if there is a run that a new one would delete unasked."""
-        if self.files() and not self.overwrite:
+        if self.files() and not self.doomed:
             raise Mistake(
                 f"{self.path} holds a run already: add --resume to go on with it, --overwrite to delete it and start anew, or "
                 "--set train_cfg.model_save_dirpath=FOLDER for another folder"
@@ -122,8 +131,8 @@ class RunFolder:
         self.lock()
         if records is None:
             self._refuse_a_second()  # which another process may have begun since
-            results = RESULTS if self.results_too and self.files() else ()
-            for path in {*self.files(), *(path for pattern in results for path in self.path.glob(pattern))}:  # each once
+            doomed = self.doomed if self.files() else ()  # where no run is, test.py's files are no run's
+            for path in {path for pattern in doomed for path in self.path.glob(pattern)}:  # each once
                 path.unlink()
         kept = 0 if records is None else self._go_on(records, step)
         self.log_file = _LogFile(self.path / "train.log", encoding="utf-8")
@@ -140,11 +149,11 @@ class RunFolder:
                 file.writelines(lines)
         old = self.resume_from.parent
         best = [] if self.in_place() else [self.path / name for name in BEST]
-        for path, taken in (_snapshots(self.path) | _taken(best)).items():
+        for path, taken in (snapshots(self.path) | _taken(best)).items():
             if taken > step:
                 path.unlink()
         missing = [old / name for name in BEST if not (self.path / name).exists()]
-        for path, taken in (_snapshots(old) | _taken(missing)).items():
+        for path, taken in (snapshots(old) | _taken(missing)).items():
             if taken <= step and not (self.path / path.name).exists():
                 with whole_file(self.path / path.name) as file, open(path, "rb") as source:
                     shutil.copyfileobj(source, file)
@@ -189,11 +198,6 @@ def _whole_records(path: Path, count: int, step: int) -> list[bytes]:
             if record["step"] <= step and "valid_loss" in record:
                 lines.append(line + b"\n")
     return lines[:count]
-
-
-def _snapshots(folder: Path) -> dict[Path, int]:
-    """The snapshots of the averages in a folder, and the step of each."""
-    return {path: step for step, path in snapshots(folder).items()}
 
 
 def _taken(checkpoints: Iterable[Path]) -> dict[Path, int]:

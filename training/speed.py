@@ -13,18 +13,19 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from config import build_train_config
+from dataset import ImageDataset
 from diffusion_process import CHUNK_ROWS
 from gaussian_diffusion import GaussianDiffusion
-from mistakes import Mistake
+from mistakes import Mistake, one_line
 from time_aware_module import TimeAwareMLP, TimeAwareUNet
-from training.ranks import Ranks
+from training.ranks import Ranks, buffers_kept
 
 log = logging.getLogger("train")
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what the network runs in
@@ -84,28 +85,30 @@ def channels_last(model: torch.nn.Module) -> None:
             p.data = p.data.to(memory_format=torch.channels_last)
 
 
-def prepare(run, deterministic: bool) -> None:
-    """Set torch and the networks of a Trainer up, and put what was "auto" into its cfg and config."""
+def prepare(run, deterministic: bool) -> bool:
+    """Set torch and the networks of a Trainer up, and put what was "auto" into its config.
+
+    Is a step to be recorded as a CUDA graph? Each machine decides that anew.
+    """
     cfg, net, device = run.cfg, run.model.time_aware_net, run.device
     rows, calls = _network_calls(run)
     x0 = run.model.x0_of(torch.rand(rows if device.type == "cuda" else min(PROBE_ROWS, rows), *run.shape, device=device))
     labels = torch.zeros(len(x0), dtype=torch.long, device=device)
     step, few = (probe_step(run.model, x0[:count], run.condition(labels[:count])) for count in (len(x0), FEW_ROWS))
-    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]  # which BatchNorm, say, changes
     set_flags("bf16", deterministic)  # as for all but fp32, while it is being chosen
-    precision = choose_precision(cfg.precision, step, run.ranks, "train_cfg.precision")
-    set_flags(precision, deterministic)
-    net.activation_checkpointing = cfg.activation_checkpointing
-    recording = choose_cuda_graph(cfg.cuda_graph, few, step, precision, run)
-    compiling = choose_compile(cfg.compile, step, precision, run.total_steps * calls, run.ranks)
+    with buffers_kept(run.model):
+        precision = choose_precision(cfg.precision, step, run.ranks, "train_cfg.precision")
+        set_flags(precision, deterministic)
+        net.activation_checkpointing = cfg.activation_checkpointing
+        recording = choose_cuda_graph(cfg.cuda_graph, few, step, precision, run)
+        compiling = choose_compile(cfg.compile, step, precision, run.total_steps * calls, run.ranks)
     if compiling:
         check_compiler(device, "train_cfg.compile")
         compile_for(net, rows)
         run.ema.time_aware_net.compile()
-    for buffer, before in buffers:
-        buffer.copy_(before)
-    run.cfg = replace(cfg, precision=precision, compile=compiling, cuda_graph=recording)
-    run.config["train_cfg"] |= {"precision": precision, "compile": compiling}
+    run.config["train_cfg"] |= {"precision": precision, "compile": compiling}  # which a resume keeps
+    run.cfg = build_train_config(run.config)
+    return recording
 
 
 def loss_of_two(run, model: nn.Module) -> Tensor:
@@ -226,8 +229,8 @@ def choose_cuda_graph(
     """What was asked for, or for "auto": on one CUDA device, whether launching its kernels is what takes a step's time.
 
     That shows where a pass of a few images, few(precision), takes nearly as long as one of a batch, step(precision). Only for
-    our own network and diffusion: what Python does in a step is not done again in a replay, and another's may matter. Never
-    where something is computed again in the backward pass, for which the state of the random numbers is read.
+    our own network, diffusion and data's to_float: what Python does in a step is not done again in a replay, and another's may
+    matter. Never where something is computed again in the backward pass, for which the state of the random numbers is read.
     """
     again = run.cfg.activation_checkpointing or getattr(run.model, "loss_mode", None) == "full"
     possible = run.device.type == "cuda" and run.ranks.world == 1 and not again
@@ -235,8 +238,9 @@ def choose_cuda_graph(
         log.warning("train_cfg.cuda_graph = true: needs one CUDA device, no full loss, no activation_checkpointing; left out")
     if asked != "auto" or not possible:
         return asked is True and possible
-    if type(run.model) is not GaussianDiffusion or type(run.model.time_aware_net) not in (TimeAwareUNet, TimeAwareMLP):
-        return _logged("train_cfg.cuda_graph", False, "the network or the diffusion is not one of the library's own")
+    ours = type(run.model) is GaussianDiffusion and type(run.model.time_aware_net) in (TimeAwareUNet, TimeAwareMLP)
+    if not ours or type(run.train_data.images).to_float is not ImageDataset.to_float:
+        return _logged("train_cfg.cuda_graph", False, "the network, the diffusion or the data's to_float is not the library's")
     launching, whole = _seconds(few, precision), _seconds(step, precision)
     words = f"a pass takes {1000 * whole:.1f} ms, and {1000 * launching:.1f} ms with {FEW_ROWS} images"
     return _logged("train_cfg.cuda_graph", launching > HOST_BOUND * whole, words)
@@ -293,5 +297,4 @@ def check_compiler(device: torch.device, option: str) -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # each kind of device has its own compiler, and its own errors
-        reason = " ".join(str(error).split())[:200]
-        raise Mistake(f"{option}: cannot compile here ({reason})") from error
+        raise Mistake(f"{option}: cannot compile here ({one_line(error)})") from error

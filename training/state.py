@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from config import MAY_CHANGE, as_json_line
-from mistakes import Mistake, as_mistake
+from mistakes import Mistake, as_mistake, one_line
 from training.meter import BINS
 from training.optimizers import restore_moments
 from training.run_folder import BEST
@@ -34,7 +34,6 @@ def take_state(run) -> dict | None:
     return _copied(
         {
             **_head(run),
-            "epoch": run.epoch,
             "closed": run.closed,
             "world": run.ranks.world,
             "records": run.records,
@@ -66,11 +65,18 @@ def take_snapshot(run) -> dict | None:
 
 
 def _head(run) -> dict:
-    """What every file with weights says of them."""
-    classes = {"class_names": run.class_names, "class_counts": run.class_counts}
+    """What every file with weights says of them: checkpoint.ABOUT_MODEL."""
     images = run.train_data.images
-    classes |= {"cluster_centres": images.centres, "train_images": len(images)}
-    return {"config": run.config, "shape": list(run.shape), **classes, "step": run.step}
+    return {
+        "config": run.config,
+        "shape": list(run.shape),
+        "class_names": run.class_names,
+        "class_counts": run.class_counts,
+        "cluster_centres": images.centres,
+        "train_images": len(images),
+        "step": run.step,
+        "epoch": run.epoch,
+    }
 
 
 def _check_finite(run, tensors: list[Tensor]) -> None:
@@ -92,16 +98,7 @@ def _copied(state: Any) -> Any:
 
 def restore_state(run, state: dict) -> None:
     """Make run the one that this state was taken of, if it has the same data."""
-    for name, found in {"shape": list(run.shape), "class_names": run.class_names}.items():
-        if state.get(name) not in (None, found):  # older checkpoints may not say
-            raise Mistake(f"{run.folder.resume_from}: the data are not the run's: {name} {state[name]} then, {found} now")
-    if state.get("class_counts") not in (None, run.class_counts):
-        found_again = run.config["dataset"].get("clusters") and state.get("cluster_centres") is None  # as older runs do
-        if found_again and _moved(state["class_counts"], run.class_counts) > SAME_CLUSTERS:
-            raise Mistake(f"{run.folder.resume_from}: the training images are not the run's, and so its clusters are lost")
-        log.warning("the training images are not those of the run: a class has more or fewer of them now")
-    elif state.get("train_images") not in (None, images := len(run.train_data.images)):
-        log.warning(f"the training images are not those of the run: {state['train_images']} then, {images} now")
+    _check_data(run, state)
     try:
         run.model.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
@@ -109,7 +106,7 @@ def restore_state(run, state: dict) -> None:
         restore_moments(run.optimizer, state["optimizer"]["state"], state["step"])
         run.scaler.load_state_dict(state["scaler"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise Mistake(f"{run.folder.resume_from}: is not the state of a run ({reason})") from error
     run.step, run.closed, run.records = state["step"], state["closed"], state["records"]
     keeps = {name: run.ranks.largest(float(not run.folder.keeps(name, run.step))) == 0 for name in BEST}  # for all ranks
@@ -125,6 +122,20 @@ def restore_state(run, state: dict) -> None:
         group["lr"] = rate * factor(run.step)
     if run.ranks.world != state["world"]:
         log.warning(f"the run had {state['world']} ranks and has {run.ranks.world} now: its draws will differ")
+
+
+def _check_data(run, state: dict) -> None:
+    """Mistake if the data are not those of the run; a warning where it has more or fewer training images."""
+    for name, found in {"shape": list(run.shape), "class_names": run.class_names}.items():
+        if state.get(name) not in (None, found):  # older checkpoints may not say
+            raise Mistake(f"{run.folder.resume_from}: the data are not the run's: {name} {state[name]} then, {found} now")
+    if state.get("class_counts") not in (None, run.class_counts):
+        found_again = run.config["dataset"].get("clusters") and state.get("cluster_centres") is None  # as older runs do
+        if found_again and _moved(state["class_counts"], run.class_counts) > SAME_CLUSTERS:
+            raise Mistake(f"{run.folder.resume_from}: the training images are not the run's, and so its clusters are lost")
+        log.warning("the training images are not those of the run: a class has more or fewer of them now")
+    elif state.get("train_images") not in (None, images := len(run.train_data.images)):
+        log.warning(f"the training images are not those of the run: {state['train_images']} then, {images} now")
 
 
 def freeze_as_before(model: nn.Module, state: Mapping | None) -> None:
