@@ -89,7 +89,7 @@ class GaussianDiffusion(DiffusionProcess):
     kept as float32 buffers. T is the number of steps.
     """
 
-    n_levels = None  # x is no symbol; those of DiscreteDiffusion have a number of levels
+    n_levels = None  # x is of numbers; a process of symbols has a number of levels here
 
     def __init__(
         self,
@@ -489,7 +489,7 @@ class GaussianDiffusion(DiffusionProcess):
 
         sampler    a name in samplers.SAMPLERS ("ddpm", "ddim", "dpm", "heun": equations 16 to 19), or a function like those
         timesteps  the steps. None: all. An int: that many, T and 1 included, spread as `steps` says. Or the times, descending
-        eta        of "ddim" only, 0 to 1; 0 leaves a function of your own its own
+        eta        of "ddim" only, 0 to 1; with 0 a function of your own keeps its default
         clip_x0    keep every predicted x_0 in [-1, 1], and the error that a variance assumes of it at most 1. Without it, a
                    learned variance needs all steps of "ddpm": an error in it grows where they are few
         x_T        the state to start from, of the given shape; drawn if None

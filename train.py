@@ -153,7 +153,7 @@ class Trainer:
         labels = [None] * len(parts) if labels is None else labels.chunk(len(parts))
         loss, terms = torch.zeros((), device=self.device), []
         for i, (part, part_labels) in enumerate(zip(parts, labels, strict=True)):
-            exchange = i == len(parts) - 1 or self.ranks.world == 1  # of gradients between ranks: with the last part
+            exchange = i == len(parts) - 1 or self.ranks.world == 1  # of gradients between ranks: once a step
             with nullcontext() if exchange else self.parallel.no_sync(), speed.autocast(self.device, self.cfg.precision):
                 part_loss = self.parallel(part, self.cfg.chunk_size, condition=self.condition(part_labels))
                 part_loss = part_loss * (len(part) / len(x0))

@@ -95,12 +95,14 @@ def config(network: str, batch_size: int, root: str, *, timesteps: int = 1000, l
 
 
 @contextlib.contextmanager
-def random_images(count: int, size: int) -> Iterator[str]:
-    """A folder of `count` random colour images, which is gone afterwards."""
+def random_images(count: int, size: int, grey: bool = False, classes: int = 1) -> Iterator[str]:
+    """A folder of `count` random images, in a folder a class; it is gone afterwards."""
     with tempfile.TemporaryDirectory() as root:
-        pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (count, size, size) if grey else (count, size, size, 3), np.uint8)
         for i, image in enumerate(pixels):
-            Image.fromarray(image).save(f"{root}/{i}.png")
+            folder = Path(root) / str(i % classes)
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i}.png")
         yield root
 
 

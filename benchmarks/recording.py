@@ -10,13 +10,9 @@ several steps in a row, the device waited for at the end of each turn only.
 
 import json
 import statistics
-import tempfile
-from pathlib import Path
 
-import numpy as np
 import torch
-from common import ROOT, interleaved, median_ratio, options, start, write
-from PIL import Image
+from common import ROOT, interleaved, median_ratio, options, random_images, start, write
 
 from config import load_config
 from train import Trainer
@@ -31,12 +27,8 @@ def trainer(name: str, device: torch.device, batch_size: int | None, *settings: 
     config = json.loads((ROOT / "configs" / f"{name}.json").read_text())
     net, size = config["time_aware_net"]["kwargs"], SIZES.get(config["dataset"]["name"], 32)
     labelled, grey = "n_classes" in net, net["n_channels"] == 1
-    with tempfile.TemporaryDirectory() as root:
-        for i in range(max(CLASSES, batch_size or config["train_cfg"]["batch_size"])):
-            folder = Path(root) / str(i % CLASSES)
-            folder.mkdir(exist_ok=True)
-            pixels = np.random.default_rng(i).integers(0, 256, (size, size) if grey else (size, size, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}.png")
+    count = max(CLASSES, batch_size or config["train_cfg"]["batch_size"])
+    with random_images(count, size, grey, CLASSES) as root:
         images = json.dumps({"root": root, "mode": "L" if grey else "RGB", "labels": "folders" if labelled else None})
         settings += (
             "dataset.name=ImageFolder",

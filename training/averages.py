@@ -41,7 +41,7 @@ def gamma_of(length: float) -> float:
 
 
 class Averages:
-    """The averages of a Trainer's weights, on their device. A network's buffers, as those of BatchNorm, are copied.
+    """The averages of a Trainer's weights, on their device. Buffers that training changes, as BatchNorm's, are copied.
 
     weights, ema    the parameters of its model, and their average with the decay train_cfg.ema_decay, in its model `ema`
     power           a model with the power-function average of each length in train_cfg.power_ema

@@ -23,7 +23,7 @@ from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
 
 Batch = tuple[Tensor, Tensor | None]  # uint8 pixels [b, C, H, W] and their labels [b], None where the data set has none
-WORKERS_PAY_FROM = 2.0  # seconds of decoding all: to start worker processes may take longer
+WORKERS_PAY_FROM = 2.0  # seconds of decoding all: to start worker processes takes about as long
 GRACE = 30  # seconds that a worker lives on after SIGTERM
 
 

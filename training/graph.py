@@ -16,8 +16,8 @@ WARM_UP = 3  # calls before the recording: cuDNN chooses its kernels, and the op
 class Launcher:
     """function(*tensors), a step of the optimizer, and what it returns: tensors, which the next call may overwrite.
 
-    With `record`, the call after WARM_UP with tensors of the same shapes is recorded, and it and all later ones with such are
-    replays: one launch each, where a small network's kernels run faster than the host can launch them. What Python does in the
+    With `record`, the call after WARM_UP with tensors of the same shapes is recorded. From then on such a call is one launch of
+    the recording, which pays where a small network's kernels run faster than the host can launch them. What Python does in the
     function is done no more. The weights are the same, bit for bit, as without: a replay takes seed and offset of torch's
     generator anew, and the learning rates lie on the device, as float32, either way.
     """

@@ -55,7 +55,7 @@ class Meter:
         self.bad_in_row.add_(1).mul_(bad)
 
     def recent_bad_steps(self, now: bool) -> int:
-        """bad_in_row, now or on a GPU as it was up to LEAD looks ago: it goes on, but the host gets no further ahead."""
+        """bad_in_row; on a GPU, unless `now`, as it was up to LEAD looks ago, which is all that the host waits for."""
         if now:  # where the device is waited for anyway
             return int(self.bad_in_row)
         if len(self._looks) == LEAD:

@@ -7,7 +7,7 @@ import time
 from training.ranks import Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, what a cluster sends, a closed terminal
-RANKS_PERIOD = 10  # looks, at most, between two words of the ranks to each other: a word costs more than a look
+RANKS_PERIOD = 10  # looks, at most, from one exchange between ranks to the next: it costs more than a look
 
 
 class Stopped(Exception):

@@ -21,7 +21,7 @@ from training.optimizers import restore_moments
 from training.run_folder import BEST
 
 log = logging.getLogger("train")
-SAME_CLUSTERS = 0.01  # share of images that may lie between two of the clusters found again: others move nearly all
+SAME_CLUSTERS = 0.01  # share of images that may change their cluster when it is found again: of other images nearly all do
 OF_DISTANCE = ("metric_features", "metric_samples", "sampler", "sample_timesteps")  # where they agree, distances compare
 
 
