@@ -29,6 +29,7 @@ SAVED = re.compile(r"torch [A-Z]\w+Storage|torch\._utils _rebuild_tensor_v2|coll
 
 def save(path: str | Path, state: Mapping) -> None:
     """Write state, tensors and plain values, to path; Mistake if it holds anything else, which load would refuse."""
+    state = {key: list(value) if key == "shape" else value for key, value in state.items()}  # also of a torch.Size
     _check_plain(state, "state")
     with whole_file(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **state}, file)
@@ -41,7 +42,8 @@ def _check_plain(value: object, where: str) -> None:
             _check_plain(item, f"{where}.{key}")
     elif type(value) not in PLAIN:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise Mistake(f"{where}: is of type {kind}, which a checkpoint cannot hold: make it a plain number or text")
+        instead = "give its state_dict()" if isinstance(value, torch.nn.Module) else "make it a plain number or text"
+        raise Mistake(f"{where}: is of type {kind}, which a checkpoint cannot hold: {instead}")
 
 
 def load(path: str | Path) -> dict:
@@ -55,7 +57,7 @@ def load(path: str | Path) -> dict:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Mistake(f"{path}: cut short, damaged, or not a checkpoint ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise Mistake(f"{path}: not a checkpoint of this library")
+        raise Mistake(f"{path}: not a checkpoint of this library, as checkpoint.save writes them")
     version = state.get("version")
     if not isinstance(version, int) or version != VERSION:
         raise Mistake(f"{path}: of version {as_json_line(version)}, where this library reads version {VERSION}")

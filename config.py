@@ -91,11 +91,12 @@ class TrainConfig:
     metric_samples: Annotated[int, Range(ge=1)] = 500  # images in them: drawn in sample_timesteps, and of the valid split
     metric_features: Literal["classifier", "inception"] = "classifier"  # that fd is taken in
     metric_share: Annotated[float, Range(gt=0, le=1)] = 0.05  # of the run's time that they may take; rarer where it is more
+    init: str | None = None  # a checkpoint whose averaged weights a new run starts with, as far as they fit
     seed: Annotated[int, Range(ge=0, le=2**63 - 1)] = 0  # of the weights, the data's order and every draw
-    optimizer: Literal["adam", "muon"] = "adam"  # muon: for the weights of hidden layers, Adam for the rest
+    optimizer: str = "adam"  # or "muon", for the weights of hidden layers, with Adam for the rest; or a class of your own
     muon_momentum: Annotated[float, Range(ge=0, lt=1)] = 0.95  # of muon's average gradient; less suits a run of few steps
     warmup_steps: Annotated[int, Range(ge=0)] = 0  # steps over which the learning rate rises from 0
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after that; the latter two end at 0
+    lr_schedule: str = "constant"  # after that; "linear" and "cosine" end at 0; or a function of your own
     variance_lr: Annotated[float, Range(gt=0, le=1)] = 1e-3  # of a learnable reverse variance, in log sigma^2 a step
     grad_clip: Annotated[float, Range(ge=0)] = 1.0  # largest norm of the network's gradient, 0 for any
     grad_accum: Annotated[int, Range(ge=1)] = 1  # parts that a batch is split into, one forward and backward pass each
@@ -199,7 +200,8 @@ def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[s
     for key in value:
         if key not in (*required, *optional):
             name = as_json_line(str(key))[1:-1]  # in one line
-            raise Mistake(f"{prefix}{name}: unknown key; {_nearest(str(key)[:80], (*required, *optional))}")
+            inside = f"did you mean 'train_cfg.{key}'? " if not path and key in TrainConfig.__dataclass_fields__ else ""
+            raise Mistake(f"{prefix}{name}: unknown key; {inside}{_nearest(str(key)[:80], (*required, *optional))}")
     for key in required:
         if key not in value:
             raise Mistake(f"{prefix}{key}: missing")
@@ -243,9 +245,9 @@ def _is_plain(value: Any) -> bool:
 def find(name: Any, registry: Mapping[str, Callable], base: type, where: str = "name") -> Callable:
     """What a config calls name: an entry of the registry or, by a dotted name such as "my_net.MyUNet", one of the user's own.
 
-    base is the class that one's own must be a subclass of, or types.FunctionType where it must be a function. It is imported
-    from a file below the current folder, my_net.py or my_net/__init__.py, as `import my_net` would there. Mistake if there is
-    none; what the file itself raises passes.
+    base is the class that one's own must be a subclass of, or types.FunctionType where it must be a function, or
+    functools.partial of one. It is imported from a file below the current folder, my_net.py or my_net/__init__.py, as
+    `import my_net` would there. Mistake if there is none; what the file itself raises passes.
 
     The name may come from a checkpoint, which must not choose what runs. So the file is looked for before anything is imported,
     a module that Python would find elsewhere (os, torch, what is in site-packages) is refused, and so is what the file itself
@@ -264,13 +266,15 @@ def find(name: Any, registry: Mapping[str, Callable], base: type, where: str = "
     found = vars(importlib.import_module(module)).get(attribute)
     if found is None:
         raise Mistake(f"{where}: {module} has no {attribute}")
-    fits = issubclass(found, base) if isinstance(found, type) else base is types.FunctionType and isinstance(found, base)
+    written = found.func if isinstance(found, functools.partial) else found
+    fits = issubclass(found, base) if isinstance(found, type) else base is types.FunctionType and isinstance(written, base)
     if not fits:
         kinds = {types.FunctionType: "a function", object: "a class", Callable: "a class whose objects can be called"}
         raise Mistake(f"{where}: must be {kinds.get(base, f'a subclass of {base.__module__}.{base.__qualname__}')}")
-    if found.__module__.split(".")[0] != module.split(".")[0]:  # as what has moved, and is imported where it was
-        _check_is_in_this_folder(found.__module__, f"{where}: comes from {found.__module__}, and not from a file of yours")
-        OWN.add(found.__module__.split(".")[0])
+    source = written.__module__
+    if source.split(".")[0] not in (module.split(".")[0], "samplers"):  # as what has moved, and is imported where it was
+        _check_is_in_this_folder(source, f"{where}: comes from {source}, and not from a file of yours")
+        OWN.add(source.split(".")[0])
     return found
 
 

@@ -86,8 +86,9 @@ class ImageDataset(Dataset):
         if not len(self):
             raise Mistake(f"{type(self).__name__}: has no image")
         first = copy.copy(self).pixels(0)  # so that no file that it opens is open, and shared, in every worker
-        if first.dtype != torch.uint8:
-            raise Mistake(f"{type(self).__name__}: pixels(0) is {first.dtype}: must be uint8, of which to_float makes x_0")
+        if not isinstance(first, Tensor) or first.dtype != torch.uint8:
+            found = first.dtype if isinstance(first, Tensor) else f"a {type(first).__name__}"
+            raise Mistake(f"{type(self).__name__}: pixels(0) is {found}: must be a uint8 tensor, of which to_float makes x_0")
         self.shape = first.shape
 
     def name_of(self, i: int) -> str:

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ from evaluation.edits import Edit
 from evaluation.metrics import METRICS, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, plain, save_gif, save_png
 from evaluation.report import Report, Sampled
-from evaluation.sampling import Drawn, draw, labels_by_row, labels_in_shares
+from evaluation.sampling import Drawn, draw, evenly, labels_by_row, labels_in_shares
 from files import as_json, whole_file
 from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
@@ -55,7 +56,7 @@ REPORT_DEFAULTS = {"n": 160, "timesteps": 200, "bpd_images": 200, "bpd_timesteps
 
 # Flags that no edit heeds
 NOT_OF_EDITS = ("metrics", "fit_variance", "compile", "eta", "precision", "frames", "pictures", "features", "classifier")
-NOT_OF_EDITS += ("weighting", "bpd_images", "bpd_timesteps")
+NOT_OF_EDITS += ("npz", "weighting", "bpd_images", "bpd_timesteps")
 
 
 class Job(NamedTuple):
@@ -118,6 +119,17 @@ def save_pictures(folder: Path, drawn: Drawn, shown: list[int], columns: int | N
     save_png(folder / "strips.png", grid(drawn.strips[:8].flatten(0, 1), columns=drawn.strips.shape[1]))
     save_png(folder / "grid.png", grid(drawn.samples[shown], columns))
     save_gif(folder / "trajectory.gif", [grid(frame, columns) for frame in drawn.animation.unbind(1)])
+
+
+def save_arrays(path: Path, drawn: Drawn, job: Job) -> None:
+    """The numbers of what is drawn: samples [n, ...] in [-1, 1], their labels [n]; states [pictures, frames, ...] at times."""
+    times = [*job.diffusion.steps(job.options["timesteps"], job.options["sampler"]), 0]
+    at = evenly(drawn.strips.shape[1], len(times))
+    arrays = {"samples": drawn.samples, "states": drawn.strips, "times": torch.tensor(times)[at]}
+    arrays |= {} if job.labels is None else {"labels": job.labels}
+    with whole_file(path) as file:
+        np.savez(file, **{name: array.numpy() for name, array in arrays.items()})
+    print(f"{path}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")
 
 
 def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path) -> None:
@@ -246,6 +258,7 @@ def evaluation_of(args: argparse.Namespace, job: Job, ranks: Ranks, datasets: di
 def load_model(args: argparse.Namespace, ema_length: float | None, ranks: Ranks) -> tuple[nn.Module, dict, Path]:
     """The model, its checkpoint's state and path; with a length those of that average, which is not saved yet."""
     path = Path(args.checkpoint)
+    path = path / "last.pth" if path.is_dir() else path
     if ema_length is None:
         diffusion, state = load_diffusion(path, ema=not args.raw)
         return diffusion, state | {"config": with_data(state["config"], args.set)}, path
@@ -326,7 +339,8 @@ def run(
             fit_variance(evaluation, job.state, args.fit_variance, target)
         how = job.options | {name: getattr(args, name) for name in ("batch_size", "seed", "frames")}
         start = time.perf_counter()
-        drawn = draw(job.diffusion, args.n, job.shape, **how, pictures=shown, labels=job.labels, ranks=ranks)
+        with as_mistake():  # of a sampler of one's own
+            drawn = draw(job.diffusion, args.n, job.shape, **how, pictures=shown, labels=job.labels, ranks=ranks)
         seconds = time.perf_counter() - start
     if bad := int((~drawn.samples.isfinite()).sum()):  # of all samples on rank 0, which the other ranks need not hear of
         raise Mistake(f"--sampler {args.sampler}: {bad} values of the samples are not finite")
@@ -336,6 +350,8 @@ def run(
     if ranks.rank == 0:
         save_pictures(folder, drawn, shown, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
+        if args.npz:
+            save_arrays(folder / "samples.npz", drawn, job)
     settings = vars(args) | {"ema_length": ema_length, "guidance": weight}
     settings |= {"step": job.state.get("step"), "precision": precision}
     results = measure(metrics, folder / "metrics.json", settings, precision, ranks)
@@ -402,6 +418,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--colour", metavar="IMAGE", help="colour images of which this is the grey")
     add("--frames", type=int, default=11, help="states in a strip")
     add("--pictures", type=int, default=64, help="samples that get a strip, a place in the grid and the animation")
+    add(
+        "--npz",
+        action="store_true",
+        help="write samples.npz as well: the numbers of the samples, and of the states of the strips",
+    )
     add("--batch-size", type=int, default=64, help="samples in one call of the network")
     add("--metrics", nargs="+", default=[], help=f"{', '.join(METRICS)}, or a class of your own as my_file.MyMetric")
     add("--report", action="store_true", help="write report.html: pictures, curves, bpd, fd, copies, config")

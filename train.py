@@ -35,15 +35,15 @@ from training import speed
 from training.averages import Averages
 from training.batches import Batches, drop_labels
 from training.checks import bad_numbers, check_batch, check_fit, check_ranks, check_resume
-from training.graph import Launcher
+from training.graph import launcher
 from training.loggers import Loggers
 from training.meter import Meter, end_time, in_words, rounded
-from training.optimizers import build_optimizer, lr_schedule
+from training.optimizers import build_optimizer, lr_schedule, step_unless
 from training.ranks import Ranks, leave_ranks
 from training.run_folder import RunFolder
 from training.seeds import STEP, WEIGHTS, mixed_seed
 from training.signals import Stopped, Stopper
-from training.state import freeze_as_before, read_state, restore_state, take_snapshot, take_state
+from training.state import freeze_as_before, read_state, restore_state, start_weights, take_snapshot, take_state
 from training.writer import Writer
 
 log = logging.getLogger("train")
@@ -94,7 +94,7 @@ class Trainer:
         self.scheduler = lr_schedule(self.cfg, lambda: self.total_steps, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.cfg.precision == "fp16")
         self._start_counters()
-        self.work = Launcher(self._work, self.optimizer, recording) if self.device.type == "cuda" else self._work
+        self.work = launcher(self, recording)
         self.quality = Quality(self)
         self.resumed = self.pictured = state is not None
         if state:
@@ -104,6 +104,7 @@ class Trainer:
         cfg = self.cfg
         torch.manual_seed(mixed_seed(WEIGHTS, cfg.seed))
         self.model = build_diffusion(self.config)  # before the data, which may be a long download
+        start_weights(self)
         images = self.ranks.in_turn(lambda: {split: build_dataset(self.config, split, centres) for split in ("train", "valid")})
         self.n_classes = getattr(self.model.time_aware_net, "n_classes", None)
         check_ranks(self, images)
@@ -167,11 +168,10 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self, loss: Tensor, norm: Tensor, terms: list[tuple[Tensor, Tensor] | None]) -> None:
-        """Step the optimizer; where a gradient is not finite, the fused step leaves everything as it is."""
+        """Step the optimizer; where a gradient is not finite, everything stays as it is."""
         total = sum((p.grad.sum() for p in self.besides if p.grad is not None), norm)
         bad = (~total.isfinite()).float()
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # not by scaler.step, which would set its own
-        self.optimizer.step()
+        step_unless(bad, self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.meter.add(loss, bad, terms)

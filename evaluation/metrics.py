@@ -325,7 +325,8 @@ class BitsPerDimension:
     def measure(self) -> dict[str, Any]:
         e = self.evaluation
         batches = e.images("valid", e.bpd_images)
-        found, self.by_time = bits_by_time(e.diffusion, batches, e.bpd_timesteps, e.seed, e.ranks)
+        with as_mistake("dataset.valid: "):  # of a to_float of one's own that leaves [-1, 1]
+            found, self.by_time = bits_by_time(e.diffusion, batches, e.bpd_timesteps, e.seed, e.ranks)
         return found | ({} if e.n_classes is None else {"given": "class"})
 
     @staticmethod
@@ -424,7 +425,11 @@ def measure_each(metrics: Mapping[str, Any], ranks: Ranks, precision: str) -> It
         if not isinstance(found, dict):
             kind = type(found).__name__
             raise Mistake(f"{type(metric).__name__}.measure: gives a {kind}, where a metric must give a dictionary")
-        yield name, json.loads(json.dumps(found, default=lambda number: number.tolist()))
+        try:
+            text = json.dumps(found, default=lambda number: number.tolist())
+        except AttributeError as error:
+            raise Mistake(f"{type(metric).__name__}.measure: gives what is neither number nor text ({error})") from error
+        yield name, json.loads(text)
 
 
 OF_A_METRIC = ("uses_model", "measure", "describe")

@@ -606,7 +606,7 @@ def test_pixels_that_are_no_bytes_are_refused():
         def pixels(self, i):
             return torch.full((1, 8, 8), -0.5)
 
-    with pytest.raises(Mistake, match=r"Floats: pixels\(0\) is torch\.float32: must be uint8"):
+    with pytest.raises(Mistake, match=r"Floats: pixels\(0\) is torch\.float32: must be a uint8 tensor"):
         Floats()
 
 

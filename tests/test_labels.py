@@ -394,8 +394,12 @@ class Trembling(Numbered):
 
 
 class Same(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
     def forward(self, xt, t):
-        return xt
+        return self.scale * xt
 
 
 def trained(diffusion, label_dropout=0.1, n_classes=None):

@@ -106,7 +106,7 @@ def test_a_graph_is_for_cuda_alone_and_a_run_that_had_one_goes_on_without(tmp_pa
 @pytest.mark.parametrize(("few", "whole", "recorded"), [(0.020, 0.022, True), (0.020, 0.053, False)])
 def test_auto_records_a_step_of_ours_whose_time_goes_into_launching(few, whole, recorded, monkeypatch):
     monkeypatch.setattr(speed, "_seconds", lambda step, precision: step)
-    cfg = SimpleNamespace(activation_checkpointing=False)
+    cfg = SimpleNamespace(activation_checkpointing=False, optimizer="adam")
     model = GaussianDiffusion(LinearSchedule(20), TimeAwareMLP(2))
     run = SimpleNamespace(device=torch.device("cuda"), ranks=CPU, cfg=cfg, model=model)
     run.train_data = SimpleNamespace(images=IMAGES)
@@ -121,7 +121,9 @@ def test_auto_records_a_step_of_ours_whose_time_goes_into_launching(few, whole, 
 @pytest.mark.parametrize("asked", [True, "auto"])
 def test_what_is_computed_again_in_the_backward_pass_is_never_recorded(asked, monkeypatch):
     monkeypatch.setattr(speed, "_seconds", lambda step, precision: 1.0)
-    run = SimpleNamespace(device=torch.device("cuda"), ranks=CPU, cfg=SimpleNamespace(activation_checkpointing=True))
+    run = SimpleNamespace(
+        device=torch.device("cuda"), ranks=CPU, cfg=SimpleNamespace(activation_checkpointing=True, optimizer="adam")
+    )
     run.train_data = SimpleNamespace(images=IMAGES)
     run.model = GaussianDiffusion(LinearSchedule(20), TimeAwareMLP(2))
     assert not speed.choose_cuda_graph(asked, never, never, "bf16", run)

@@ -123,6 +123,13 @@ def _check_network(run, images: dict[str, ImageDataset]) -> None:
             _check_call(model, x, run.condition(label))
             if n_classes is not None and run.cfg.label_dropout:
                 _check_no_label(run, x)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), as_mistake("diffusion: "):
+        x0 = model.x0_of(torch.zeros(2, *images["train"].shape))
+        loss = model.loss(x0, model.T, condition=run.condition(None if label is None else label.repeat(2)))
+    if loss.shape != (2,):
+        raise Mistake(f"diffusion: the loss of 2 images is of shape {list(loss.shape)}: must be one value an image, [2]")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise Mistake("time_aware_net: has no weights to train")
     model.train()
 
 
@@ -131,6 +138,8 @@ def _warn_of_images(run, images: dict[str, ImageDataset]) -> None:
         root = getattr(data, "root", None) if isinstance(data, ImageFolder) else None  # a subclass may have none
         if root and run.folder.path.resolve().is_relative_to(Path(root).resolve()):
             log.warning(f"{run.folder.path}: lies among the images of dataset.{split}: its pictures will be some of them")
+        if type(data).to_float is not ImageDataset.to_float:
+            _check_floats(split, data)
         is_own = type(data) not in DATASETS.values()
         twin = copy.copy(data)  # as in ImageDataset
         if is_own and not data.is_random and not torch.equal(twin.pixels(0), twin.pixels(0)):
@@ -142,15 +151,26 @@ def _warn_of_images(run, images: dict[str, ImageDataset]) -> None:
         log.warning(f"dataset.valid: its images have the shape {list(valid.shape)}, and those to train on {list(train.shape)}")
 
 
+def _check_floats(split: str, data: ImageDataset) -> None:
+    """Hold a to_float of one's own to its shape, by a Mistake, and to its range, by a warning."""
+    with torch.random.fork_rng(devices=[]):
+        x0 = copy.copy(data)[0]
+    if x0.shape != data.shape:
+        raise Mistake(f"dataset.{split}: to_float makes {list(x0.shape)} of pixels {list(data.shape)}: must keep the shape")
+    if not x0.abs().max() <= 1:  # nor is nan
+        log.warning(f"dataset.{split}: to_float gives {x0.min():g} to {x0.max():g}, and samples are clipped to [-1, 1]")
+
+
 @torch.no_grad()
 def bad_numbers(run) -> Mistake:
     """What a Trainer knows of its last steps, whose loss or gradient was not finite."""
     t = torch.randint(1, run.model.T + 1, (len(run.x0),), device=run.device)
     parts = zip(run.x0.chunk(run.cfg.grad_accum), t.chunk(run.cfg.grad_accum), strict=True)
     losses = torch.cat([run.model.loss(x0, t, condition=run.condition(torch.zeros_like(t))) for x0, t in parts])
-    losses = losses.nan_to_num(nan=math.inf)
+    worst = losses.nan_to_num(nan=math.inf).argmax()
+    images = "" if run.x0.isfinite().all() else ", of images that are not finite themselves"
     return Mistake(
         f"loss or gradient was not finite in the last {int(run.meter.bad_in_row)} steps, up to step {run.step}: gradient norm "
-        f"{run.norm.item():g}, loss scale {run.scaler.get_scale():g}, largest loss {losses.max():g} at t = "
-        f"{t[losses.argmax()]}; the last good checkpoint is {run.folder.path / 'last.pth'}"
+        f"{run.norm.item():g}, loss scale {run.scaler.get_scale():g}, largest loss {losses[worst]:g} at t = "
+        f"{t[worst]}{images}; the last good checkpoint is {run.folder.path / 'last.pth'}"
     )

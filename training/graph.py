@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mistakes import Mistake, one_line
+from training.optimizers import OPTIMIZERS
 
 WARM_UP = 3  # calls before the recording: cuDNN chooses its kernels, and the optimizer makes its state
 
@@ -70,6 +71,12 @@ class Launcher:
             if collecting:
                 gc.enable()
         self.graph = graph
+
+
+def launcher(run, record: bool) -> Callable[..., Any]:
+    """The work of a Trainer's step, by a Launcher on CUDA; an optimizer of one's own may want rates that are numbers."""
+    ours = run.device.type == "cuda" and run.cfg.optimizer in OPTIMIZERS
+    return Launcher(run._work, run.optimizer, record) if ours else run._work
 
 
 def _kinds(inputs: tuple[Tensor | None, ...]) -> tuple:

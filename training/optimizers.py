@@ -1,22 +1,32 @@
-"""The optimizer of a run, and the moments that a resumed run takes over.
+"""The optimizer of a run, how its learning rate falls, and the moments that a resumed run takes over.
 
 Its groups of parameters have names: "network", with Muon also "hidden", and "variance" where sigma_t^2 is learnable.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from config import find
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
 from training.muon import Muon
 
+OPTIMIZERS = {"adam": torch.optim.Adam, "muon": Muon}
+# The share of the learning rate that is left once `done` of the steps after the warm-up are, from 0 to 1
+LR_SCHEDULES = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done),
+}
+
 
 def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> torch.optim.Optimizer:
-    """Adam, or Muon for the hidden layers' matrices and Adam for the rest.
+    """Adam, Muon for the hidden layers' matrices and Adam for the rest, or a class of the user's own, built of (groups, lr=lr).
 
     cfg has optimizer, lr, muon_momentum and variance_lr. A Mistake where optimizer is "muon" and the network does not say which
     of its layers are hidden.
@@ -32,8 +42,21 @@ def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> 
         groups.append({"name": "hidden", "params": hidden, "orthogonal": True, "momentum": cfg.muon_momentum})
     if isinstance(variance, nn.Parameter):  # and not computed from others
         groups.append({"name": "variance", "params": [variance], "lr": cfg.variance_lr})
-    kind = {"adam": torch.optim.Adam, "muon": Muon}[cfg.optimizer]
-    return kind(groups, cfg.lr, fused=True)  # the fused step heeds found_inf
+    kind = find(cfg.optimizer, OPTIMIZERS, torch.optim.Optimizer, "train_cfg.optimizer")
+    fused = {"fused": True} if cfg.optimizer in OPTIMIZERS else {}
+    return kind(groups, lr=cfg.lr, **fused)
+
+
+def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """A step of the optimizer; where bad is 1, and not 0, everything stays as it is.
+
+    A fused step heeds that on the device. For the optimizer of one's own that has none, the host waits to know it.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's word for it
+        optimizer.grad_scale, optimizer.found_inf = None, bad  # not by scaler.step, which would set its own
+        optimizer.step()
+    elif not bad.item():
+        optimizer.step()
 
 
 def lr_schedule(cfg, total_steps: Callable[[], int], optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -41,11 +64,12 @@ def lr_schedule(cfg, total_steps: Callable[[], int], optimizer: torch.optim.Opti
 
     total_steps is asked at every step, since a run may learn on its way how long it is.
     """
+    left = find(cfg.lr_schedule, LR_SCHEDULES, FunctionType, "train_cfg.lr_schedule")
 
     def factor(step: int) -> float:
         warm = min(1, (step + 1) / (cfg.warmup_steps + 1))
         done = max(0, step - cfg.warmup_steps) / max(1, total_steps() - cfg.warmup_steps)
-        return warm * {"constant": 1, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[cfg.lr_schedule]
+        return warm * left(done)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -65,9 +89,15 @@ def restore_moments(optimizer: torch.optim.Optimizer, moments: Any, step: int) -
     """Take over what an optimizer of the same parameters had after `step` steps: its state_dict()["state"].
 
     moments[i] is of the i-th parameter, counted through all groups: "step" [], and of the parameter's shape "momentum" (Muon)
-    or "exp_avg" and "exp_avg_sq" (Adam). A parameter that never had a gradient has none. ValueError where that is not so.
-    Rates stay as they are.
+    or "exp_avg" and "exp_avg_sq" (Adam). A parameter that never had a gradient has none. ValueError where that is not so; of
+    what an optimizer of one's own keeps, nothing is known. Rates stay as they are.
     """
+    if type(optimizer) in OPTIMIZERS.values():
+        _check_moments(optimizer, moments, step)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, moments: Any, step: int) -> None:
     averages = [
         (p, ("momentum",) if group.get("orthogonal") else ("exp_avg", "exp_avg_sq"))
         for group in optimizer.param_groups
@@ -80,4 +110,3 @@ def restore_moments(optimizer: torch.optim.Optimizer, moments: Any, step: int) -
         shapes = {name: getattr(value, "shape", None) for name, value in found.items()} if isinstance(found, Mapping) else None
         if shapes != {"step": (), **dict.fromkeys(names, p.shape)}:
             raise ValueError(f"optimizer: moments of shapes {shapes} for a weight of shape {list(p.shape)}")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})

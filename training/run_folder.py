@@ -19,7 +19,7 @@ PATTERNS = ("last.pth", "best.pth", "best_fd.pth", "epoch_*.pth", "power_*.pth",
 PATTERNS += ("first.png", "first_strip.png", ".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
 BEST = ("best.pth", "best_fd.pth")
 RESULTS = ("*_fitted.pth", "*_ema[0-9]*.pth")  # of test.py, which --overwrite deletes with the run
-RESULTS += tuple(f"*_gen/{name}" for name in ("*.png", "trajectory.gif", "metrics.json", "report.html"))
+RESULTS += tuple(f"*_gen/{name}" for name in ("*.png", "trajectory.gif", "samples.npz", "metrics.json", "report.html"))
 EDITS = ("inpaint", "from", "interpolate", "upscale", "colour")
 RESULTS += tuple(f"*_{edit}/{name}" for edit in EDITS for name in ("[0-9]*.png", "grid.png"))
 

@@ -25,6 +25,7 @@ from diffusion_process import CHUNK_ROWS
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, one_line
 from time_aware_module import TimeAwareMLP, TimeAwareUNet
+from training.optimizers import OPTIMIZERS
 from training.ranks import Ranks, buffers_kept
 
 log = logging.getLogger("train")
@@ -233,9 +234,10 @@ def choose_cuda_graph(
     matter. Never where something is computed again in the backward pass, for which the state of the random numbers is read.
     """
     again = run.cfg.activation_checkpointing or getattr(run.model, "loss_mode", None) == "full"
-    possible = run.device.type == "cuda" and run.ranks.world == 1 and not again
+    possible = run.device.type == "cuda" and run.ranks.world == 1 and not again and run.cfg.optimizer in OPTIMIZERS
     if asked is True and not possible:
-        log.warning("train_cfg.cuda_graph = true: needs one CUDA device, no full loss, no activation_checkpointing; left out")
+        what = f"{' or '.join(OPTIMIZERS)}, no full loss, no activation_checkpointing"
+        log.warning(f"train_cfg.cuda_graph = true: needs one CUDA device, {what}; left out")
     if asked != "auto" or not possible:
         return asked is True and possible
     ours = type(run.model) is GaussianDiffusion and type(run.model.time_aware_net) in (TimeAwareUNet, TimeAwareMLP)

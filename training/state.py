@@ -138,6 +138,25 @@ def _check_data(run, state: dict) -> None:
         log.warning(f"the training images are not those of the run: {state['train_images']} then, {images} now")
 
 
+def start_weights(run) -> None:
+    """Put the averaged weights of the checkpoint train_cfg.init into the network of a new run, where name and shape fit."""
+    path = run.cfg.init
+    if path is None or run.folder.resume_from:
+        return
+    pretrained, state = checkpoint.load_diffusion(path)
+    net = run.model.time_aware_net
+    ours, theirs = net.state_dict(), pretrained.time_aware_net.state_dict()
+    fitting = {name: value for name, value in theirs.items() if name in ours and value.shape == ours[name].shape}
+    if not fitting:
+        raise Mistake(f"train_cfg.init = {path}: none of its weights has the name and the shape of one of this network")
+    net.load_state_dict(ours | fitting)
+    new = [name for name in ours if name not in fitting]
+    news = f"; new are {len(new)} of {len(ours)}: {', '.join(new[:5])}{', ...' if new[5:] else ''}" if new else ""
+    log.log(logging.WARNING if new else logging.INFO, f"{path}: the weights of its step {state.get('step')}{news}")
+    if getattr(pretrained, "prediction", None) != getattr(run.model, "prediction", None):
+        log.warning(f"{path}: its network predicts something else: diffusion.prediction = {pretrained.prediction!r} there")
+
+
 def freeze_as_before(model: nn.Module, state: Mapping | None) -> None:
     """Train those weights alone that the run trained; older checkpoints do not say which."""
     if state and "frozen" in state:
