@@ -34,7 +34,7 @@ from mistakes import OneLineParser, run_script
 from training import speed
 from training.averages import Averages
 from training.batches import Batches, drop_labels
-from training.checks import bad_numbers, check_batch, check_fit, check_ranks, check_resume
+from training.checks import bad_numbers, check_fit, check_ranks, check_resume, check_settings
 from training.graph import launcher
 from training.loggers import Loggers
 from training.meter import Meter, end_time, in_words, rounded
@@ -83,7 +83,7 @@ class Trainer:
         state = read_state(self.folder.resume_from, self.config) if self.folder.resume_from else None
         check_resume(state, self.ranks)
         self.cfg = build_train_config(self.config)
-        check_batch(self.cfg, self.ranks)
+        check_settings(self.cfg, self.ranks)
         self.loggers = Loggers(() if self.ranks.rank else self.cfg.loggers, self.config)
         with self.stopper:
             self._build_model_and_data((state or {}).get("cluster_centres"))

@@ -16,13 +16,17 @@ from dataset import DATASETS, ImageDataset, ImageFolder, shared_images
 from diffusion_process import Condition
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
+from training.optimizers import fall_of, optimizer_of
 from training.ranks import Ranks
 
 log = logging.getLogger("train")
 
 
-def check_batch(cfg: TrainConfig, ranks: Ranks) -> None:
-    """Mistake if a batch cannot be shared out evenly between the ranks and the parts of grad_accum."""
+def check_settings(cfg: TrainConfig, ranks: Ranks) -> None:
+    """Mistake if there is no such optimizer or fall of its rate, or a batch cannot be shared out evenly between the ranks and the
+    parts of grad_accum.
+    """
+    optimizer_of(cfg), fall_of(cfg)
     parts = ranks.world * cfg.grad_accum
     if cfg.batch_size % parts:
         raise Mistake(

@@ -25,6 +25,15 @@ LR_SCHEDULES = {
 }
 
 
+def optimizer_of(cfg) -> type[torch.optim.Optimizer]:
+    return find(cfg.optimizer, OPTIMIZERS, torch.optim.Optimizer, "train_cfg.optimizer")
+
+
+def fall_of(cfg) -> Callable[[float], float]:
+    """Of the learning rate: one of LR_SCHEDULES, or a function of the user's own."""
+    return find(cfg.lr_schedule, LR_SCHEDULES, FunctionType, "train_cfg.lr_schedule")
+
+
 def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> torch.optim.Optimizer:
     """Adam, Muon for the hidden layers' matrices and Adam for the rest, or a class of the user's own, built of (groups, lr=lr).
 
@@ -42,9 +51,8 @@ def build_optimizer(cfg, diffusion: GaussianDiffusion, device: torch.device) -> 
         groups.append({"name": "hidden", "params": hidden, "orthogonal": True, "momentum": cfg.muon_momentum})
     if isinstance(variance, nn.Parameter):  # and not computed from others
         groups.append({"name": "variance", "params": [variance], "lr": cfg.variance_lr})
-    kind = find(cfg.optimizer, OPTIMIZERS, torch.optim.Optimizer, "train_cfg.optimizer")
     fused = {"fused": True} if cfg.optimizer in OPTIMIZERS else {}
-    return kind(groups, lr=cfg.lr, **fused)
+    return optimizer_of(cfg)(groups, lr=cfg.lr, **fused)
 
 
 def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -64,7 +72,7 @@ def lr_schedule(cfg, total_steps: Callable[[], int], optimizer: torch.optim.Opti
 
     total_steps is asked at every step, since a run may learn on its way how long it is.
     """
-    left = find(cfg.lr_schedule, LR_SCHEDULES, FunctionType, "train_cfg.lr_schedule")
+    left = fall_of(cfg)
 
     def factor(step: int) -> float:
         warm = min(1, (step + 1) / (cfg.warmup_steps + 1))
