@@ -17,15 +17,16 @@ import train
 from beta_schedule import CosineSchedule
 from checkpoint import load_diffusion
 from gaussian_diffusion import GaussianDiffusion
+from time_aware_module import TimeAwareMLP
 
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/TRIED.md", "tests/README.md"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in FENCED.findall(README) if language == "python"]
-RUN, TUNED = (next(code for code in PYTHON if words in code) for words in ("Trainer(config).run()", "pretrained"))
+RUN, TUNED = (next(code for code in PYTHON if words in code) for words in ("Trainer(config).run()", "train_cfg.init"))
 # What a page names and a run, a reader or another package has
 ELSEWHERE = re.compile(
-    r"(models|my|data)/|my_|train_unconditional\.py|image_\w+\.py|metrics\.json|.*\bNAME\b|"
+    r"(models|my|data)/|my_|train_unconditional\.py|image_\w+\.py|metrics\.json|.*samples\.npz|.*\bNAME\b|"
     r"(epoch_N|first|\d+|strips|grid|image|mask|other|small|grey)\.png"
 )
 
@@ -51,8 +52,9 @@ def test_the_run_of_the_readme_and_the_one_that_starts_from_it_go_as_printed(fol
     assert 0 < bits["total"] < 100
     assert 0 < distance["distance"] < 1000
     assert (bits["images"], distance["samples"], distance["real"]) == (180, 150, 180)
+    run_from, _ = load_diffusion("models/try/last.pth")
     names = run_code(TUNED)
-    tuned, before = names["trainer"].model.time_aware_net.state_dict(), names["pretrained"].time_aware_net.state_dict()
+    tuned, before = names["trainer"].model.time_aware_net.state_dict(), run_from.time_aware_net.state_dict()
     assert {name.split(".")[0] for name in tuned if not torch.equal(tuned[name], before[name])} == {"conv_out"}
 
 
@@ -103,6 +105,14 @@ def test_a_folder_of_ones_own_images_goes_as_printed(folder, capsys):
     saved = torch.load("models/MyImages/last.pth", weights_only=True)
     assert (saved["step"], saved["shape"], sum(saved["class_counts"])) == (2, [3, 64, 64], 40)
     assert Image.open("models/MyImages/last_gen/grid.png").width > 3 * 64
+
+
+def test_the_sampler_of_ones_own_is_ddim():
+    mine = run_code(next(code for code in PYTHON if "def my_ddim" in code))["my_ddim"]
+    diffusion = GaussianDiffusion(CosineSchedule(60), TimeAwareMLP(2))
+    x_T = torch.randn(50, 2)
+    expected = diffusion.sample((50, 2), "ddim", 7, x_T=x_T)
+    torch.testing.assert_close(diffusion.sample((50, 2), mine, 7, x_T=x_T), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("more", [[], ["time_aware_net.kwargs.n_classes=2"]], ids=["without classes", "with classes"])

@@ -23,9 +23,7 @@ log = logging.getLogger("train")
 
 
 def check_settings(cfg: TrainConfig, ranks: Ranks) -> None:
-    """Mistake if there is no such optimizer or fall of its rate, or a batch cannot be shared out evenly between the ranks and the
-    parts of grad_accum.
-    """
+    """Mistake if no optimizer or fall of its rate has that name, or a batch is not shared out evenly by ranks and parts."""
     optimizer_of(cfg), fall_of(cfg)
     parts = ranks.world * cfg.grad_accum
     if cfg.batch_size % parts:
