@@ -17,7 +17,7 @@ from diffusion_process import Condition
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
 from training.optimizers import fall_of, optimizer_of
-from training.ranks import Ranks
+from training.ranks import Ranks, buffers_kept
 
 log = logging.getLogger("train")
 
@@ -125,7 +125,7 @@ def _check_network(run, images: dict[str, ImageDataset]) -> None:
             _check_call(model, x, run.condition(label))
             if n_classes is not None and run.cfg.label_dropout:
                 _check_no_label(run, x)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), as_mistake("diffusion: "):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_kept(model), as_mistake("diffusion: "):
         x0 = model.x0_of(torch.zeros(2, *images["train"].shape))
         loss = model.loss(x0, model.T, condition=run.condition(None if label is None else label.repeat(2)))
     if loss.shape != (2,):
