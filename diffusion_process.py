@@ -30,6 +30,29 @@ class Bound(NamedTuple):
     total: Tensor
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Matrix products of float32 keep their digits, whatever TF32 is set to."""
+    matmuls = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    switches = [(matmul, matmul.fp32_precision) for matmul in matmuls if hasattr(matmul, "fp32_precision")]  # torch 2.9
+    try:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:  # from torch 2.9 on, where the switches say what this one cannot
+        before = None
+    for matmul, _ in switches:
+        matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
+        for matmul, precision in switches:
+            matmul.fp32_precision = "none"  # that of torch.backends.fp32_precision
+            if matmul.fp32_precision != precision:
+                matmul.fp32_precision = precision
+
+
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """ValueError unless value is one of those allowed."""
     if value not in allowed:

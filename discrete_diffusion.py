@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from beta_schedule import alpha_bar_before
-from diffusion_process import Bound, Condition, DiffusionProcess, check_chunk_size, choice, every_pair, mean_from
+from diffusion_process import (
+    Bound,
+    Condition,
+    DiffusionProcess,
+    check_chunk_size,
+    choice,
+    every_pair,
+    full_float32,
+    mean_from,
+)
 from samplers import even_in_time
 
 MAX_LEVELS = 2**16
@@ -142,13 +151,8 @@ Kernel = UniformKernel | AbsorbingKernel | MatrixKernel
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in full float32, whatever autocast and TF32 are set to: probabilities need their digits."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(a.device.type, enabled=False):
-            return a @ b
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with full_float32(), torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def _categorical(log_p: Tensor, u: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import from_uint8, to_uint8
+from diffusion_process import full_float32
 from files import whole_file
 
 CLASSIFIER_FORMAT = "gaussian-diffusion classifier 1"
@@ -28,13 +29,8 @@ MAX_HELD_OUT = 5000  # images; a tenth of a smaller set
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Float32 without TF32, and the same kernels each time, whatever speed the caller has chosen."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with full_float32(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
 
 
 # Features of a classifier that is trained here

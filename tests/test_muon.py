@@ -7,6 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusion_process import full_float32
+from evaluation.features import full_precision
 from training.muon import Muon, orthogonalized
 
 
@@ -109,6 +111,73 @@ def test_its_products_are_in_full_float32_and_others_as_they_were(fails, monkeyp
         assert (seen, torch.get_float32_matmul_precision()) == (["highest"], "medium")
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def switches():
+    """What products of float32 are set to, by the older switch and by those of torch 2.9; all are put back after the test."""
+    places = (torch.backends, torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    if not all(hasattr(place, "fp32_precision") for place in places):
+        pytest.skip("this torch has the older switch alone")
+
+    def read():
+        try:
+            older = torch.get_float32_matmul_precision()
+        except RuntimeError:  # where the newer ones say what it cannot
+            older = None
+        return older, *(place.fp32_precision for place in places)
+
+    before = read()
+    yield read
+    torch.set_float32_matmul_precision(before[0] or "highest")
+    for place, precision in zip(places, before[1:], strict=True):
+        place.fp32_precision = precision
+
+
+def choose(older=None, everywhere=None, cuda=None, cpu=None):
+    if older:
+        torch.set_float32_matmul_precision(older)
+    for place, precision in ((torch.backends, everywhere), (torch.backends.cuda, cuda), (torch.backends.mkldnn, cpu)):
+        if precision:
+            getattr(place, "matmul", place).fp32_precision = precision
+
+
+CHOICES = [
+    {"older": "highest"},
+    {"older": "high"},
+    {"older": "medium"},
+    {"cuda": "tf32"},
+    {"cpu": "bf16"},
+    {"everywhere": "tf32"},
+    {"older": "high", "cuda": "ieee"},
+    {"older": "high", "cpu": "bf16"},
+    {"older": "medium", "everywhere": "tf32", "cpu": "tf32"},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_full_float32_is_that_whichever_switch_was_used_and_leaves_each_as_it_was(choice, switches):
+    choose(**choice)
+    before = switches()
+    with full_float32():
+        assert switches()[2:] == ("ieee", "ieee")
+    assert switches() == before
+
+
+def test_after_full_float32_what_is_set_for_all_products_still_holds_for_them(switches):
+    choose(everywhere="tf32")
+    with full_float32():
+        pass
+    choose(everywhere="ieee")
+    assert switches()[1:] == ("ieee", "ieee", "ieee")
+
+
+def test_it_steps_and_features_are_found_also_where_the_newer_switch_was_used(switches):
+    choose(cuda="tf32")
+    assert stepped([torch.zeros(4, 4)])[0].any()
+    with full_precision():
+        assert switches()[2] == "ieee"
+    assert switches()[2] == "tf32"
 
 
 class Calls(TorchDispatchMode):

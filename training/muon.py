@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from diffusion_process import full_float32
+
 MOMENTUM = 0.95  # of a group that names no other
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al.: five times s -> a s + b s^3 + c s^5 takes 0.01 to 1 into 0.68 to 1.14
 STEPS = 5
@@ -57,14 +59,10 @@ class Muon(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self) -> None:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
+        with full_float32():
             for group in self.param_groups:
                 if group.get("orthogonal"):
                     self._step_orthogonal(group)
-        finally:
-            torch.set_float32_matmul_precision(before)
         super().step()  # passes over weights without a gradient
 
     def _step_orthogonal(self, group: dict) -> None:
