@@ -55,6 +55,8 @@ def alpha_bar_of(schedule) -> Tensor:
 
     A step that adds none (beta_t = 0) has no density, and at no signal before T there is nothing for the steps after it.
     """
+    if not hasattr(schedule, "alpha_bar") and "alpha_bar" not in dir(schedule):  # where it is and fails, its own error says how
+        raise ValueError(f"schedule: a {type(schedule).__name__}: must have a float64 tensor alpha_bar [T]")
     alpha_bar = schedule.alpha_bar
     if not isinstance(alpha_bar, Tensor) or alpha_bar.ndim != 1 or not len(alpha_bar):
         raise ValueError("schedule: alpha_bar must be a float64 tensor [T]")

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from diffusion_process import check_chunk_size, choice, mean_from
+from diffusion_process import check_chunk_size, check_whole, choice, mean_from
 
 Weighting = Literal["bound", "noisy"]
 ROUNDS = TRIALS = 16  # of classify, by default
@@ -66,14 +66,15 @@ def _check(diffusion: nn.Module, n_classes: int, weighting: str, rounds: int, tr
     known = getattr(diffusion.time_aware_net, "n_classes", n_classes)  # a network of your own need not say
     if known is None:
         raise ValueError(f"n_classes = {n_classes}: this network has no classes")
-    if not 1 <= n_classes <= known:
+    check_whole("n_classes", n_classes, 1)
+    if n_classes > known:
         raise ValueError(f"n_classes = {n_classes}: must lie in 1..{known}, the classes of the network")
     choice("weighting", weighting, get_args(Weighting))
     if chunk_size is None:
         raise ValueError("chunk_size = None: must be a number of rows")
     check_chunk_size(chunk_size)
-    if rounds < 1 or trials < 2:
-        raise ValueError(f"rounds = {rounds}, trials = {trials}: must be at least 1 round of at least 2 trials")
+    check_whole("rounds", rounds, 1)
+    check_whole("trials", trials, 2)
 
 
 def _times(diffusion: nn.Module, weighting: str, size: int, trials: int, generator) -> Tensor:

@@ -53,9 +53,9 @@ def full_float32() -> Iterator[None]:
                 matmul.fp32_precision = precision
 
 
-def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+def choice(name: str, value: object, allowed: Iterable[str]) -> None:
     """ValueError unless value is one of those allowed."""
-    if value not in allowed:
+    if value not in list(allowed):  # which asks for no hash
         raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
 
 
@@ -72,11 +72,43 @@ def arguments_of(condition: Condition) -> Mapping[str, Any]:
     return condition or {}
 
 
+def is_whole(value: object) -> bool:
+    """Whether value is a whole number, which a bool is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object, least: int, allowed: str = "a whole number of at least {}") -> None:
+    """ValueError unless value is a whole number of at least so much."""
+    if not (is_whole(value) and value >= least):
+        found = f" = {value}" if value is None or isinstance(value, int | float | str) else f": a {type(value).__name__}"
+        raise ValueError(f"{name}{found}: must be {allowed.format(least)}")
+
+
 def check_chunk_size(chunk_size: int | None) -> None:
     """ValueError unless it is None, or a whole number of at least 1."""
-    if chunk_size is not None and not (isinstance(chunk_size, Integral) and chunk_size >= 1):
-        found = f" = {chunk_size}" if isinstance(chunk_size, int | float) else f": a {type(chunk_size).__name__}"
-        raise ValueError(f"chunk_size{found}: must be None or a whole number of at least 1; a condition is given by its name")
+    if chunk_size is not None:
+        check_whole("chunk_size", chunk_size, 1, "None or a whole number of at least {}; a condition is given by its name")
+
+
+def check_floats(name: str, x: object) -> None:
+    """ValueError unless x is a tensor of floats."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = f" of type {x.dtype}" if isinstance(x, Tensor) else f": a {type(x).__name__}"
+        raise ValueError(f"{name}{found}: must be {'floats' if isinstance(x, Tensor) else 'a tensor of floats'}")
+
+
+def check_noise(x: Tensor, noise: Tensor | None) -> None:
+    """ValueError unless noise is None, or a tensor of x's shape."""
+    if noise is not None and not (isinstance(noise, Tensor) and noise.shape == x.shape):
+        found = f" of shape {list(noise.shape)}" if isinstance(noise, Tensor) else f": a {type(noise).__name__}"
+        raise ValueError(f"noise{found}: must have the shape of x, {list(x.shape)}")
+
+
+def check_losses(name: str, losses: object, t: Tensor) -> None:
+    """ValueError unless losses, of a method of that name, are one a sample, as the times t [B] are."""
+    if not isinstance(losses, Tensor) or losses.shape != t.shape:  # whose mean would be of something else
+        found = list(losses.shape) if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise ValueError(f"{name}: gives {found} for {len(t)} samples: must give one value a sample, [{len(t)}]")
 
 
 def repeat_condition(condition: Condition, batch: int, times: int) -> Condition:
@@ -121,7 +153,7 @@ class DiffusionProcess(nn.Module):
 
     def _times(self, t: int | Tensor, x: Tensor) -> Tensor:
         """t as a long tensor [B] on x's device; ValueError if it is not one, or leaves 1..T."""
-        if isinstance(t, Integral):
+        if is_whole(t):
             if not 1 <= t <= self.T:
                 raise ValueError(f"t = {t}: every t must lie in 1..{self.T}")
             return torch.full((len(x),), int(t), device=x.device)
@@ -160,7 +192,7 @@ class DiffusionProcess(nn.Module):
         device = x0.device
         if timesteps is None:  # draws nothing, so that the noise is that of fit_reverse_variance
             return self._for_each(x0, 2, self.T), torch.ones(self.T - 1, device=device)
-        if not isinstance(timesteps, Integral) or not 1 <= timesteps <= self.T - 1:
+        if not is_whole(timesteps) or not 1 <= timesteps <= self.T - 1:
             raise ValueError(f"timesteps = {timesteps}: must be None or lie in 1..{self.T - 1}, the number of KL terms")
         edges = torch.linspace(2, self.T + 1, timesteps + 1, device=device).round().long()
         width = edges.diff()
@@ -222,12 +254,12 @@ class DiffusionProcess(nn.Module):
         spacing = self._spacing(sampler)
         if timesteps is None:
             return list(range(self.T, 0, -1))
-        if isinstance(timesteps, Integral):
+        if is_whole(timesteps):
             if not 1 <= timesteps <= self.T:
                 raise ValueError(f"timesteps = {timesteps}: must lie in 1..{self.T}")
             return spacing(self._alpha_bar, int(timesteps))
         steps = list(timesteps) if isinstance(timesteps, Iterable) and getattr(timesteps, "ndim", 1) else [timesteps]
-        if not all(isinstance(t, Integral) for t in steps):
+        if not all(is_whole(t) for t in steps):
             raise ValueError(f"timesteps = {steps}: must be whole numbers")
         if not steps or steps[0] > self.T or steps[-1] < 1 or any(s >= t for t, s in pairwise(steps)):
             raise ValueError(f"timesteps = {steps}: must descend, without a repeat, within {self.T}..1")

@@ -20,7 +20,10 @@ from diffusion_process import (
     Bound,
     Condition,
     DiffusionProcess,
+    arguments_of,
     check_chunk_size,
+    check_losses,
+    check_noise,
     choice,
     every_pair,
     full_float32,
@@ -393,6 +396,7 @@ class DiscreteDiffusion(DiffusionProcess):
 
     def p_sample(self, xt: Tensor, t: int | Tensor, noise: Tensor | None = None, condition: Condition = None) -> Tensor:
         """Draw x_{t-1} of p(x_{t-1} | x_t), at t = 1 too. noise: uniform on [0, 1), of x's shape."""
+        check_noise(xt, noise)  # before the network's work
         return _categorical(self._log_p(xt, t, condition), _noise(xt, noise))
 
     # Losses
@@ -434,6 +438,7 @@ class DiscreteDiffusion(DiffusionProcess):
         check_chunk_size(chunk_size)
         t = self._random_times(x0)
         loss = self.loss(x0, t, condition=condition)
+        check_losses("loss", loss, t)
         self.last_terms = t, self.T * loss.detach()
         return self.T * loss.mean()
 
@@ -510,6 +515,7 @@ class DiscreteDiffusion(DiffusionProcess):
         steps = self.steps(timesteps, sampler)
         if eta:
             raise ValueError(f"eta = {eta:g}: the sampler 'ddpm' has none")
+        arguments_of(condition)
         if x_T is None:
             u = torch.rand(*shape, generator=generator, device=self.log_prior.device, dtype=torch.float64)
             x_T = _categorical(self.log_prior.expand(*shape, -1), u)
@@ -539,10 +545,9 @@ class DiscreteDiffusion(DiffusionProcess):
 
 def _noise(x: Tensor, noise: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
     """The noise given, or drawn: uniform on [0, 1), in float64, whose steps are finer than any probability in question."""
+    check_noise(x, noise)
     if noise is None:
         return torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=generator)
-    if noise.shape != x.shape:
-        raise ValueError(f"noise of shape {list(noise.shape)}: must have the shape of x, {list(x.shape)}")
     return noise.double()
 
 

@@ -18,13 +18,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion_process import Condition, choice, repeat_condition
+from diffusion_process import Condition, check_floats, check_whole, choice, repeat_condition
 from gaussian_diffusion import GaussianDiffusion
 from samplers import NO_SIGNAL, SAMPLERS, Level, Normal, PredictX0, ddpm
 
 Operator = Callable[[Tensor], Tensor]
 Times = int | Sequence[int] | None
 CURVATURE = 1e-6  # of the largest one: less is the rounding of float32
+
+
+def _check(diffusion: GaussianDiffusion) -> None:
+    if getattr(diffusion, "n_levels", None) is not None:
+        raise ValueError(f"diffusion: a {type(diffusion).__name__}: editing is of numbers, and there is none of symbols")
 
 
 def edit(
@@ -42,12 +47,14 @@ def edit(
     strength   0 gives x_0 back, 1 keeps of it only what x_T holds
     timesteps  as for GaussianDiffusion.sample, of the whole way; of these the times below strength * T are visited, too
     """
+    _check(diffusion)
+    check_floats("x0", x0)
     if not 0 <= strength <= 1:
         raise ValueError(f"strength = {strength}: must lie between 0 and 1")
     start = round(strength * diffusion.T)
+    steps = [start, *(t for t in diffusion.steps(timesteps, sampler) if t < start)]
     if start == 0:
         return x0
-    steps = [start, *(t for t in diffusion.steps(timesteps, sampler) if t < start)]
     noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
     xt = diffusion.q_sample(x0, start, noise)
     return diffusion.sample(x0.shape, sampler, steps, 0.0, clip_x0, xt, generator, condition)
@@ -66,10 +73,10 @@ def interpolate(
 
     The encodings are joined by an arc: a straight line would pass through x_T shorter than noise is.
     """
+    _check(diffusion)
     if x0_a.shape != x0_b.shape:
         raise ValueError(f"x0_b of shape {list(x0_b.shape)}: must have the shape of x0_a, {list(x0_a.shape)}")
-    if count < 2:
-        raise ValueError(f"count = {count}: must be at least 2, the two ends")
+    check_whole("count", count, 2, "a whole number of at least {}, the two ends")
     a, b = (diffusion.encode(x0, timesteps, clip_x0, condition) for x0 in (x0_a, x0_b))
     x_T = torch.cat([slerp(a, b, share) for share in torch.linspace(0, 1, count).tolist()])
     condition = repeat_condition(condition, len(a), count)
@@ -110,8 +117,9 @@ def inpaint(
 
     The samples approach the conditional distribution as resamplings grows; with few they are biased (benchmarks/editing.py).
     """
-    if resamplings < 1 or jump < 1:
-        raise ValueError(f"resamplings = {resamplings}, jump = {jump}: must be at least 1")
+    _check(diffusion)
+    check_whole("resamplings", resamplings, 1)
+    check_whole("jump", jump, 1)
     known = _mask(mask, x0)
     rule = partial(_repaint, x0=x0, known=known, resamplings=resamplings, jump=jump)
     return diffusion.sample(x0.shape, rule, timesteps, 0.0, clip_x0, x_T, generator, condition)
@@ -119,6 +127,8 @@ def inpaint(
 
 def _mask(mask: Tensor, x0: Tensor) -> Tensor:
     """mask as booleans of x_0's shape."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"mask: a {type(mask).__name__}: must be a tensor, 1 where x0 is known and 0 where it is not")
     try:
         known = mask.to(x0.device).broadcast_to(x0.shape)
     except RuntimeError as error:
@@ -191,11 +201,11 @@ def posterior_sample(
     iterations  of conjugate gradients: one call of the network and iterations + 1 derivatives each time the sampler asks
     clip_x0     keep that mean in [-1, 1]
     """
+    _check(diffusion)
     if not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise = {noise}: must be a standard deviation, 0 or more")
     choice("sampler", sampler, SAMPLERS)
-    if iterations < 1:
-        raise ValueError(f"iterations = {iterations}: must be at least 1")
+    check_whole("iterations", iterations, 1)
     if y.is_complex():
         raise ValueError("y: is complex: give it and the operator as torch.view_as_real")
     if not y.is_floating_point():

@@ -26,7 +26,20 @@ from tqdm import tqdm
 
 from beta_schedule import alpha_bar_before
 from classify import classify
-from diffusion_process import Bound, Condition, DiffusionProcess, check_chunk_size, choice, every_pair, mean_from
+from diffusion_process import (
+    Bound,
+    Condition,
+    DiffusionProcess,
+    arguments_of,
+    check_chunk_size,
+    check_floats,
+    check_losses,
+    check_noise,
+    choice,
+    every_pair,
+    is_whole,
+    mean_from,
+)
 from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
@@ -269,6 +282,7 @@ class GaussianDiffusion(DiffusionProcess):
     ) -> Tensor:
         """Draw x_{t-1} of p(x_{t-1} | x_t); at t = 1 the mean itself, so that no noise is left in x_0."""
         t = self._times(t, xt)
+        check_noise(xt, noise)  # before the network's work
         mean, variance = self.p_mean_variance(xt, t, clip_x0, condition)
         noise = _noise(xt, noise)
         return mean + variance.sqrt() * noise * (t > 1).view(variance.shape)
@@ -337,6 +351,7 @@ class GaussianDiffusion(DiffusionProcess):
         """[B]: the loss at random times, weighted to be that of uniform ones in expectation (equation 15c)."""
         t = self._random_times(x0)
         loss = self._loss(mode, x0, t, _noise(x0, None), condition)
+        check_losses("_loss", loss, t)
         self.last_terms = t, loss.detach()
         return self._at(self.time_weight, t, loss) * loss
 
@@ -353,7 +368,9 @@ class GaussianDiffusion(DiffusionProcess):
 
         def chunk(x0: Tensor, t: Tensor) -> Tensor:
             rows, times, conditions = every_pair(x0, t, condition)
-            return self._loss("full", rows, times, _noise(rows, None), conditions).view(len(t), -1).sum(0)
+            loss = self._loss("full", rows, times, _noise(rows, None), conditions)
+            check_losses("_loss", loss, times)
+            return loss.view(len(t), -1).sum(0)
 
         chunks = self._chunks(x0, self._for_each(x0, 1, self.T), chunk_size)
         return sum(checkpoint(chunk, x0, t, use_reentrant=False) for t in chunks)
@@ -418,8 +435,9 @@ class GaussianDiffusion(DiffusionProcess):
         and the KL terms there [k, B], nats per dimension. With `timesteps`, a term is an unbiased estimate of the mean over
         its part of 2..T.
         """
-        n_levels = 256 if discretized is True else int(discretized)
-        if n_levels < 0 or n_levels == 1 or not (discretized is True or n_levels == discretized):
+        check_floats("x0", x0)
+        n_levels = 256 * discretized if isinstance(discretized, bool) else discretized
+        if not is_whole(n_levels) or n_levels < 0 or n_levels == 1:
             raise ValueError(f"discretized = {discretized}: must be False, True, or a number of levels, at least 2")
         if n_levels and not (x0.abs() <= 1).all():  # nor is nan
             raise ValueError(f"x0 from {x0.min():g} to {x0.max():g}: the discretized likelihood is of data in [-1, 1]")
@@ -449,11 +467,17 @@ class GaussianDiffusion(DiffusionProcess):
         counts them. Works for every reverse_variance, and is saved with the module's state. chunk_size and generator as in
         variational_bound.
         """
+        if self.reverse_variance == "learnable" and not isinstance(self.log_sigma_square, nn.Parameter):
+            raise ValueError("log_sigma_square: is computed from other parameters, and cannot be set")
         errors, count = [], 0
-        total = len(batches) * self.T if hasattr(batches, "__len__") else None
+        try:
+            total = len(batches) * self.T
+        except TypeError:  # an iterator, or the loader of a stream
+            total = None
         with self._evaluating(), tqdm(total=total, desc="fitting the reverse variance", unit="t") as bar:
             for batch in batches:
                 x0, condition = (batch, None) if isinstance(batch, Tensor) else _pair(batch)
+                check_floats("x0", x0)
                 pieces = []
                 for t, residual in self._residuals(x0, self._for_each(x0, 2, self.T), chunk_size, generator, condition):
                     pieces.append(mean_from(2, residual.square()).sum(1))
@@ -463,11 +487,10 @@ class GaussianDiffusion(DiffusionProcess):
         error = torch.stack(errors).cpu().double().sum(0) if count else torch.full((self.T,), math.nan)
         if not error.isfinite().all():
             raise ValueError("batches: " + ("the network's error on them is not finite" if count else "there is none"))
-        x0_error = (self.x0_from_out.cpu().double() ** 2 * error / count).to(self.signal_scale)  # equation 12
-        x0_error.clamp_(min=1e-12)  # a network that is never wrong must still leave sigma_1^2 positive
+        x0_error = self.x0_from_out.cpu().double() ** 2 * error / count  # equation 12
+        # a network that is never wrong must still leave sigma_1^2 positive, and one that knows no x_0 near T all finite
+        x0_error = x0_error.clamp(1e-12, torch.finfo(self.signal_scale.dtype).max).to(self.signal_scale)
         if self.reverse_variance == "learnable":
-            if not isinstance(self.log_sigma_square, nn.Parameter):
-                raise ValueError("log_sigma_square: is computed from other parameters, and cannot be set")
             self.log_sigma_square.copy_(self._variance(x0_error).log())
         else:
             self.x0_error.copy_(x0_error)
@@ -502,10 +525,12 @@ class GaussianDiffusion(DiffusionProcess):
             those = " or ".join(repr(name) for name in SAMPLERS if _takes_eta(SAMPLERS[name]))
             raise ValueError(f"eta = {eta:g}: only the sampler {those} has it, not {getattr(rule, '__name__', rule)!r}")
         rule = partial(rule, eta=eta) if eta else rule
+        arguments_of(condition)
         levels = self._levels(self.steps(timesteps, sampler), clip_x0)
         if x_T is None:
             x_T = torch.randn(*shape, generator=generator, device=self.signal_scale.device, dtype=self.signal_scale.dtype)
-        elif x_T.shape != torch.Size(shape):
+        check_floats("x_T", x_T)
+        if x_T.shape != torch.Size(shape):
             raise ValueError(f"x_T of shape {list(x_T.shape)}: must have the shape asked for, {list(shape)}")
         return self._each_evaluating(self._states(x_T, levels, rule, clip_x0, generator, condition))
 
@@ -517,6 +542,8 @@ class GaussianDiffusion(DiffusionProcess):
         noise = torch.empty_like(x)
 
         def predict_x0(x: Tensor, t: int) -> Tensor:
+            if isinstance(t, int) and not 1 <= t <= self.T:  # a tensor's value is not waited for
+                raise ValueError(f"sampler: asks for x_0 at t = {t}: must ask at t in 1..{self.T}")
             out = self._net(x, times.fill_(t), condition)
             x0 = (self.x0_from_xt[t - 1] * x).addcmul_(self.x0_from_out[t - 1], out)  # equation 11, with one t for all rows
             return x0.clamp_(-1, 1) if clip_x0 or self.bounded else x0
@@ -603,13 +630,9 @@ def _takes_eta(sampler: Sampler) -> bool:
 
 def _noise(x: Tensor, noise: Tensor | None) -> Tensor:
     """The noise given, or drawn."""
-    if not x.is_floating_point():
-        raise ValueError(f"x of type {x.dtype}: must be floats")
-    if noise is None:
-        return torch.randn_like(x)
-    if noise.shape != x.shape:
-        raise ValueError(f"noise of shape {list(noise.shape)}: must have the shape of x, {list(x.shape)}")
-    return noise
+    check_floats("x", x)
+    check_noise(x, noise)
+    return torch.randn_like(x) if noise is None else noise
 
 
 def _gaussian_nll(x: Tensor, mean: Tensor, variance: Tensor, n_levels: int) -> Tensor:

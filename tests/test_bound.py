@@ -4,6 +4,7 @@ import pytest
 import torch
 from closed_form import GAUSSIAN, MIXTURE, PREDICTIONS, VARIANCES, OptimalNet, Textbook, even_in_log_snr
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from beta_schedule import ConstantSchedule, LinearSchedule
 from gaussian_diffusion import GaussianDiffusion
@@ -321,6 +322,30 @@ def test_the_fitted_variance_is_the_one_that_p_sample_uses():
     diffusion.fit_reverse_variance([GAUSSIAN.sample(6000)])
     _, variance = diffusion.p_mean_variance(torch.zeros(T, 2), torch.arange(1, T + 1))
     torch.testing.assert_close(variance[:, 0].double(), FITTED, rtol=0.065, atol=0)
+
+
+@pytest.mark.parametrize("reverse_variance", VARIANCES)
+def test_where_next_to_no_signal_is_left_the_fitted_variance_is_finite(reverse_variance):
+    """alpha_bar_T is 1e-41: of the noise there, float32 does not hold the error that x_0_hat has."""
+    diffusion = GaussianDiffusion(LinearSchedule(9500), Constant(0.5), reverse_variance)
+    diffusion.fit_reverse_variance([torch.randn(1, 2)], chunk_size=9500)
+    assert (diffusion.sigma_square > 0).all()
+    for table in diffusion.state_dict().values():
+        assert table.isfinite().all()
+    assert diffusion.variational_bound(torch.zeros(1, 2), timesteps=20).total.isfinite().all()
+    assert diffusion.sample((1, 2), timesteps=20).isfinite().all()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.zeros(6, 2))
+
+
+def test_a_stream_whose_length_is_unknown_can_be_fitted_to():
+    stream, whole = optimal("beta", "denoising"), optimal("beta", "denoising")
+    stream.fit_reverse_variance(DataLoader(Stream(), batch_size=4), generator=torch.Generator().manual_seed(0))
+    whole.fit_reverse_variance([torch.zeros(4, 2), torch.zeros(2, 2)], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(stream.sigma_square, whole.sigma_square)
 
 
 @pytest.mark.parametrize("loss_mode", ["simple", "full"])

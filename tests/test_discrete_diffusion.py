@@ -346,6 +346,64 @@ def test_a_sample_may_be_one_symbol(transition):
     assert diffusion.loss(x0[:0].view(0, 3), 2).shape == (0,)
 
 
+class Dropping(nn.Module):
+    """Learned logits of 4 levels, half of them dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits, self.dropout = nn.Parameter(torch.randn(5, 4)), nn.Dropout(0.5)
+
+    def forward(self, xt, t):
+        return self.dropout(self.logits[xt])
+
+
+def test_the_terms_that_forward_leaves_have_its_mean_and_no_gradient():
+    diffusion, _ = build("uniform", 4, net=lambda chain: Dropping())
+    loss = diffusion(torch.randint(0, 4, (6, 5)))
+    t, terms = diffusion.last_terms
+    assert t.shape == (6,)
+    assert not terms.requires_grad
+    torch.testing.assert_close(terms.mean(), loss.detach())
+
+
+def test_the_generator_decides_the_times_of_a_quick_bound_and_dropout_is_off_in_it():
+    diffusion, _ = build("uniform", 4, net=lambda chain: Dropping())
+    x0 = torch.randint(0, 4, (6, 5))
+    one, other = (
+        diffusion.variational_bound(x0, timesteps=2, generator=torch.Generator().manual_seed(1)).total for _ in range(2)
+    )
+    assert torch.equal(one, other)
+    assert diffusion.training
+    assert diffusion.time_aware_net.dropout.training
+
+
+def test_the_noise_is_of_float64():
+    assert discrete_diffusion._noise(torch.zeros(2, 3, dtype=torch.long), None).dtype == torch.float64
+
+
+@pytest.mark.parametrize("found", ["of the batch", "a pixel"])
+def test_a_loss_of_ones_own_that_is_not_one_a_sample_is_named(found):
+    class Own(DiscreteDiffusion):
+        def loss(self, x0, t, noise=None, condition=None):
+            loss = super().loss(x0, t, noise, condition)
+            return loss.mean() if found == "of the batch" else loss[:, None].expand(x0.shape)
+
+    with pytest.raises(ValueError, match=r"^loss: gives \[.*\] for 6 samples: must give one value a sample, \[6\]$"):
+        Own(BetaSchedule(BETA), Dropping(), 4)(torch.zeros(6, 5, dtype=torch.long))
+
+
+def test_products_are_taken_also_where_the_newer_switch_was_used():
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has the older switch alone")
+    diffusion, _ = build("gaussian", 4, net=lambda chain: Dropping())
+    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
+    try:
+        assert diffusion.loss(torch.zeros(2, 5, dtype=torch.long), 3).isfinite().all()
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_hybrid_adds_the_cross_entropy():
     diffusion, _ = build("uniform", loss_mode="hybrid", cross_entropy_weight=0.3)
     plain, _ = build("uniform")
@@ -397,6 +455,33 @@ def test_the_optimal_networks_bound_approaches_the_entropy(transition):
     assert gaps[2] < 0.005 * entropy
 
 
+def test_a_small_chance_to_move_keeps_its_digits():
+    diffusion, _ = build("uniform", 4, torch.full((3,), 1e-6, dtype=torch.float64), net=lambda chain: nn.Identity())
+    torch.testing.assert_close(diffusion.transitions.step_move[1:], torch.full((3,), 1e-6), rtol=1e-5, atol=0)
+
+
+def test_one_step_between_two_times_is_that_step_also_where_float32_holds_no_such_probability():
+    transitions = DiscreteDiffusion(LinearSchedule(8), nn.Identity(), 256, "gaussian").transitions
+    x = torch.arange(256)[None]
+    assert torch.equal(transitions.between(1, 2).log_from(x), transitions.step(torch.tensor([2])).log_from(x))
+
+
+def test_of_a_sum_too_small_for_float32_the_term_of_what_stays_is_left():
+    """From level 0, which is all but certain, at most level 1 is reached; the others are at e^-300, where they were."""
+    kernel = DiscreteDiffusion(LinearSchedule(8), nn.Identity(), 8, "gaussian").transitions.jump(torch.tensor([2]))
+    found = kernel.log_push(torch.tensor([[[0.0] + [-300.0] * 7]]))[0, 0]
+    torch.testing.assert_close(found[2:], torch.full((6,), -300.0))
+
+
+def test_a_draw_is_of_no_impossible_state_and_of_any_other():
+    def drawn(log_p, u):
+        return discrete_diffusion._categorical(torch.tensor(log_p), torch.tensor(u, dtype=torch.float64)).item()
+
+    assert drawn([0.0, -math.inf], 1 - 1e-12) == 0
+    assert drawn([-math.inf, 0.0], 0.0) == 1
+    assert drawn([0.0, -23.0], 1 - 5e-11) == 1  # its probability, 1e-10, is none beside 1 in float32
+
+
 def test_small_steps_lose_no_digits():
     """A thousand terms of about 1e-4: each is right to float32's rounding, and the errors do not add up."""
     for transition in ("uniform", "absorbing", "gaussian"):
@@ -435,6 +520,12 @@ def test_samples_have_the_chains_distribution(transition, timesteps):
     assert samples.max() < chain.K
     index = samples[:, 0] * chain.S + samples[:, 1]
     assert_frequencies(index.bincount(minlength=chain.S**PIXELS) / count, p.detach(), count)
+
+
+def test_steps_are_even_in_time_and_as_many_as_the_networks_calls():
+    diffusion, _ = build("uniform", 4, CosineSchedule(100).beta, net=lambda chain: nn.Identity())
+    assert diffusion.steps(4) == [100, 67, 34, 1]
+    assert diffusion.network_calls(4) == 4
 
 
 def test_p_sample_draws_the_reverse_probabilities():
@@ -590,6 +681,7 @@ def test_symbols_and_values_are_inverse(n_levels):
     torch.testing.assert_close(values, torch.linspace(-1, 1, n_levels))
     assert torch.equal(to_symbols(values, n_levels), symbols)
     assert to_values(torch.tensor([n_levels]), n_levels) == 0
+    assert to_symbols(torch.tensor([-2.0, 2.0]), n_levels).tolist() == [0, n_levels - 1]  # beyond the ends
     bytes_ = torch.arange(256) / 127.5 - 1
     assert torch.equal(to_symbols(bytes_, 256), torch.arange(256))
     assert torch.equal(to_symbols(bytes_, 2), (torch.arange(256) >= 128).long())
@@ -612,6 +704,8 @@ def test_symbols_and_values_are_inverse(n_levels):
         ),
         ({"n_levels": 3, "loss_mode": "simple"}, r"loss_mode = 'simple': must be one of bound, hybrid"),
         ({"n_levels": 3, "cross_entropy_weight": -1.0}, r"cross_entropy_weight = -1"),
+        ({"n_levels": 3, "cross_entropy_weight": math.inf}, r"cross_entropy_weight = inf"),
+        ({"n_levels": 3, "transition": ["uniform"]}, r"transition = \['uniform'\]: must be one of"),
     ],
 )
 def test_arguments_that_are_refused(kwargs, words):
@@ -632,6 +726,11 @@ def test_symbols_that_are_refused():
         "x_T from 0 to 9": lambda: next(diffusion.trajectory((1, 2), x_T=torch.tensor([[0, 9]]))),
         "x_T of shape": lambda: next(diffusion.trajectory((1, 3), x_T=good)),
         "noise of shape": lambda: diffusion.q_sample(good, 1, torch.rand(2, 1)),
+        "noise: a float: must have the shape of x": lambda: diffusion.q_sample(good, 1, 0.5),
+        "x0 of shape": lambda: diffusion.q_posterior(good, torch.tensor([[0, 2], [1, 1]]), 1),
+        "t: a bool": lambda: diffusion.loss(good, True),
+        "timesteps = True: must be None or lie in": lambda: diffusion.variational_bound(good, timesteps=True),
+        "condition: a list": lambda: diffusion.trajectory((1, 2), condition=[1]),
         "t = 5: every t": lambda: diffusion.loss(good, 5),
         "sampler = 'dpm'": lambda: next(diffusion.trajectory((1, 2), "dpm")),
         "eta = 0.5": lambda: next(diffusion.trajectory((1, 2), eta=0.5)),
@@ -639,10 +738,21 @@ def test_symbols_that_are_refused():
         "must descend": lambda: next(diffusion.trajectory((1, 2), timesteps=[1, 2])),
         "number of KL terms": lambda: diffusion.variational_bound(good, timesteps=4),
         "chunk_size = 0": lambda: diffusion.variational_bound(good, chunk_size=0),
+        "chunk_size = -1": lambda: diffusion(good, chunk_size=-1),
     }
     for words, call in calls.items():
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_a_gaussian_transition_may_have_1024_levels():
+    assert DiscreteDiffusion(LinearSchedule(2), nn.Identity(), 1024, "gaussian").n_states == 1024
+
+
+def test_noise_of_another_shape_is_refused_before_the_network_works():
+    diffusion, _ = build("uniform", net=lambda chain: None)  # that would fail
+    with pytest.raises(ValueError, match="noise of shape"):
+        diffusion.p_sample(torch.zeros(2, 3, dtype=torch.long), 1, torch.rand(3))
 
 
 def test_a_network_of_another_number_of_levels_is_refused():

@@ -8,6 +8,7 @@ from closed_form import GAUSSIAN, MIXTURE, Correlated, CorrelatedNet, OptimalNet
 from torch import nn
 
 from beta_schedule import CosineSchedule, LinearSchedule
+from discrete_diffusion import DiscreteDiffusion
 from editing import edit, inpaint, interpolate, posterior_sample, slerp
 from gaussian_diffusion import GaussianDiffusion
 
@@ -80,6 +81,41 @@ def test_an_edit_visits_the_times_up_to_its_strength():
     assert seen == [500, 400, 1]
 
 
+class Scaled(nn.Module):
+    """Says k x_t, and notes the times."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.k, self.seen = k, []
+
+    def forward(self, xt, t):
+        self.seen.append(int(t[0]))
+        return self.k * xt
+
+
+def scaled(k=0.5, schedule=SCHEDULE):
+    return GaussianDiffusion(schedule, Scaled(k), prediction="reconstruction")
+
+
+def seeded():
+    return torch.Generator().manual_seed(1)
+
+
+def test_the_generator_decides_every_draw_of_an_edit():
+    one, other = (edit(scaled(), torch.zeros(3, 2), 0.5, timesteps=4, generator=seeded()) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_an_edit_is_clipped():
+    assert edit(scaled(9.0), torch.ones(30, 2), 0.5, "ddim", 4, clip_x0=True).abs().max() <= 1
+
+
+def test_an_edit_starts_at_the_nearest_time_and_has_the_spacing_of_its_sampler():
+    diffusion = scaled()
+    edit(diffusion, torch.zeros(1, 2), 0.5004, "dpm", 8)
+    assert diffusion.time_aware_net.seen == [500, *(t for t in diffusion.steps(8, "dpm") if t < 500)]
+
+
 # Encodings
 
 
@@ -141,6 +177,13 @@ def test_numbers_are_interpolated_as_vectors_of_one():
     diffusion.time_aware_net.forward = lambda xt, t: 0.5 * xt
     way = interpolate(diffusion, a[:, 0], b[:, 0], 3, timesteps=5)
     torch.testing.assert_close(way[..., None], interpolate(diffusion, a, b, 3, timesteps=5))
+
+
+def test_an_interpolation_begins_at_ddim_of_the_encoding_with_the_same_arguments():
+    diffusion, a, b = scaled(3.0), torch.randn(4, 2), torch.randn(4, 2)
+    way = interpolate(diffusion, a, b, 3, 6, clip_x0=True)
+    alone = diffusion.sample(a.shape, "ddim", 6, clip_x0=True, x_T=diffusion.encode(a, 6, clip_x0=True))
+    torch.testing.assert_close(way[0], alone)
 
 
 # Inpainting
@@ -209,6 +252,12 @@ def test_the_known_part_is_kept_bitwise_and_the_rest_is_not():
     assert torch.equal(x[known], x0[known])
     assert (x[~known] != x0[~known]).all()
     assert torch.equal(x, inpaint(images_model(), x0, MASK.bool(), 10, 2, generator=torch.Generator().manual_seed(1)))
+
+
+def test_the_unknown_part_starts_from_the_x_T_given():
+    diffusion, x0, known = scaled(), torch.zeros(1, 2), torch.tensor([1.0, 0.0])
+    one, other = (inpaint(diffusion, x0, known, [1000, 900], 1, x_T=x0 + k, generator=seeded()) for k in (0, 1))
+    assert one[0, 1] != other[0, 1]
 
 
 # Linear measurements
@@ -329,6 +378,13 @@ def test_a_posterior_sample_with_a_generator_leaves_the_global_one_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_clip_x0_clips_the_mean_given_y_and_not_the_one_before_it():
+    """x_0_hat is 2.4; the measurement brings it to 0.2, as its covariance is large."""
+    x_T, y = torch.full((2, 2), 0.8), torch.full((2, 2), 0.2)
+    x = posterior_sample(scaled(3.0), y, lambda x: x, 0.01, (2, 2), "ddim", [500], clip_x0=True, x_T=x_T)
+    torch.testing.assert_close(x, y, atol=0.01, rtol=0)
+
+
 # Bad input
 
 
@@ -355,6 +411,17 @@ def test_a_posterior_sample_with_a_generator_leaves_the_global_one_alone():
         (lambda d, x: posterior_sample(d, x, torch.zeros_like, 0.1, x.shape), "operator: does not depend on x"),
         (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, "euler"), "sampler = 'euler'"),
         (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, iterations=0), "iterations = 0"),
+        (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, iterations=2.5), "iterations = 2.5: must be a whole"),
+        (lambda d, x: posterior_sample(d, x, lambda x: x, math.inf, x.shape), "noise = inf"),
+        (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, ["dpm"]), r"sampler = \['dpm'\]: must be one of"),
+        (lambda d, x: inpaint(d, x, MASK, jump=0), "jump = 0"),
+        (lambda d, x: inpaint(d, x, MASK, jump=1.5), "jump = 1.5: must be a whole number"),
+        (lambda d, x: inpaint(d, x, MASK, resamplings=2.5), "resamplings = 2.5: must be a whole number"),
+        (lambda d, x: inpaint(d, x, [1, 0]), "mask: a list: must be a tensor"),
+        (lambda d, x: interpolate(d, x, x, 2.5), "count = 2.5: must be a whole number of at least 2, the two ends"),
+        (lambda d, x: edit(d, x.long(), 0.5), "x0 of type torch.int64: must be floats"),
+        (lambda d, x: edit(d, x, 0, "euler"), "sampler = 'euler'"),
+        (lambda d, x: edit(d, x, 0, timesteps=1001), "timesteps = 1001"),
     ],
 )
 def test_a_bad_argument_is_refused(call, message):
@@ -436,3 +503,26 @@ def test_a_measurement_of_lower_rank_without_noise_is_met(iterations):
     U = torch.linalg.svd(A.double())[0][:, :2]  # of what A can give
     exact = data.given(U.T @ A.double(), U.T @ y[0].double(), 0.0)
     assert (x.double().T.cov() - exact.covariance).norm() < 0.1 * data.covariance.norm()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda d, x: edit(d, x, 0.5),
+        lambda d, x: interpolate(d, x, x, 3),
+        lambda d, x: inpaint(d, x, torch.ones(2)),
+        lambda d, x: posterior_sample(d, x.float(), lambda x: x, 0.1, x.shape),
+    ],
+)
+def test_symbols_are_not_edited(call):
+    with pytest.raises(ValueError, match=r"^diffusion: a DiscreteDiffusion: editing is of numbers"):
+        call(DiscreteDiffusion(LinearSchedule(8), nn.Identity(), 4), torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_where_T_has_no_signal_the_times_begin_one_before_it():
+    class ZeroTerminal:
+        alpha_bar = torch.cat([SCHEDULE.alpha_bar[:-1], torch.zeros(1, dtype=torch.float64)])
+
+    diffusion = scaled(schedule=ZeroTerminal())
+    posterior_sample(diffusion, torch.zeros(1, 2), lambda x: x, 0.1, (1, 2), timesteps=[1000, 1])
+    assert diffusion.time_aware_net.seen == [999, 1]

@@ -772,7 +772,7 @@ def test_the_tables_are_not_rounded_to_three_digits(dtype):
         GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity()).to(dtype)
 
 
-@pytest.mark.parametrize("levels", [1, -5, 2.7, 0.5])
+@pytest.mark.parametrize("levels", [1, -5, 2.7, 0.5, math.inf, math.nan, None])
 def test_a_number_of_levels_below_two_or_between_two_is_refused(levels):
     diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity())
     with pytest.raises(ValueError, match=f"discretized = {levels}: must be"):
@@ -784,6 +784,60 @@ def test_pixels_that_are_not_floats_yet_are_refused(mode):
     diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity(), loss_mode=mode)
     with pytest.raises(ValueError, match=r"x of type torch\.uint8: must be floats"):
         diffusion(torch.zeros(2, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d, x: d.variational_bound(x.long()), "x0 of type torch.int64: must be floats"),
+        (lambda d, x: d.fit_reverse_variance([x.long()]), "x0 of type torch.int64: must be floats"),
+        (lambda d, x: d.fit_reverse_variance([([1.0], {})]), "x0: a list: must be a tensor of floats"),
+        (lambda d, x: d.sample((2, 3), x_T=x.long()), "x_T of type torch.int64: must be floats"),
+        (lambda d, x: d.sample((2, 3), x_T=[[0.0] * 3] * 2), "x_T: a list: must be a tensor of floats"),
+        (lambda d, x: d.q_sample(x, True), "t: a bool: must be an int or a long tensor"),
+        (lambda d, x: d.q_sample(x, 1, 0.0), r"noise: a float: must have the shape of x, \[2, 3\]"),
+        (lambda d, x: d.p_sample(x, 1, torch.randn(3)), r"noise of shape \[3\]: must have the shape of x, \[2, 3\]"),
+        (lambda d, x: d.variational_bound(x, timesteps=True), "timesteps = True: must be None or lie in"),
+        (lambda d, x: d.trajectory((2, 3), condition=[1]), "condition: a list: must be a dictionary"),
+        (lambda d, x: d.sample((2, 3), ["ddpm"]), r"sampler = \['ddpm'\]: must be one of ddpm"),
+        (lambda d, x: GaussianDiffusion(10, nn.Identity()), "schedule: a int: must have a float64 tensor alpha_bar"),
+        (
+            lambda d, x: GaussianDiffusion(LinearSchedule(10), nn.Identity(), prediction=["denoising"]),
+            r"prediction = \['denoising'\]: must be one of direct",
+        ),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_before_the_network_works(call, message):
+    def fails(xt, t):
+        raise AssertionError
+
+    diffusion = GaussianDiffusion(LinearSchedule(10, 0.1, 0.2), nn.Identity())
+    diffusion.time_aware_net.forward = fails
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call(diffusion, torch.zeros(2, 3))
+
+
+class Unfinished:
+    @property
+    def alpha_bar(self):
+        return self.missing
+
+
+def test_a_schedule_of_ones_own_that_fails_says_how_itself():
+    with pytest.raises(AttributeError, match="missing"):
+        GaussianDiffusion(Unfinished(), nn.Identity())
+
+
+@pytest.mark.parametrize("loss_mode", LOSSES)
+@pytest.mark.parametrize("shape", [(), (4, 3)], ids=["of the batch", "a pixel"])
+def test_a_loss_of_ones_own_that_is_not_one_a_sample_is_named(shape, loss_mode):
+    class Own(GaussianDiffusion):
+        def _loss(self, mode, x0, t, noise, condition):
+            return torch.zeros(shape)
+
+    diffusion = Own(LinearSchedule(10), nn.Identity(), loss_mode=loss_mode)
+    with pytest.raises(ValueError, match=rf"^_loss: gives {re.escape(str(list(shape)))} for .* must give one value a sample"):
+        diffusion(torch.zeros(4, 3), chunk_size=1)
 
 
 class Elementwise(nn.Module):
@@ -967,9 +1021,10 @@ class Computed(GaussianDiffusion):
 
 
 def test_a_variance_that_is_computed_is_trained_and_not_fitted_to_nothing():
-    diffusion = Computed(CosineSchedule(10), TimeAwareMLP(1, 4, 1, 4), "learnable")
+    diffusion, batches = Computed(CosineSchedule(10), TimeAwareMLP(1, 4, 1, 4), "learnable"), iter([torch.zeros(4, 1)])
     with pytest.raises(ValueError, match="log_sigma_square: is computed"):
-        diffusion.fit_reverse_variance([torch.zeros(4, 1)])
+        diffusion.fit_reverse_variance(batches)
+    assert len(list(batches)) == 1  # it was refused before the work
     cfg = SimpleNamespace(optimizer="adam", lr=1e-3)
     diffusion(torch.zeros(40, 1)).backward()
     build_optimizer(cfg, diffusion, torch.device("cpu")).step()

@@ -548,6 +548,8 @@ def test_images_are_sampled_in_their_shape():
         ({"timesteps": 61}, r"timesteps = 61.*1\.\.60"),
         ({"timesteps": []}, r"timesteps = \[\].*descend"),
         ({"timesteps": 2.5}, r"timesteps = \[2.5\]: must be whole numbers"),
+        ({"timesteps": True}, r"timesteps = \[True\]: must be whole numbers"),
+        ({"timesteps": [True]}, r"timesteps = \[True\]: must be whole numbers"),
         ({"timesteps": torch.tensor(3)}, r"timesteps = \[tensor\(3\)\]: must be whole numbers"),
         ({"timesteps": [61, 3]}, r"timesteps = \[61, 3\].*60\.\.1"),
         ({"timesteps": [60, 0]}, r"timesteps = \[60, 0\].*60\.\.1"),
@@ -609,6 +611,45 @@ def test_a_function_is_a_sampler_too():
         assert level.alpha_bar == SHORT.alpha_bar[level.t - 1].item()
         assert level.x0_error == pytest.approx(1 - level.alpha_bar if level.t == 1 else 0)  # what sigma_bar_square assumes
     assert diffusion.network_calls(3, own) == 3
+
+
+class Own:
+    """A sampler that is an object."""
+
+    def __call__(self, *args, **kwargs):
+        return own(*args, **kwargs)
+
+
+@pytest.mark.parametrize("sampler", [partial(own, eta=0.5), Own()], ids=["partial", "object"])
+def test_whatever_can_be_called_is_a_sampler(sampler):
+    diffusion = optimal("denoising")
+    assert diffusion.steps(3, sampler) == [60, 30, 1]
+    assert diffusion.network_calls(3, sampler) == 3
+    x_T = torch.randn(4, 2)
+    states = [list(diffusion.trajectory((4, 2), each, 3, x_T=x_T)) for each in (sampler, own)]
+    assert all(t == s and torch.equal(x, y) for (t, x), (s, y) in zip(*states, strict=True))
+    with pytest.raises(ValueError, match=r"eta = 0.5: only the sampler 'ddim' has it, not <"):
+        diffusion.trajectory((4, 2), Own(), eta=0.5)
+
+
+@pytest.mark.parametrize("t", [0, -1, 61])
+def test_a_sampler_of_ones_own_that_asks_at_another_time_is_told_so(t):
+    def beyond(predict_x0, x, levels, normal):
+        yield from (predict_x0(x, t) for _ in levels[1:])
+
+    with pytest.raises(ValueError, match=rf"^sampler: asks for x_0 at t = {t}: must ask at t in 1\.\.60$"):
+        optimal("denoising").sample((4, 2), beyond, 3)
+
+
+def test_a_sampler_of_ones_own_may_ask_at_a_time_that_is_a_tensor():
+    def by_tensors(predict_x0, x, levels, normal):
+        yield from (predict_x0(x, torch.tensor(level.t)) for level in levels[:-1])
+
+    def by_ints(predict_x0, x, levels, normal):
+        yield from (predict_x0(x, level.t) for level in levels[:-1])
+
+    x_T = torch.randn(4, 2)
+    assert torch.equal(*(optimal("denoising").sample((4, 2), rule, 3, x_T=x_T) for rule in (by_tensors, by_ints)))
 
 
 def test_the_network_calls_of_a_sampler_that_looks_at_whole_images_are_counted():
