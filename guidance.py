@@ -14,6 +14,8 @@ of x_0, so the bound of its chain says nothing of the network that was trained.
 """
 
 import math
+from collections.abc import Collection
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +28,10 @@ class Guidance(nn.Module):
 
     def __init__(self, net: nn.Module, weight: float, interval: tuple[float, float]):
         super().__init__()
-        if not math.isfinite(weight):
+        if not isinstance(weight, Real | Tensor) or not math.isfinite(weight):
             raise ValueError(f"weight = {weight}: must be a finite number")
-        if len(interval) != 2 or not interval[0] <= interval[1]:  # nor is nan
+        numbers = isinstance(interval, Collection) and all(isinstance(time, Real | Tensor) for time in interval)
+        if not numbers or len(interval) != 2 or not interval[0] <= interval[1]:  # nor is nan
             raise ValueError(f"interval = {interval}: must be two times, the lower one first")
         self.net, self.weight, self.interval = net, weight, tuple(interval)
 
@@ -48,13 +51,15 @@ class Guidance(nn.Module):
             return slice(None)
         return ((t >= lowest) & (t <= highest)).nonzero()[:, 0]
 
-    def _guided(self, better: Tensor, worse: Tensor, rows: Tensor | slice) -> Tensor:
+    def _guided(self, xt: Tensor, better: Tensor, worse: Tensor, rows: Tensor | slice) -> Tensor:
         """better, with worse + weight (better - worse) in those rows; of the precision of better."""
         if len(worse) == 0:
             return better
         if worse.shape != better[rows].shape:  # which would broadcast
             raise ValueError(f"the network to guide away from gives {list(worse.shape)} for {list(better[rows].shape)}")
         guided = torch.lerp(worse, better[rows], self.weight)
+        if not xt.is_floating_point():  # a logit may be -inf in both, of which lerp makes nan
+            guided = torch.where(worse == better[rows], worse, guided)
         return guided if isinstance(rows, slice) else better.index_copy(0, rows, guided)
 
 
@@ -89,7 +94,7 @@ class ClassifierFreeGuidance(Guidance):
         both = torch.cat([xt, xt[rows]]), torch.cat([t, t[rows]])
         out = self.net(*both, label=torch.cat([label, none]), **(condition | again))
         out = out.to(_precision(xt))  # before it is amplified
-        return self._guided(out[:size], out[size:], rows)
+        return self._guided(xt, out[:size], out[size:], rows)
 
 
 class AutoGuidance(Guidance):
@@ -109,7 +114,7 @@ class AutoGuidance(Guidance):
         rows, out = self._rows(t), self.net(xt, t, **condition).to(_precision(xt))
         some = {name: value[rows] for name, value in _each(condition, len(xt)).items()}
         worse = self.weaker(xt[rows], t[rows], **(condition | some)) if len(t[rows]) else out[:0]
-        return self._guided(out, worse.to(_precision(xt)), rows)
+        return self._guided(xt, out, worse.to(_precision(xt)), rows)
 
 
 def _precision(xt: Tensor) -> torch.dtype:

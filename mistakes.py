@@ -87,7 +87,9 @@ class _Console:
 
     def write(self, text: str) -> int:
         with self._lost():
-            self._stream.write(text.encode(errors="backslashreplace").decode())  # a file's name need not be UTF-8
+            # which need not have every letter, as a file's name need not be UTF-8
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:

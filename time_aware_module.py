@@ -9,6 +9,7 @@ the samples of a batch: what a sample gets does not depend on its batch mates (n
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -20,10 +21,11 @@ MAX_CHANNELS, MAX_LAYERS = 2**16, 2**8
 
 
 def _check_range(maximum: int, **values: int | None) -> None:
-    """Each value is None or in 1..maximum: a larger one is a mistake, and would run out of memory before it were seen."""
+    """Each value is None, or whole and in 1..maximum: more is a mistake, and would run out of memory before it were seen."""
     for name, value in values.items():
-        if value is not None and not 1 <= value <= maximum:
-            raise ValueError(f"{name} = {value}: must lie in 1..{maximum}")
+        if value is not None and not (isinstance(value, Integral) and 1 <= value <= maximum):
+            whole = "lie" if isinstance(value, Integral) else "be a whole number"
+            raise ValueError(f"{name} = {value}: must {whole} in 1..{maximum}")
 
 
 def _check_choice(name: str, value: str, *allowed: str) -> None:
@@ -106,11 +108,11 @@ class _LayerNorm(nn.LayerNorm):
 def _group_norm(channels: int, num_groups: int | None) -> nn.Module:
     """GroupNorm of num_groups, or for None of the most groups that divide 32, as in the paper, and a quarter of the channels.
 
-    So a group has at least 4 channels. With one, the normalisation would erase each channel's mean, and with it the brightness
-    of the image.
+    So a group has at least 4 channels, or all of fewer. With one, the normalisation would erase each channel's mean, and with
+    it the brightness of the image.
     """
     if num_groups is None:
-        num_groups = math.gcd(32, channels, channels // 4)
+        num_groups = math.gcd(32, channels, max(channels // 4, 1))
     if channels % num_groups:
         raise ValueError(f"num_groups = {num_groups}: must divide the channels of every layer, of which one has {channels}")
     return _GroupNorm(num_groups, channels, eps=1e-6)
@@ -289,6 +291,8 @@ class TimeAwareUNet(nn.Module):
         norm: Literal["group", "layer"] = "group",
     ):
         super().__init__()
+        if not isinstance(ch_mult, Sequence):
+            raise ValueError(f"ch_mult = {ch_mult}: must be a list, one factor a level")
         t_channels = 4 * base_channels if t_channels is None else t_channels
         attention = (False,) * len(ch_mult) if attention is None else attention
         if norm == "layer" and num_groups != "auto":

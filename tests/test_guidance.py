@@ -6,6 +6,7 @@ from closed_form import PREDICTIONS, LabelNet, Mixture, OptimalNet, even_in_log_
 from torch import nn
 
 from beta_schedule import LinearSchedule
+from discrete_diffusion import DiscreteDiffusion
 from gaussian_diffusion import GaussianDiffusion
 from guidance import AutoGuidance, ClassifierFreeGuidance
 from time_aware_module import TimeAwareMLP
@@ -167,6 +168,13 @@ def test_two_halves_go_through_the_network_in_one_call_and_rows_outside_the_inte
     assert torch.equal(within[~acts], net(x, T, LABEL).float()[~acts])
 
 
+@pytest.mark.parametrize(("interval", "rows"), [((0, 30), 8), ((1, 30), 8), ((30, math.inf), 8), ((30, 30), 6)])
+def test_both_ends_of_an_interval_belong_to_it(interval, rows):
+    net = labelled()
+    ClassifierFreeGuidance(net, 2, interval)(torch.randn(5, 3), T, LABEL)
+    assert net.rows == [rows]
+
+
 def test_a_weaker_network_sees_only_the_rows_of_the_interval():
     net, weaker, x = labelled(), labelled(), torch.randn(5, 3)
     within = AutoGuidance(net, weaker, 2, (10, 30))(x, T, label=LABEL)
@@ -196,6 +204,38 @@ def test_what_else_conditions_a_sample_follows_it_into_the_second_half():
     out = ClassifierFreeGuidance(Offset(), 2, (10, 30))(x, T, LABEL, offset=offset, table=torch.zeros(2))
     slope = torch.where((T >= 10) & (T <= 30), 3 + 2 * (LABEL - 3), LABEL)
     torch.testing.assert_close(out, slope[:, None] * x + offset)
+
+
+class Own(nn.Module):
+    """A network that looks at no label."""
+
+    n_classes = 3
+
+    def forward(self, xt, t, label=None, offset=0.0):
+        return xt + offset
+
+
+def test_without_a_label_the_rest_of_the_condition_is_still_the_networks():
+    assert (ClassifierFreeGuidance(Own(), 2)(torch.zeros(5, 3), T, offset=7.0) == 7).all()
+
+
+class Barred(nn.Module):
+    """Logits of 4 levels: level 0 never occurs, and with a label level 1 is likelier."""
+
+    n_classes = 2
+
+    def forward(self, xt, t, label):
+        logits = torch.zeros(*xt.shape, 4)
+        logits[..., 0] = -math.inf
+        logits[label < 2, ..., 1] = 1.5
+        return logits
+
+
+def test_a_level_that_neither_half_allows_stays_impossible():
+    diffusion = DiscreteDiffusion(LinearSchedule(8, 0.1, 0.5), ClassifierFreeGuidance(Barred(), 2.0), 4, "absorbing")
+    found = diffusion.predict(torch.zeros(3, 1, dtype=torch.long), 4, {"label": torch.zeros(3, dtype=torch.long)})
+    expected = torch.tensor([-math.inf, 3.0, 0.0, 0.0]).log_softmax(0)
+    torch.testing.assert_close(found, expected.expand(3, 1, 4))
 
 
 def test_halves_of_low_precision_are_widened_before_they_are_amplified():
@@ -234,6 +274,12 @@ def test_guidance_can_be_guided_again(mlp):
         (lambda: ClassifierFreeGuidance(labelled(), 2, (30, 10)), r"interval = \(30, 10\)"),
         (lambda: AutoGuidance(labelled(), labelled(), 2, (math.nan, 10)), "interval"),
         (lambda: AutoGuidance(labelled(), labelled(), 2, (1, 2, 3)), "interval"),
+        (lambda: ClassifierFreeGuidance(nn.Identity(), 2), "net: .*no n_classes"),
+        (lambda: ClassifierFreeGuidance(labelled(), None), "weight = None: must be a finite number"),
+        (lambda: ClassifierFreeGuidance(labelled(), "2"), "weight = 2: must be"),
+        (lambda: AutoGuidance(labelled(), labelled(), 2, None), "interval = None: must be two times"),
+        (lambda: AutoGuidance(labelled(), labelled(), 2, 5), "interval = 5"),
+        (lambda: AutoGuidance(labelled(), labelled(), 2, ("0", "9")), "interval = .*must be two times"),
     ],
 )
 def test_a_bad_argument_is_refused(make, message):
@@ -245,6 +291,12 @@ def test_a_weaker_network_of_another_shape_is_refused(mlp):
     guided = AutoGuidance(mlp, lambda xt, t, **condition: xt[:, :1], 2)
     with pytest.raises(ValueError, match=r"the network to guide away from gives \[5, 1\] for \[5, 3\]"):
         guided(torch.randn(5, 3), torch.ones(5).long())
+
+
+@pytest.mark.parametrize("label", [LABEL[:, None], LABEL.float()])
+def test_a_bad_label_is_refused_where_the_network_would_take_it(label):
+    with pytest.raises(ValueError, match="label"):
+        ClassifierFreeGuidance(Own(), 2)(torch.zeros(5, 3), T, label)
 
 
 @pytest.mark.parametrize("label", [torch.zeros(4).long(), torch.zeros(5), torch.tensor([0, 1, 2, 3, 4]), torch.full((5,), -1)])

@@ -127,11 +127,15 @@ def switches():
             older = None
         return older, *(place.fp32_precision for place in places)
 
+    def put(older, *newer):
+        torch.set_float32_matmul_precision(older)
+        for place, precision in zip(places, newer, strict=True):
+            place.fp32_precision = precision
+
     before = read()
+    put("highest", "none", "none", "none")  # as in a new process
     yield read
-    torch.set_float32_matmul_precision(before[0] or "highest")
-    for place, precision in zip(places, before[1:], strict=True):
-        place.fp32_precision = precision
+    put(before[0] or "highest", *before[1:])
 
 
 def choose(older=None, everywhere=None, cuda=None, cpu=None):

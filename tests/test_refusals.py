@@ -536,6 +536,14 @@ def test_a_name_that_is_no_utf_8_can_be_printed():
     assert written.getvalue().decode() == "\\udcffä"
 
 
+@pytest.mark.parametrize(("encoding", "expected"), [("ascii", "\\xb1 \\udcff"), ("latin-1", "± \\udcff")])
+def test_what_a_stream_has_no_letter_for_can_be_printed(encoding, expected):
+    written = io.BytesIO()
+    console = _Console(io.TextIOWrapper(written, encoding=encoding, write_through=True))
+    console.write("± \udcff")
+    assert written.getvalue().decode(encoding) == expected
+
+
 def test_the_errors_of_every_file_but_the_scripts_are_said_in_one_line():
     named = set(re.findall(r"`(\w+)\.py`", (ROOT / "CONTRIBUTING.md").read_text()))  # others are the user's own
     files = named & {path.stem for path in ROOT.glob("*.py")} - {"train", "test", "convert", "files"}

@@ -59,6 +59,12 @@ def test_null_groups_are_those_of_each_layer_as_in_older_checkpoints():
     assert {channels: groups for groups, channels in groups_of(net)} == {32: 8, 64: 16, 96: 8, 128: 32, 192: 16, 256: 32}
 
 
+def test_null_groups_of_a_network_with_two_channels_are_not_of_one_channel_each():
+    with torch.device("meta"):
+        net = TimeAwareUNet(3, 2, ch_mult=(1, 2), num_res_blocks=1, num_groups=None)
+    assert {channels: groups for groups, channels in groups_of(net)} == {2: 1, 4: 1, 6: 1, 8: 2}
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 7)])
 def test_upsampling_and_convolution_in_one_are_the_two_one_after_the_other(size):
     upsample = Upsample(6).double()
@@ -183,6 +189,10 @@ def test_wrong_channels_are_refused(shape):
         ({"skips": "none"}, "skips = 'none': must be one of concatenate, add"),
         ({"norm": "batch"}, "norm = 'batch': must be one of group, layer"),
         ({"ch_mult": (1, 0)}, "ch_mult = .1, 0.*each in 1.."),
+        ({"ch_mult": 2}, "ch_mult = 2: must be a list"),
+        ({"base_channels": 8.0}, r"base_channels = 8\.0: must be a whole number in 1\.\."),
+        ({"num_res_blocks": 1.5}, r"num_res_blocks = 1\.5: must be a whole number in 1\.\."),
+        ({"num_groups": "all"}, "num_groups = all: must be a whole number"),
         ({"ch_mult": (), "attention": ()}, "ch_mult = .*must be 1 to 256 numbers"),
         ({"attention": (True,)}, "attention = .*one entry a level"),
         ({"base_channels": 15}, "base_channels = 15.*even"),
