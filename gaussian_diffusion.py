@@ -567,6 +567,7 @@ class GaussianDiffusion(DiffusionProcess):
 
         One call of the network a step. The error falls with the square of the number of steps.
         """
+        check_floats("x0", x0)
         return self.sample(x0.shape, ddim_upwards, timesteps, 0.0, clip_x0, x0, None, condition)
 
     def _spacing(self, sampler: str | Sampler) -> Callable[[Tensor, int], list[int]]:

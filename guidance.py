@@ -29,7 +29,7 @@ class Guidance(nn.Module):
     def __init__(self, net: nn.Module, weight: float, interval: tuple[float, float]):
         super().__init__()
         if not isinstance(weight, Real | Tensor) or not math.isfinite(weight):
-            raise ValueError(f"weight = {weight}: must be a finite number")
+            raise ValueError(f"weight = {weight!r}: must be a finite number")
         numbers = isinstance(interval, Collection) and all(isinstance(time, Real | Tensor) for time in interval)
         if not numbers or len(interval) != 2 or not interval[0] <= interval[1]:  # nor is nan
             raise ValueError(f"interval = {interval}: must be two times, the lower one first")

@@ -792,6 +792,7 @@ def test_pixels_that_are_not_floats_yet_are_refused(mode):
         (lambda d, x: d.variational_bound(x.long()), "x0 of type torch.int64: must be floats"),
         (lambda d, x: d.fit_reverse_variance([x.long()]), "x0 of type torch.int64: must be floats"),
         (lambda d, x: d.fit_reverse_variance([([1.0], {})]), "x0: a list: must be a tensor of floats"),
+        (lambda d, x: d.encode(x.long()), "x0 of type torch.int64: must be floats"),
         (lambda d, x: d.sample((2, 3), x_T=x.long()), "x_T of type torch.int64: must be floats"),
         (lambda d, x: d.sample((2, 3), x_T=[[0.0] * 3] * 2), "x_T: a list: must be a tensor of floats"),
         (lambda d, x: d.q_sample(x, True), "t: a bool: must be an int or a long tensor"),
