@@ -255,6 +255,7 @@ def test_results_of_a_quick_run_have_a_file_of_their_own(tmp_path):
     assert result["device"] == common.device_name(CPU)
 
 
+@pytest.mark.slow
 def test_symbols_are_compared_and_drawn(tmp_path):
     few = ["--only", "gaussian-numbers", "absorbing", "--pictures", str(tmp_path), "--results", str(tmp_path)]
     discrete.main(["--quick", *few])

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from runs import assert_same_state, losses, metrics, tiny
 
 import checkpoint
@@ -50,6 +51,7 @@ def of_net(folder: Path, net: str, *more: str, flags: tuple[str, ...] = ()) -> l
     return [*argv, f"time_aware_net.name=my_nets.{net}", 'time_aware_net.kwargs={"n_channels": 1}']
 
 
+@pytest.mark.slow
 def test_three_ranks_stopped_and_resumed_are_the_run_never_stopped(tmp_path, run_ranks):
     """With three, the order of a sum shows, which torch's DDP chooses after its first pass."""
     few = "train_cfg.batch_size=510"
@@ -67,6 +69,7 @@ def test_two_ranks_train_a_network_with_a_parameter_that_it_does_not_use(work, r
     assert losses(work / "run")[-1][0] == 8
 
 
+@pytest.mark.slow
 def test_two_ranks_validate_the_batchnorm_that_is_saved(work, run_ranks):
     (work / "my_nets.py").write_text(NETS)
     run_ranks("train", of_net(work / "whole", "Normed"))

@@ -298,7 +298,7 @@ MORE = {
         ("train_step", 5, "learnable"),
         ("train_step", 6, "grad_accum"),
         ("train_step", 3, "muon"),
-        ("train_step", 7, "random crops by workers"),
+        pytest.param("train_step", 7, "random crops by workers", marks=pytest.mark.slow),
         ("validate", 1, "plain"),
         ("save_picture", 2, "plain"),
     ],
@@ -674,7 +674,7 @@ def test_the_prior_is_warned_of_when_it_is_not_pure_noise(tmp_path, caplog):
     assert f"alpha_bar_T = {expected:.3g}" in caplog.text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_signal_saves_and_exits_with_its_code_within_ten_seconds(number, tmp_path):
     argv = tiny(tmp_path / "a", "train_cfg.epochs=10000")
     process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -896,7 +896,7 @@ class Given(GaussianDiffusion):
 """
 
 
-@pytest.mark.parametrize("accum", [1, 2])
+@pytest.mark.parametrize("accum", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_ranks_have_the_gradient_of_one_on_given_t_and_eps(accum, work, start, run_ranks):
     (work / "my_given.py").write_text(GIVEN)
     given = ("diffusion.name=my_given.Given", "train_cfg.max_steps=1", "time_aware_net.kwargs.dropout=0")
