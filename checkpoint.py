@@ -29,7 +29,8 @@ SAVED = re.compile(r"torch [A-Z]\w+Storage|torch\._utils _rebuild_tensor_v2|coll
 
 def save(path: str | Path, state: Mapping) -> None:
     """Write state, tensors and plain values, to path; Mistake if it holds anything else, which load would refuse."""
-    state = {key: list(value) if key == "shape" else value for key, value in state.items()}  # also of a torch.Size
+    if isinstance(state.get("shape"), tuple):  # as a torch.Size is
+        state = {**state, "shape": list(state["shape"])}
     _check_plain(state, "state")
     with whole_file(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **state}, file)
@@ -47,7 +48,8 @@ def _check_plain(value: object, where: str) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """The state that save wrote, on the CPU; Mistake names a file that is missing, damaged or not ours."""
+    """The state that save wrote, of a folder its last.pth, on the CPU; Mistake if the file is missing, damaged or not ours."""
+    path = Path(path) / "last.pth" if Path(path).is_dir() else path
     if not Path(path).is_file():
         raise Mistake(f"{path}: no such checkpoint")
     try:

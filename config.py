@@ -200,8 +200,10 @@ def _object(path: str, value: Any, required: Sequence[str], optional: Sequence[s
     for key in value:
         if key not in (*required, *optional):
             name = as_json_line(str(key))[1:-1]  # in one line
-            inside = f"did you mean 'train_cfg.{key}'? " if not path and key in TrainConfig.__dataclass_fields__ else ""
-            raise Mistake(f"{prefix}{name}: unknown key; {inside}{_nearest(str(key)[:80], (*required, *optional))}")
+            near = _nearest(str(key)[:80], (*required, *optional))
+            if not path and key in TrainConfig.__dataclass_fields__:
+                near = f"did you mean 'train_cfg.{key}'?"
+            raise Mistake(f"{prefix}{name}: unknown key; {near}")
     for key in required:
         if key not in value:
             raise Mistake(f"{prefix}{key}: missing")

@@ -523,7 +523,8 @@ class GaussianDiffusion(DiffusionProcess):
             raise ValueError(f"eta = {eta:g}: must lie between 0 and 1")
         if eta and not _takes_eta(rule):
             those = " or ".join(repr(name) for name in SAMPLERS if _takes_eta(SAMPLERS[name]))
-            raise ValueError(f"eta = {eta:g}: only the sampler {those} has it, not {getattr(rule, '__name__', rule)!r}")
+            name = getattr(_written(rule), "__name__", rule)
+            raise ValueError(f"eta = {eta:g}: only the sampler {those} has it, not {name!r}")
         rule = partial(rule, eta=eta) if eta else rule
         arguments_of(condition)
         levels = self._levels(self.steps(timesteps, sampler), clip_x0)
@@ -571,7 +572,7 @@ class GaussianDiffusion(DiffusionProcess):
         return self.sample(x0.shape, ddim_upwards, timesteps, 0.0, clip_x0, x0, None, condition)
 
     def _spacing(self, sampler: str | Sampler) -> Callable[[Tensor, int], list[int]]:
-        return getattr(_sampler(sampler), "spacing", even_in_time)
+        return getattr(_written(_sampler(sampler)), "spacing", even_in_time)
 
     def network_calls(self, timesteps: int | Sequence[int] | None, sampler: str | Sampler = "ddpm") -> int:
         """How often a sample calls the network, counted while the sampler runs on an image of a single number."""
@@ -623,6 +624,11 @@ def _sampler(sampler: str | Sampler) -> Sampler:
         return sampler
     choice("sampler", sampler, SAMPLERS)
     return SAMPLERS[sampler]
+
+
+def _written(sampler: Sampler) -> Callable:
+    """The function itself, of one that functools.partial has given its parameters."""
+    return _written(sampler.func) if isinstance(sampler, partial) else sampler
 
 
 def _takes_eta(sampler: Sampler) -> bool:

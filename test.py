@@ -121,11 +121,14 @@ def save_pictures(folder: Path, drawn: Drawn, shown: list[int], columns: int | N
     save_gif(folder / "trajectory.gif", [grid(frame, columns) for frame in drawn.animation.unbind(1)])
 
 
-def save_arrays(path: Path, drawn: Drawn, job: Job) -> None:
-    """The numbers of what is drawn: samples [n, ...] in [-1, 1], their labels [n]; states [pictures, frames, ...] at times."""
+def save_arrays(path: Path, drawn: Drawn, shown: list[int], job: Job) -> None:
+    """The numbers of what is drawn: samples [n, ...] in [-1, 1], their labels [n]; and of the samples `pictured` the states
+    [pictures, frames, ...] at the times [frames].
+    """
     times = [*job.diffusion.steps(job.options["timesteps"], job.options["sampler"]), 0]
     at = evenly(drawn.strips.shape[1], len(times))
-    arrays = {"samples": drawn.samples, "states": drawn.strips, "times": torch.tensor(times)[at]}
+    arrays = {"samples": drawn.samples, "states": drawn.strips, "pictured": torch.tensor(shown)}
+    arrays |= {"times": torch.tensor(times)[at]}
     arrays |= {} if job.labels is None else {"labels": job.labels}
     with whole_file(path) as file:
         np.savez(file, **{name: array.numpy() for name, array in arrays.items()})
@@ -351,7 +354,7 @@ def run(
         save_pictures(folder, drawn, shown, columns)
         print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
         if args.npz:
-            save_arrays(folder / "samples.npz", drawn, job)
+            save_arrays(folder / "samples.npz", drawn, shown, job)
     settings = vars(args) | {"ema_length": ema_length, "guidance": weight}
     settings |= {"step": job.state.get("step"), "precision": precision}
     results = measure(metrics, folder / "metrics.json", settings, precision, ranks)

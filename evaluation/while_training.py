@@ -17,7 +17,7 @@ from config import find
 from evaluation.metrics import METRICS, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, save_png
 from evaluation.sampling import draw, evenly, labels_by_row
-from mistakes import Mistake
+from mistakes import Mistake, as_mistake
 from samplers import SAMPLERS, Sampler
 from training import speed
 from training.seeds import PICTURE, VALIDATION, mixed_seed
@@ -57,6 +57,14 @@ def sampler_and_steps(run) -> tuple[str | Sampler, int]:
     """train_cfg.sampler, but of symbols there is one alone; and train_cfg.sample_timesteps, at most T."""
     sampler = "ddpm" if run.ema.n_levels else find(run.cfg.sampler, SAMPLERS, FunctionType, "train_cfg.sampler")
     return sampler, min(run.cfg.sample_timesteps, run.ema.T)
+
+
+@torch.no_grad()
+def _try_sampler(run) -> None:
+    """Draw one sample by a sampler of one's own: what it does wrong is to be known before the first step."""
+    condition = run.condition(torch.zeros(1, dtype=torch.long, device=run.device))
+    with torch.random.fork_rng(devices=[]), speed.autocast(run.device, run.cfg.precision), as_mistake("train_cfg.sampler: "):
+        list(run.ema.trajectory((1, *run.shape), *sampler_and_steps(run), clip_x0=True, condition=condition))
 
 
 def save_samples(run, path: Path) -> None:
@@ -112,6 +120,8 @@ class Quality:
         self.expected: float | None = None  # seconds of the next measurement
         self.told = False
         self.sampler, self.steps = sampler_and_steps(run)
+        if callable(self.sampler) and "." in run.cfg.sampler:
+            _try_sampler(run)
         if run.cfg.metric_period:
             self.evaluation = self._evaluation()
             self.metrics = {name: build_metric(name, self.evaluation, KEYS["metrics"]) for name in run.cfg.metrics}

@@ -69,7 +69,7 @@ def test_a_run_of_the_optimizer_with_three_groups_goes_on_bitwise(name):
     train(old, before)
     new.load_state_dict(old.state_dict())
     after = build_optimizer(settings(name), new, CPU)
-    restore_moments(after, deepcopy(before.state_dict()["state"]), 2)
+    restore_moments(after, deepcopy(before.state_dict()), 2)
     for diffusion, optimizer in ((old, before), (new, after)):
         torch.manual_seed(1)
         train(diffusion, optimizer)
@@ -93,7 +93,7 @@ def test_a_parameter_without_a_gradient_has_no_moments():
     optimizer = build_optimizer(settings("adam"), diffusion, CPU)
     train(diffusion, optimizer)
     again = build_optimizer(settings("adam"), diffusion, CPU)
-    restore_moments(again, optimizer.state_dict()["state"], 2)
+    restore_moments(again, optimizer.state_dict(), 2)
     assert again.state_dict()["state"].keys() == {1, 2}  # of weight and bias
 
 
@@ -115,7 +115,7 @@ def test_moments_of_another_network_are_refused(change, message):
     moments = optimizer.state_dict()["state"]
     change(moments)
     with pytest.raises(ValueError, match=message):
-        restore_moments(build_optimizer(settings("adam"), diffusion, CPU), moments, 2)
+        restore_moments(build_optimizer(settings("adam"), diffusion, CPU), {"state": moments}, 2)
 
 
 def test_a_device_whose_optimizers_cannot_leave_out_a_step_is_refused():

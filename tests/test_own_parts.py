@@ -1,6 +1,7 @@
 """Parts of one's own in a run, from a config: optimizers, rates, data, losses; what is wrong with them is said first."""
 
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from runs import assert_same_state, metrics, tiny
 from torch import nn
 
 import checkpoint
+import samplers
 import test as sampling
 import train
 from training.optimizers import step_unless
@@ -31,16 +33,38 @@ class Momentum(torch.optim.SGD):
         super().__init__(params, lr, momentum=0.9)
 
 
+class Counting(torch.optim.SGD):
+    # keeps in its group how many steps there were, by which it divides its rate
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["k"] = 0
+
+    def step(self):
+        for group in self.param_groups:
+            group["k"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["lr"] / group["k"])
+
+
 class Decoupled(torch.optim.AdamW):
     def __init__(self, params, lr):
         super().__init__(params, lr, weight_decay=0.1, fused=True)
 
 
 def halves(done):
-    return 0.5 ** (4 * done)
+    return numpy.exp2(-4 * done)
 
 
 noisy = partial(samplers.ddim, eta=1.0)
+
+
+def beyond(predict_x0, x, levels, normal):
+    for level in levels[1:]:
+        x = predict_x0(x, level.t)
+        yield x
 
 
 def too_few(predict_x0, x, levels, normal):
@@ -64,6 +88,9 @@ class Huber(GaussianDiffusion):
 
 
 class Larger(Digits):
+    def __getitem__(self, i):
+        return super().__getitem__(i), self.labels[i]
+
     def to_float(self, pixels):
         return 3 * super().to_float(pixels)
 
@@ -122,7 +149,7 @@ def weights_of(folder, name="ema"):
 # Optimizers and learning rates
 
 
-@pytest.mark.parametrize("name", ["Momentum", "Decoupled"])
+@pytest.mark.parametrize("name", ["Momentum", "Counting", "Decoupled"])
 def test_a_run_with_an_optimizer_of_ones_own_goes_on_as_if_never_stopped(name, own):
     settings = (f"train_cfg.optimizer=my_parts.{name}", QUIET)
     assert train.main(tiny(own / "whole", *settings)) == 0
@@ -131,7 +158,7 @@ def test_a_run_with_an_optimizer_of_ones_own_goes_on_as_if_never_stopped(name, o
     a, whole = (checkpoint.load(own / name / "last.pth") for name in ("a", "whole"))
     for part in ("model", "ema", "optimizer"):
         assert_same_state(a[part], whole[part], part)
-    assert a["optimizer"]["state"]
+    assert a["optimizer"]["state"] or a["optimizer"]["param_groups"][0]["k"] == 8
 
 
 def test_the_weights_move_as_the_optimizer_of_ones_own_says(own):
@@ -199,7 +226,7 @@ def trainer(folder, *settings):
 
 def test_a_run_starts_with_the_averaged_weights_of_another(first, tmp_path, caplog):
     train.log.propagate = True
-    run = trainer(tmp_path / "a", f"train_cfg.init={first / 'last.pth'}", "diffusion.loss_mode=min_snr")
+    run = trainer(tmp_path / "a", f"train_cfg.init={first}", "diffusion.loss_mode=min_snr")  # of a folder, its last.pth
     averaged = {name: p for name, p in weights_of(first).items() if name.startswith("time_aware_net.")}
     for model in (run.model, run.ema):
         found = model.state_dict()
@@ -224,6 +251,18 @@ def test_what_does_not_fit_is_new_and_named(first, tmp_path, caplog):
         trainer(tmp_path / "b", init, net)
 
 
+def test_a_run_of_numbers_may_start_from_one_of_symbols_and_is_warned(first, tmp_path, caplog):
+    """Their networks differ in the first and the last layer only."""
+    train.log.propagate = True
+    symbols = (
+        'diffusion={"name": "DiscreteDiffusion", "n_levels": 2, "transition": "binomial"}',
+        "time_aware_net.kwargs.n_levels=2",
+    )
+    assert train.main(tiny(tmp_path / "symbols", *symbols, QUIET, "train_cfg.max_steps=1")) == 0
+    trainer(tmp_path / "a", f"train_cfg.init={tmp_path / 'symbols'}")
+    assert "its network predicts something else: diffusion.prediction = None there" in caplog.text
+
+
 def test_the_run_that_was_started_from_is_not_needed_to_go_on(first, tmp_path, capsys):
     kept = tmp_path / "kept.pth"
     kept.write_bytes((first / "last.pth").read_bytes())
@@ -244,13 +283,16 @@ def test_the_run_that_was_started_from_is_not_needed_to_go_on(first, tmp_path, c
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ('diffusion={"name": "my_parts.Mean"}', r"diffusion: .*\[\]: must .*, \[2\]"),
-        ('diffusion={"name": "my_parts.Pixels"}', r"diffusion: .*\[2, 1, 4, 4\]: must .*, \[2\]"),
+        ('diffusion={"name": "my_parts.Mean"}', r"diffusion: loss: gives \[\] .*: must give one value a sample, \[2\]"),
+        ('diffusion={"name": "my_parts.Pixels"}', r"diffusion: loss: gives \[2, 1, 4, 4\]"),
         (
             "dataset.name=my_parts.Shorter",
             r"dataset.train: to_float makes \[1, 3, 4\] of pixels \[1, 4, 4\]: must keep the shape",
         ),
         ('time_aware_net={"name": "my_parts.Nothing"}', "time_aware_net: has no weights to train"),
+        ("train_cfg.sampler=my_parts.beyond", "train_cfg.sampler: sampler: asks for x_0 at t = 0: must ask at t in 1..20"),
+        ("train_cfg.sampler=my_parts.too_few", r"train_cfg.sampler: sampler: gives a tensor of \[1, 1, 3, 4\]"),
+        ("train_cfg.init=nowhere.pth", "train_cfg.init: nowhere.pth: no such checkpoint"),
         ("train_cfg.optimizer=sgd", 'train_cfg.optimizer = "sgd": unknown; .*adam, muon, or your own as "my_file.MyName"'),
         ("train_cfg.lr_schedule=step", 'train_cfg.lr_schedule = "step": unknown; .*constant, linear, cosine, or your own'),
         ("train_cfg.optimizer=my_parts.Sets", "train_cfg.optimizer = .*: must be a subclass of torch.optim.*Optimizer"),
@@ -297,7 +339,7 @@ def test_a_loss_that_is_no_number_says_that_the_images_are_none(own, capsys):
 
 def test_a_key_of_train_cfg_that_lacks_its_section_is_recognised(tmp_path, capsys):
     assert train.main(tiny(tmp_path / "a", "epochs=2")) == 2
-    assert "epochs: unknown key; did you mean 'train_cfg.epochs'?" in capsys.readouterr().err
+    assert "epochs: unknown key; did you mean 'train_cfg.epochs'?\n" in capsys.readouterr().err
 
 
 # test.py
@@ -308,16 +350,17 @@ def test_the_numbers_of_the_samples_and_of_the_way_to_them_are_those_of_the_pict
     assert sampling.main([str(first), *flags]) == 0  # a run's folder is its last.pth
     folder = first / "last_gen"
     with np.load(folder / "samples.npz") as arrays:
-        samples, states, times = (arrays[name] for name in ("samples", "states", "times"))
+        samples, states, times, pictured = (arrays[name] for name in ("samples", "states", "times", "pictured"))
         assert "labels" not in arrays
     assert (samples.shape, states.shape, samples.dtype) == ((5, 1, 4, 4), (3, 4, 1, 4, 4), np.float32)
     diffusion = checkpoint.load_diffusion(first / "last.pth")[0]
     steps = [*diffusion.steps(6, "ddim"), 0]
     assert times.tolist() == [steps[i] for i in (0, 2, 4, 6)]
-    np.testing.assert_array_equal(states[:, -1], samples[:3])
+    assert pictured.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(states[:, -1], samples[pictured])
     strip = np.asarray(Image.open(folder / "0.png"))  # pixels may be enlarged, and have edges between them
     assert {round((value + 1) * 127.5) for value in samples[0].clip(-1, 1).flat} <= set(strip.flat)
-    assert "samples.npz: samples [5, 1, 4, 4], states [3, 4, 1, 4, 4], times [4]" in capsys.readouterr().out
+    assert "samples.npz: samples [5, 1, 4, 4], states [3, 4, 1, 4, 4], pictured [3], times [4]" in capsys.readouterr().out
 
 
 def test_a_sampler_may_be_a_function_with_its_parameter_and_a_wrong_one_is_a_line(own, first, capsys):
@@ -328,6 +371,8 @@ def test_a_sampler_may_be_a_function_with_its_parameter_and_a_wrong_one_is_a_lin
         with np.load(first / "last_gen" / "samples.npz") as arrays:
             drawn.append(arrays["samples"])
     np.testing.assert_array_equal(*drawn)
+    diffusion = checkpoint.load_diffusion(first)[0]
+    assert diffusion.steps(5, partial(samplers.dpm)) == diffusion.steps(5, "dpm")
     capsys.readouterr()
     assert sampling.main([str(first / "last.pth"), *flags, "--sampler", "my_parts.too_few"]) == 2
     assert "test.py: sampler: gives a tensor of [3, 1, 3, 4]" in capsys.readouterr().err

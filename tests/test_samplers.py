@@ -596,7 +596,7 @@ def test_the_eta_that_a_sampler_of_ones_own_has_stays_unless_another_is_asked_fo
     ancestral = partial(SAMPLERS["ddim"], eta=1.0)
     assert torch.equal(draw(ancestral), draw("ddim", eta=1.0))
     assert torch.equal(draw(ancestral, eta=0.5), draw("ddim", eta=0.5))
-    with pytest.raises(ValueError, match=r"eta = 0.5: only the sampler 'ddim' has it, not functools.partial"):
+    with pytest.raises(ValueError, match=r"eta = 0.5: only the sampler 'ddim' has it, not 'dpm'"):
         draw(partial(SAMPLERS["dpm"]), eta=0.5)
 
 

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from config import TrainConfig
 from dataset import DATASETS, ImageDataset, ImageFolder, shared_images
-from diffusion_process import Condition
+from diffusion_process import Condition, check_losses
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
 from training.optimizers import fall_of, optimizer_of
@@ -128,8 +128,7 @@ def _check_network(run, images: dict[str, ImageDataset]) -> None:
     with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_kept(model), as_mistake("diffusion: "):
         x0 = model.x0_of(torch.zeros(2, *images["train"].shape))
         loss = model.loss(x0, model.T, condition=run.condition(None if label is None else label.repeat(2)))
-    if loss.shape != (2,):
-        raise Mistake(f"diffusion: the loss of 2 images is of shape {list(loss.shape)}: must be one value an image, [2]")
+        check_losses("loss", loss, torch.ones(2))
     if not any(p.requires_grad for p in model.parameters()):
         raise Mistake("time_aware_net: has no weights to train")
     model.train()
@@ -156,7 +155,7 @@ def _warn_of_images(run, images: dict[str, ImageDataset]) -> None:
 def _check_floats(split: str, data: ImageDataset) -> None:
     """Hold a to_float of one's own to its shape, by a Mistake, and to its range, by a warning."""
     with torch.random.fork_rng(devices=[]):
-        x0 = copy.copy(data)[0]
+        x0 = data.to_float(copy.copy(data).pixels(0)[None])[0]
     if x0.shape != data.shape:
         raise Mistake(f"dataset.{split}: to_float makes {list(x0.shape)} of pixels {list(data.shape)}: must keep the shape")
     if not x0.abs().max() <= 1:  # nor is nan

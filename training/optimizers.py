@@ -65,6 +65,8 @@ def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
     elif not bad.item():
         optimizer.step()
+    else:
+        optimizer._opt_called = True  # or torch would warn that the schedule goes on before the first step
 
 
 def lr_schedule(cfg, total_steps: Callable[[], int], optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -77,7 +79,7 @@ def lr_schedule(cfg, total_steps: Callable[[], int], optimizer: torch.optim.Opti
     def factor(step: int) -> float:
         warm = min(1, (step + 1) / (cfg.warmup_steps + 1))
         done = max(0, step - cfg.warmup_steps) / max(1, total_steps() - cfg.warmup_steps)
-        return warm * left(done)
+        return warm * float(left(done))  # of one's own, that may be numpy's
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -93,16 +95,17 @@ def _hidden_matrices(net: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(p for layer in layers for p in layer.parameters() if p.ndim >= 2))
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, moments: Any, step: int) -> None:
-    """Take over what an optimizer of the same parameters had after `step` steps: its state_dict()["state"].
+def restore_moments(optimizer: torch.optim.Optimizer, saved: Mapping, step: int) -> None:
+    """Take over what an optimizer of the same parameters had after `step` steps, its state_dict(): of one's own, all of it.
 
-    moments[i] is of the i-th parameter, counted through all groups: "step" [], and of the parameter's shape "momentum" (Muon)
-    or "exp_avg" and "exp_avg_sq" (Adam). A parameter that never had a gradient has none. ValueError where that is not so; of
-    what an optimizer of one's own keeps, nothing is known. Rates stay as they are.
+    Of ours it is "state" alone, since an older run's groups may have been others. moments[i] there is of the i-th parameter,
+    counted through all groups: "step" [], and of the parameter's shape "momentum" (Muon) or "exp_avg" and "exp_avg_sq" (Adam).
+    A parameter that never had a gradient has none. ValueError where that is not so. Rates stay as they are.
     """
     if type(optimizer) in OPTIMIZERS.values():
-        _check_moments(optimizer, moments, step)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        _check_moments(optimizer, saved["state"], step)
+        saved = {**optimizer.state_dict(), "state": saved["state"]}
+    optimizer.load_state_dict(saved)
 
 
 def _check_moments(optimizer: torch.optim.Optimizer, moments: Any, step: int) -> None:

@@ -103,7 +103,7 @@ def restore_state(run, state: dict) -> None:
         run.model.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
         run.averages.restore(state.get("power_ema", []))
-        restore_moments(run.optimizer, state["optimizer"]["state"], state["step"])
+        restore_moments(run.optimizer, state["optimizer"], state["step"])
         run.scaler.load_state_dict(state["scaler"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
@@ -143,18 +143,20 @@ def start_weights(run) -> None:
     path = run.cfg.init
     if path is None or run.folder.resume_from:
         return
-    pretrained, state = checkpoint.load_diffusion(path)
+    with as_mistake("train_cfg.init: "):
+        pretrained, state = checkpoint.load_diffusion(path)
     net = run.model.time_aware_net
     ours, theirs = net.state_dict(), pretrained.time_aware_net.state_dict()
-    fitting = {name: value for name, value in theirs.items() if name in ours and value.shape == ours[name].shape}
+    shapes = {name: getattr(value, "shape", None) for name, value in ours.items()}  # None of an extra state
+    fitting = {name: value for name, value in theirs.items() if shapes.get(name, 0) == getattr(value, "shape", None)}
     if not fitting:
         raise Mistake(f"train_cfg.init = {path}: none of its weights has the name and the shape of one of this network")
     net.load_state_dict(ours | fitting)
     new = [name for name in ours if name not in fitting]
     news = f"; new are {len(new)} of {len(ours)}: {', '.join(new[:5])}{', ...' if new[5:] else ''}" if new else ""
     log.log(logging.WARNING if new else logging.INFO, f"{path}: the weights of its step {state.get('step')}{news}")
-    if getattr(pretrained, "prediction", None) != getattr(run.model, "prediction", None):
-        log.warning(f"{path}: its network predicts something else: diffusion.prediction = {pretrained.prediction!r} there")
+    if (there := getattr(pretrained, "prediction", None)) != getattr(run.model, "prediction", None):
+        log.warning(f"{path}: its network predicts something else: diffusion.prediction = {there!r} there")
 
 
 def freeze_as_before(model: nn.Module, state: Mapping | None) -> None:
