@@ -60,11 +60,11 @@ def sampler_and_steps(run) -> tuple[str | Sampler, int]:
 
 
 @torch.no_grad()
-def _try_sampler(run) -> None:
+def _try_sampler(run, sampler: Sampler, steps: int) -> None:
     """Draw one sample by a sampler of one's own: what it does wrong is to be known before the first step."""
     condition = run.condition(torch.zeros(1, dtype=torch.long, device=run.device))
     with torch.random.fork_rng(devices=[]), speed.autocast(run.device, run.cfg.precision), as_mistake("train_cfg.sampler: "):
-        list(run.ema.trajectory((1, *run.shape), *sampler_and_steps(run), clip_x0=True, condition=condition))
+        run.ema.sample((1, *run.shape), sampler, steps, clip_x0=True, condition=condition)
 
 
 def save_samples(run, path: Path) -> None:
@@ -120,8 +120,8 @@ class Quality:
         self.expected: float | None = None  # seconds of the next measurement
         self.told = False
         self.sampler, self.steps = sampler_and_steps(run)
-        if callable(self.sampler) and "." in run.cfg.sampler:
-            _try_sampler(run)
+        if self.sampler not in SAMPLERS and self.sampler not in SAMPLERS.values():
+            _try_sampler(run, self.sampler, self.steps)
         if run.cfg.metric_period:
             self.evaluation = self._evaluation()
             self.metrics = {name: build_metric(name, self.evaluation, KEYS["metrics"]) for name in run.cfg.metrics}
