@@ -20,7 +20,8 @@ from mistakes import Mistake, as_mistake, one_line
 
 FORMAT = "pytorch-gaussian-diffusion"
 VERSION = 1
-ABOUT_MODEL = ("config", "shape", "class_names", "class_counts", "cluster_centres", "train_images", "step", "epoch")
+ABOUT_MODEL = ("config", "shape", "class_names", "class_counts", "conditions", "cluster_centres", "train_images")
+ABOUT_MODEL += ("step", "epoch")
 PLAIN = (type(None), bool, int, float, str, torch.Tensor)
 MAX_VALUES = 2**28  # in the images worked on at a time: 1 GiB of float32
 # What torch.save writes of tensors and plain values; what torch allows beyond that may ask for any amount of memory.

@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -62,6 +63,7 @@ class ImageDataset(Dataset):
 
     labels      long tensor [N] of class numbers from 0, or None where there are none
     class_names the name of each class, in the order of its number, or None
+    conditions  {name: tensor [N, ...]}: what a network is told of image i besides its label, by net(xt, t, name=tensor[i])
     centres     [clusters, n] where the classes are clusters (`give_clusters`), or None
     shape       [C, H, W] of every image, after the pipeline
     flips       (dimension, probability) of each flip that to_float does
@@ -71,6 +73,7 @@ class ImageDataset(Dataset):
 
     labels: Tensor | None = None
     class_names: list[str] | None = None
+    conditions: Mapping[str, Tensor] = MappingProxyType({})
     centres: Tensor | None = None
     is_random = False
 
@@ -90,6 +93,14 @@ class ImageDataset(Dataset):
             found = first.dtype if isinstance(first, Tensor) else f"a {type(first).__name__}"
             raise Mistake(f"{type(self).__name__}: pixels(0) is {found}: must be a uint8 tensor, of which to_float makes x_0")
         self.shape = first.shape
+
+    def condition(self, n_classes: int | None) -> dict[str, Tensor]:
+        """What a network is told of the images, [N, ...] each: their labels, if it has classes, and their conditions."""
+        condition = ({} if n_classes is None else {"label": self.labels}) | dict(self.conditions)
+        for name, rows in condition.items():
+            if len(rows) != len(self):
+                raise Mistake(f"{type(self).__name__} has {len(rows)} rows of {name} for {len(self)} images")
+        return condition
 
     def name_of(self, i: int) -> str:
         """What to call image i in a message."""
@@ -289,6 +300,11 @@ def small_images(images: ImageDataset) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
+def rows_of(condition: Mapping[str, Tensor], rows: Tensor | slice, device: str | torch.device | None = None) -> dict:
+    """These rows of each tensor of a condition, on the device."""
+    return {name: values[rows].to(device) for name, values in condition.items()}
+
+
 def find_clusters(images: ImageDataset, count: int) -> None:
     """Make `count` clusters of alike images their classes, by scikit-learn's MiniBatchKMeans.
 
@@ -332,6 +348,10 @@ def check_dataset(images: ImageDataset, where: str) -> None:
     labels, count = images.labels, len(images)
     if labels is not None and (getattr(labels, "dtype", None) != torch.long or labels.shape != (count,)):
         raise Mistake(f"{where}: labels must be a long tensor [{count}], the number of each image's class, or None")
+    for name, values in images.conditions.items():
+        if name == "label" or not isinstance(values, Tensor) or values.shape[:1] != (count,):
+            found = list(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            raise Mistake(f"{where}: conditions[{name!r}] is {found}: must be a tensor of {count} rows, and no label")
     names = images.class_names
     if names is not None and (type(names) not in (list, tuple) or any(type(name) is not str for name in names)):  # nor numpy's
         raise Mistake(f"{where}: class_names must be a list of plain str, or None")

@@ -22,7 +22,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple, get_args
@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from checkpoint import MAX_VALUES, about_model, diffusion_of, load_diffusion, save
 from classify import Weighting
 from config import check_shape, find, with_data
-from dataset import ImageDataset
+from dataset import ImageDataset, rows_of
 from evaluation.edits import Edit
 from evaluation.metrics import METRICS, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, plain, save_gif, save_png
 from evaluation.report import Report, Sampled
-from evaluation.sampling import Drawn, draw, evenly, labels_by_row, labels_in_shares
+from evaluation.sampling import Drawn, condition_by_row, condition_of, draw, evenly, labels_in_shares
 from files import as_json, whole_file
 from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
@@ -67,11 +67,11 @@ class Job(NamedTuple):
     path: Path  # of the checkpoint
     shape: list[int]  # of a sample, [C, H, W]
     options: dict  # of diffusion.trajectory
-    labels: Tensor | None  # [n]
+    condition: Mapping[str, Tensor]  # n rows each
     columns: int | None  # of the grid, with a row a class
 
 
-def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, config: dict) -> None:
+def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, config: dict, conditions: list[str]) -> None:
     """Fill in the flags whose default depends on --report, and --class.
 
     A report has a row a class, but for clusters, of which no one knows what they are. Samples of those, and of a network that
@@ -81,7 +81,7 @@ def set_defaults(args: argparse.Namespace, T: int, n_classes: int | None, config
         if getattr(args, name) is None and not ("timesteps" in name and value is not None and value >= T):
             setattr(args, name, value)
     clusters = config["dataset"].get("clusters")
-    if args.label is not None or not n_classes or any(getattr(args, kind) for kind in EDITS):
+    if args.label is not None or not n_classes or conditions or any(getattr(args, kind) for kind in EDITS):
         return
     if args.report and args.n >= n_classes and not clusters:
         args.label = "all"
@@ -122,14 +122,14 @@ def save_pictures(folder: Path, drawn: Drawn, shown: list[int], columns: int | N
 
 
 def save_arrays(path: Path, drawn: Drawn, shown: list[int], job: Job) -> None:
-    """The numbers of what is drawn: samples [n, ...] in [-1, 1], their labels [n]; and of the samples `pictured` the states
-    [pictures, frames, ...] at the times [frames].
+    """The numbers of what is drawn: samples [n, ...] in [-1, 1], their labels [n] and other conditions; and of the samples
+    `pictured` the states [pictures, frames, ...] at the times [frames].
     """
     times = [*job.diffusion.steps(job.options["timesteps"], job.options["sampler"]), 0]
     at = evenly(drawn.strips.shape[1], len(times))
     arrays = {"samples": drawn.samples, "states": drawn.strips, "pictured": torch.tensor(shown)}
     arrays |= {"times": torch.tensor(times)[at]}
-    arrays |= {} if job.labels is None else {"labels": job.labels}
+    arrays |= {"labels" if name == "label" else f"condition_{name}": rows for name, rows in job.condition.items()}
     with whole_file(path) as file:
         np.savez(file, **{name: array.numpy() for name, array in arrays.items()})
     print(f"{path}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")
@@ -146,12 +146,11 @@ def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path) 
         save(target, about_model(state) | {"ema": evaluation.diffusion.state_dict(), "fitted": count})
 
 
-def set_speed(diffusion: nn.Module, x0: Tensor, asked: str, compiled: bool, ranks: Ranks) -> str:
+def set_speed(job: Job, x0: Tensor, asked: str, compiled: bool, ranks: Ranks) -> str:
     """The precision to sample images like x0 in; the network is compiled if that is asked for."""
+    diffusion, condition = job.diffusion, rows_of(job.condition, slice(len(x0)), x0.device)
     speed.channels_last(diffusion)
     speed.set_flags(asked)
-    has_classes = getattr(diffusion.time_aware_net, "n_classes", None) is not None
-    condition = {"label": torch.zeros(len(x0), dtype=torch.long, device=x0.device)} if has_classes else {}
     precision = speed.choose_precision(asked, speed.probe_call(diffusion, x0, condition), ranks, "--precision")
     speed.set_flags(precision)
     if compiled:
@@ -162,28 +161,28 @@ def set_speed(diffusion: nn.Module, x0: Tensor, asked: str, compiled: bool, rank
 
 def labels_of(
     name: str | None, n: int, n_classes: int | None, class_names: list[str] | None, counts: list[int] | None
-) -> tuple[Tensor | None, int | None]:
-    """The labels [n] that --class asks for, by number or by name or all in turn, and the columns of the grid; None without.
+) -> tuple[dict[str, Tensor], int | None]:
+    """The labels [n] that --class asks for, by number or by name or all in turn, and the columns of the grid; none without.
 
     counts are those of the training images of each class.
     """
     if name is None:
-        return None, None
+        return {}, None
     if n_classes is None:
         raise Mistake(f"--class {name}: this network has no classes")
     if name == "all":
         if n < n_classes:
             raise Mistake(f"-n {n}: --class all needs at least one sample for each of the {n_classes} classes")
-        return labels_by_row(n_classes, n, max_rows=n_classes)
+        return condition_by_row(n_classes, n, max_rows=n_classes)
     if name == "data":
         if counts is None:
             raise Mistake("--class data: the checkpoint is older, and does not say how many images of each class there were")
-        return labels_in_shares(counts, n)[torch.randperm(n, generator=torch.Generator().manual_seed(0))], None
+        return {"label": labels_in_shares(counts, n)[torch.randperm(n, generator=torch.Generator().manual_seed(0))]}, None
     number = class_names.index(name) if class_names and name in class_names else int(name) if name.isdecimal() else -1
     if not 0 <= number < n_classes:
         known = f", be one of {', '.join(class_names)}" if class_names else ""
         raise Mistake(f"--class {name}: must lie in 0..{n_classes - 1}{known}, or be all or data")
-    return torch.full((n,), number), None
+    return {"label": torch.full((n,), number)}, None
 
 
 def _kind(diffusion: nn.Module, state: dict) -> tuple:
@@ -238,7 +237,7 @@ def edit_images(args: argparse.Namespace, edit: Edit, job: Job) -> None:
     speed.set_flags("fp32")
     heeded = ("timesteps", "clip_x0", "sampler") if edit.kind == "from" else ("timesteps", "clip_x0")
     how = {name: job.options[name] for name in heeded}
-    samples = edit.samples(job.diffusion, args.n, args.batch_size, args.seed, job.labels, **how)
+    samples = edit.samples(job.diffusion, args.n, args.batch_size, args.seed, job.condition, **how)
     save_edited(job.path.with_name(f"{job.path.stem}_{edit.kind}"), edit.picture(), samples)
 
 
@@ -289,8 +288,8 @@ def job_of(args: argparse.Namespace, ema_length: float | None, weight: float | N
     """Load the model, and check what the flags ask of its samples."""
     diffusion, state, path = load_model(args, ema_length, ranks)
     diffusion.to(ranks.device)
-    n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
-    set_defaults(args, diffusion.T, n_classes, state["config"])
+    n_classes, conditions = getattr(diffusion.time_aware_net, "n_classes", None), state.get("conditions") or []
+    set_defaults(args, diffusion.T, n_classes, state["config"], conditions)
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
     count = args.n if args.interpolate else min(args.n, args.batch_size)
     if count * math.prod(shape) > MAX_VALUES:
@@ -302,12 +301,15 @@ def job_of(args: argparse.Namespace, ema_length: float | None, weight: float | N
     options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
+    if conditions and (args.label is not None or any(getattr(args, kind) for kind in EDITS)):
+        names = ", ".join(conditions)
+        raise Mistake(f"this network is told {names}: its samples are by valid images, and neither of a --class nor edits")
     labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"), state.get("class_counts"))
-    if n_classes and labels is None and not state["config"]["train_cfg"]["label_dropout"]:
+    if n_classes and not (labels or conditions or state["config"]["train_cfg"]["label_dropout"]):
         raise Mistake("--class: the network was trained with train_cfg.label_dropout = 0, and knows nothing without a label")
     if weight is not None:
         guide(diffusion, state, weight, args.interval, args.guide)
-        if labels is None and not args.guide:
+        if not (labels or (conditions and n_classes) or args.guide):
             raise Mistake("--guidance: exaggerates a class; add --class (a number, a name, all or data), or --guide WEAKER")
     return Job(diffusion, state, path, shape, options, labels, columns)
 
@@ -321,6 +323,8 @@ def run(
     """
     job = job_of(args, ema_length, weight, ranks)
     edit, evaluation = edit_of(args, job.shape, ranks), evaluation_of(args, job, ranks, datasets)
+    if job.state.get("conditions"):
+        job = job._replace(condition=condition_of(evaluation.dataset("valid"), evaluation.n_classes, args.n))
     metrics = {name: build_metric(name, evaluation, "--metrics") for name in args.metrics}
     check_writable(job.path.parent)
     if ema_length is not None and ranks.rank == 0:
@@ -334,7 +338,7 @@ def run(
         chain = [*job.diffusion.steps(*steps), 0], job.diffusion.network_calls(*steps)  # first: a sampler of one's own may fail
         report = Report(evaluation, metrics, job.path, job.state, args.command)
     x0 = job.diffusion.x0_of(torch.zeros(min(args.n, args.batch_size, speed.PROBE_ROWS), *job.shape, device=ranks.device))
-    precision = set_speed(job.diffusion, x0, args.precision, args.compile, ranks)
+    precision = set_speed(job, x0, args.precision, args.compile, ranks)
     shown, columns = pictured(args, evaluation.n_classes, job.columns)
     with speed.autocast(ranks.device, precision):
         if args.fit_variance:
@@ -343,11 +347,11 @@ def run(
         how = job.options | {name: getattr(args, name) for name in ("batch_size", "seed", "frames")}
         start = time.perf_counter()
         with as_mistake():  # of a sampler of one's own
-            drawn = draw(job.diffusion, args.n, job.shape, **how, pictures=shown, labels=job.labels, ranks=ranks)
+            drawn = draw(job.diffusion, args.n, job.shape, **how, pictures=shown, condition=job.condition, ranks=ranks)
         seconds = time.perf_counter() - start
     if bad := int((~drawn.samples.isfinite()).sum()):  # of all samples on rank 0, which the other ranks need not hear of
         raise Mistake(f"--sampler {args.sampler}: {bad} values of the samples are not finite")
-    evaluation.samples, evaluation.labels = drawn.samples, job.labels
+    evaluation.samples, evaluation.condition = drawn.samples, job.condition
     weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
     folder = job.path.with_name(f"{job.path.stem}{weight_name}_gen")
     if ranks.rank == 0:
@@ -359,7 +363,7 @@ def run(
     settings |= {"step": job.state.get("step"), "precision": precision}
     results = measure(metrics, folder / "metrics.json", settings, precision, ranks)
     if report and ranks.rank == 0:
-        sampled = Sampled(drawn, job.labels, columns, *chain, seconds, in_words(args, precision, weight))
+        sampled = Sampled(drawn, evaluation.labels, columns, *chain, seconds, in_words(args, precision, weight))
         report.write(folder / "report.html", sampled, results)
     first = args.metrics[0] if args.metrics and ranks.rank == 0 else None
     return results[first].get(getattr(metrics[first], "figure", None)) if first in results else None

@@ -19,9 +19,11 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +31,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config import build_dataset, build_diffusion, build_train_config, load_config
+from dataset import rows_of
 from evaluation.while_training import Quality, first_picture, save_samples, valid_loss
 from mistakes import OneLineParser, run_script
 from training import speed
 from training.averages import Averages
-from training.batches import Batches, drop_labels
+from training.batches import Batches, drop_labels, parts_of
 from training.checks import bad_numbers, check_fit, check_ranks, check_resume, check_settings
 from training.graph import launcher
 from training.loggers import Loggers
@@ -111,8 +114,9 @@ class Trainer:
         check_fit(self, images)
         self.shape, self.class_names = images["train"].shape, images["train"].class_names
         self.class_counts = self.n_classes and images["train"].labels.bincount(minlength=self.n_classes).tolist()
-        self.train_data = Batches(images["train"], cfg, self.ranks, shuffle=True, check_signals=self.stopper.check)
-        self.valid_data = Batches(images["valid"], cfg, self.ranks, False, cfg.valid_images, self.stopper.check)
+        how = {"n_classes": self.n_classes, "check_signals": self.stopper.check}
+        self.train_data = Batches(images["train"], cfg, self.ranks, shuffle=True, **how)
+        self.valid_data = Batches(images["valid"], cfg, self.ranks, shuffle=False, max_images=cfg.valid_images, **how)
         self.total_steps = min(cfg.epochs * self.train_data.steps, cfg.max_steps or math.inf)
         self.model.to(self.device)
         speed.channels_last(self.model)
@@ -133,31 +137,26 @@ class Trainer:
 
     # Training
 
-    def condition(self, labels: Tensor | None) -> dict[str, Tensor]:
-        """What the network gets besides x_t and t."""
-        return {} if self.n_classes is None else {"label": labels}
-
-    def train_step(self, pixels: Tensor, labels: Tensor | None = None) -> None:
+    def train_step(self, pixels: Tensor, condition: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """One update of the weights from this rank's share of a batch. Waits for nothing on the device."""
         torch.manual_seed(mixed_seed(STEP, self.cfg.seed, self.ranks.rank, self.step))
-        self.x0, self.norm = self.work(pixels, labels)
+        self.condition = condition
+        self.x0, self.norm = self.work(pixels, *condition.values())
         self.scheduler.step()
         self.step += 1
         self.averages.update(self.step)
 
-    def _work(self, pixels: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _work(self, pixels: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
         """What a step does on the device, but for the averages; CUDA may replay it (training/graph.py). x_0 and the norm."""
-        x0 = self.model.x0_of(self.train_data.images.to_float(pixels))
-        if self.n_classes is not None:
-            labels = drop_labels(labels, self.n_classes, self.cfg.label_dropout)
-        parts = x0.chunk(self.cfg.grad_accum)
-        labels = [None] * len(parts) if labels is None else labels.chunk(len(parts))
+        x0, condition = self.model.x0_of(self.train_data.images.to_float(pixels)), dict(zip(self.condition, rows, strict=True))
+        if "label" in condition:
+            condition["label"] = drop_labels(condition["label"], self.n_classes, self.cfg.label_dropout)
         loss, terms = torch.zeros((), device=self.device), []
-        for i, (part, part_labels) in enumerate(zip(parts, labels, strict=True)):
-            exchange = i == len(parts) - 1 or self.ranks.world == 1  # of gradients between ranks: once a step
+        for part in parts_of(len(x0), self.cfg.grad_accum):
+            exchange = part.stop == len(x0) or self.ranks.world == 1  # of gradients between ranks: once a step
             with nullcontext() if exchange else self.parallel.no_sync(), speed.autocast(self.device, self.cfg.precision):
-                part_loss = self.parallel(part, self.cfg.chunk_size, condition=self.condition(part_labels))
-                part_loss = part_loss * (len(part) / len(x0))
+                part_loss = self.parallel(x0[part], self.cfg.chunk_size, condition=rows_of(condition, part))
+                part_loss = part_loss * (len(x0[part]) / len(x0))
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
             terms.append(self.model.last_terms)
@@ -218,8 +217,8 @@ class Trainer:
         while self.step < self.total_steps:
             self.meter.restart()
             batches = self.train_data.epoch(*divmod(self.step, self.train_data.steps))
-            for pixels, labels in self.meter.timed(batches):
-                self.train_step(pixels, labels)
+            for pixels, condition in self.meter.timed(batches):
+                self.train_step(pixels, condition)
                 self.meter.images += len(pixels) * self.ranks.world
                 bar.update()
                 self._after_step(bar)

@@ -26,7 +26,7 @@ from config import build_dataset
 from dataset import ImageDataset, from_uint8, to_uint8
 from evaluation.features import cached_classifier
 from evaluation.metrics import frechet
-from evaluation.sampling import labels_by_row, sample
+from evaluation.sampling import condition_by_row, sample
 from gaussian_diffusion import GaussianDiffusion
 from guidance import ClassifierFreeGuidance
 
@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     path = ROOT / "models" / f"classifier_{name}_{args.classifier_seed}.pth"
     path.parent.mkdir(exist_ok=True)
     classifier = cached_classifier(path, images["train"], data["train"].labels, name, seed=args.classifier_seed)
-    labels, _ = labels_by_row(net.n_classes, args.n, max_rows=net.n_classes)
+    condition, _ = condition_by_row(net.n_classes, args.n, max_rows=net.n_classes)
+    labels = condition["label"]
     how = {"sampler": args.sampler, "timesteps": args.timesteps, "batch_size": args.batch_size}
     rows = []
 
@@ -76,9 +77,9 @@ def main(argv: list[str] | None = None) -> None:
         return frechet(samples.split(500), (from_uint8(x) for x in real.split(500)), classifier)["distance"]
 
     for weight in ("without", *args.weights):
-        asked = None if weight == "without" else labels
+        asked = {} if weight == "without" else condition
         diffusion.time_aware_net = net if asked is None else ClassifierFreeGuidance(net, weight)
-        samples = sample(diffusion, args.n, state["shape"], labels=asked, **how)
+        samples = sample(diffusion, args.n, state["shape"], condition=asked, **how)
         row = {"weight": weight, "classed as asked, %": None, "Fréchet distance": distance(samples, images["valid"])}
         pairs = [(samples[labels == c], images["valid"][data["valid"].labels == c]) for c in labels.unique()]
         if asked is None:

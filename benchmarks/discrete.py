@@ -65,9 +65,9 @@ def steps_in(config: dict, minutes: float) -> int:
     """How many training steps the core-minutes hold, by the processor time of twenty of them."""
     probe = Trainer(config, "cpu")
     seconds = []
-    for pixels, labels in probe.train_data.epoch(0):
+    for batch in probe.train_data.epoch(0):
         begin = time.process_time()
-        probe.train_step(pixels, labels)
+        probe.train_step(*batch)
         seconds.append(time.process_time() - begin)
         if len(seconds) == 20:
             break

@@ -1,13 +1,13 @@
 """Editing as `test.py` offers it: from image files to samples that keep something of them. `editing.py` has the mathematics."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dataset import from_uint8, read_image
+from dataset import from_uint8, read_image, rows_of
 from editing import edit, inpaint, interpolate, posterior_sample
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
@@ -70,23 +70,21 @@ class Edit:
         return torch.where(self.known > 0, x, 0) if self.kind == "inpaint" else x
 
     def samples(
-        self, diffusion: GaussianDiffusion, n: int, batch_size: int, seed: int, labels: Tensor | None, **options
+        self, diffusion: GaussianDiffusion, n: int, batch_size: int, seed: int, condition: Mapping[str, Tensor], **options
     ) -> Tensor:
         """n of them, [n, C, H, W] on the CPU. options: timesteps, clip_x0 and, where it has one, sampler."""
         if self.kind == "interpolate":
             a, b = (x.to(diffusion.signal_scale.device) for x in self.given)
-            condition = None if labels is None else {"label": labels[:1].to(a.device)}
-            return interpolate(diffusion, a, b, n, **options, condition=condition)[:, 0].cpu()
-        return torch.cat(list(self._batches(diffusion, n, batch_size, seed, labels, options)))
+            return interpolate(diffusion, a, b, n, **options, condition=rows_of(condition, slice(1), a.device))[:, 0].cpu()
+        return torch.cat(list(self._batches(diffusion, n, batch_size, seed, condition, options)))
 
-    def _batches(self, diffusion, n: int, batch_size: int, seed: int, labels: Tensor | None, options: dict) -> Iterator[Tensor]:
+    def _batches(self, diffusion, n: int, batch_size: int, seed: int, condition: Mapping, options: dict) -> Iterator[Tensor]:
         device = diffusion.signal_scale.device
         for first in range(0, n, batch_size):
             count = min(batch_size, n - first)
             given = self.given[0].to(device).expand(count, -1, -1, -1)
             generator = torch.Generator(device).manual_seed(mixed_seed(SAMPLING, seed, first))
-            condition = None if labels is None else {"label": labels[first : first + count].to(device)}
-            how = options | {"generator": generator, "condition": condition}
+            how = options | {"generator": generator, "condition": rows_of(condition, slice(first, first + count), device)}
             if self.kind == "inpaint":
                 drawn = inpaint(diffusion, given, self.known.to(device), **how)
             elif self.kind == "from":

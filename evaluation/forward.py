@@ -76,6 +76,7 @@ def describe(images: ImageDataset, process: DiffusionProcess) -> str:
     ]
     if process.n_levels:
         lines.append(f"each value the nearest of {process.n_levels} levels")
+    lines += [f"condition {name}: {list(rows.shape)}" for name, rows in images.conditions.items()]
     if images.labels is None:
         return "\n".join([*lines, "no classes"])
     names = _class_names(images)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from classify import ROUNDS, TRIALS, Weighting
 from config import build_dataset, check_shape, find
-from dataset import ImageDataset
+from dataset import ImageDataset, rows_of
 from diffusion_process import Bound
 from evaluation.features import (
     InceptionFeatures,
@@ -245,7 +245,7 @@ class Evaluation:
     classifier: str | None = None  # its file; None for one in models/, of this data set
     shape: Sequence[int] | None = None  # of a sample, [C, H, W]; None for that of the valid images
     samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
-    labels: Tensor | None = None  # [n], the class that each was asked to be, None without
+    condition: Mapping[str, Tensor] = field(default_factory=dict)  # that the samples were drawn by, n rows each
     check: Callable[[], object] = lambda: None  # called before each batch of images
     class_names: list[str] | None = None  # of the checkpoint, if it says them
     centres: Tensor | None = None  # of the clusters that are its classes
@@ -259,6 +259,11 @@ class Evaluation:
     @property
     def n_classes(self) -> int | None:
         return getattr(self.diffusion.time_aware_net, "n_classes", None)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """[n], the class that each sample was asked to be; None without."""
+        return self.condition.get("label")
 
     def dataset(self, split: str) -> ImageDataset:
         """The data set of a split; Mistake if its classes are not those that the network has learned."""
@@ -274,8 +279,8 @@ class Evaluation:
     def images(self, split: str, count: int | None = None, ranks: Ranks | None = None) -> Iterable[tuple[Tensor, dict]]:
         """Batches (images, condition) of `count` images spread evenly over a split, None for all.
 
-        Those of this rank, or of the ranks given. The condition holds their labels if the network has classes. Only images to
-        train on are flipped by chance: what is measured on others is the same every time.
+        Those of this rank, or of the ranks given. Only images to train on are flipped by chance: what is measured on others is
+        the same every time.
         """
         images, ranks = copy.copy(self.dataset(split)), ranks or self.ranks
         images.flips = images.flips if split == "train" else []
@@ -284,7 +289,7 @@ class Evaluation:
         for batch in tqdm(batches, desc=f"{split} images", unit="batch", leave=None, disable=ranks.rank > 0):
             self.check()
             x0 = images.to_float(torch.stack([images.fixed_pixels(i) for i in batch.tolist()])).to(ranks.device)
-            yield x0, {} if self.n_classes is None else {"label": images.labels[batch].to(ranks.device)}
+            yield x0, rows_of(images.condition(self.n_classes), batch, ranks.device)
 
 
 def build_extractor(e: Evaluation) -> nn.Module:
@@ -327,7 +332,8 @@ class BitsPerDimension:
         batches = e.images("valid", e.bpd_images)
         with as_mistake("dataset.valid: "):  # of a to_float of one's own that leaves [-1, 1]
             found, self.by_time = bits_by_time(e.diffusion, batches, e.bpd_timesteps, e.seed, e.ranks)
-        return found | ({} if e.n_classes is None else {"given": "class"})
+        given = ["class"] * (e.n_classes is not None) + list(e.dataset("valid").conditions)
+        return found | ({"given": ", ".join(given)} if given else {})
 
     @staticmethod
     def describe(found: dict[str, Any]) -> str:
@@ -389,7 +395,8 @@ class Accuracy:
             raise Mistake(f"{where}: this checkpoint is of symbols, and classes are told apart by numbers only")
         if evaluation.n_classes is None:
             raise Mistake(f"{where}: this network has no classes")
-        evaluation.dataset("valid")
+        if evaluation.dataset("valid").conditions:
+            raise Mistake(f"{where}: this network is told more of an image than its class")
         self.calls = ROUNDS * TRIALS * evaluation.n_classes  # of the network, for an image, at most
 
     def measure(self) -> dict[str, Any]:

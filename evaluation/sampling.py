@@ -1,12 +1,14 @@
 """Samples of a model in batches, each with a generator of its own: the same seed and batch size give the same samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataset import ImageDataset, rows_of
 from gaussian_diffusion import GaussianDiffusion
 from samplers import Sampler
 from training.ranks import Ranks
@@ -40,13 +42,13 @@ def draw(
     seed: int = 0,
     pictures: Sequence[int] = (),
     frames: int = 11,
-    labels: Tensor | None = None,
+    condition: Mapping[str, Tensor] = MappingProxyType({}),
     ranks: Ranks | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> Drawn:
     """n samples, and `frames` states of those numbered in pictures, ascending; all on rank 0 if ranks share the work out.
 
-    sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory. labels is long [n], one a sample.
+    sampler, timesteps, eta and clip_x0 are those of GaussianDiffusion.trajectory. A condition has n rows, one a sample.
     check is called after every step. Under another progress bar the one here leaves no trace.
     """
     device, ranks = next(diffusion.buffers()).device, ranks or Ranks("cpu", alone=True)
@@ -58,10 +60,8 @@ def draw(
         for first in batches:
             generator = torch.Generator(device).manual_seed(mixed_seed(SAMPLING, seed, first))
             count = min(batch_size, n - first)
-            condition = None if labels is None else {"label": labels[first : first + count].to(device)}
-            states = diffusion.trajectory(
-                (count, *shape), sampler, timesteps, eta, clip_x0, generator=generator, condition=condition
-            )
+            how = {"generator": generator, "condition": rows_of(condition, slice(first, first + count), device)}
+            states = diffusion.trajectory((count, *shape), sampler, timesteps, eta, clip_x0, **how)
             strip, animation, x = [], [], None
             rows = [i - first for i in pictures if first <= i < first + count]
             for i, (_, x) in enumerate(states):
@@ -77,18 +77,23 @@ def draw(
     return Drawn(*(torch.cat(parts) for parts in zip(*(part for _, part in drawn), strict=True)))
 
 
-def labels_by_row(n_classes: int | None, n: int, max_rows: int = 16) -> tuple[Tensor | None, int | None]:
-    """Labels [n] of a picture with a row a class, of the first max_rows, and the picture's columns; None without classes.
+def condition_of(images: ImageDataset, n_classes: int | None, n: int) -> dict[str, Tensor]:
+    """The condition of n images spread evenly over a data set, several times that of one where n is more."""
+    return rows_of(images.condition(n_classes), torch.arange(n) * len(images) // n)
+
+
+def condition_by_row(n_classes: int | None, n: int, max_rows: int = 16) -> tuple[dict[str, Tensor], int | None]:
+    """Labels [n] of a picture with a row a class, of the first max_rows, and the picture's columns; none without classes.
 
     What is left over after whole rows are samples of different classes, so that no class has two more than another.
     """
     if n_classes is None:
-        return None, None
+        return {}, None
     rows = min(n_classes, max_rows)
     columns = max(1, n // rows)
     whole = torch.arange(min(n, rows * columns)) // columns
     rest = torch.arange(n - len(whole)) * rows // max(1, n - len(whole))  # too few for one more of each: of different classes
-    return torch.cat([whole, rest]), columns
+    return {"label": torch.cat([whole, rest])}, columns
 
 
 def labels_in_shares(counts: Sequence[int], n: int, offset: float = 0.5) -> Tensor:

@@ -14,9 +14,10 @@ from types import FunctionType
 import torch
 
 from config import find
+from dataset import rows_of
 from evaluation.metrics import METRICS, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, save_png
-from evaluation.sampling import draw, evenly, labels_by_row
+from evaluation.sampling import condition_by_row, condition_of, draw, evenly
 from mistakes import Mistake, as_mistake
 from samplers import SAMPLERS, Sampler
 from training import speed
@@ -38,11 +39,11 @@ def valid_loss(run) -> float:
     """Mean loss on the validation set, over all ranks, with the same t and eps every time."""
     run.ranks.copy_first(run.averages.buffers())  # which are saved
     total, count = torch.zeros((), device=run.device), 0
-    for i, (pixels, labels) in enumerate(run.valid_data.epoch(0)):
+    for i, (pixels, condition) in enumerate(run.valid_data.epoch(0)):
         run.stopper.check()
         torch.manual_seed(mixed_seed(VALIDATION, run.cfg.seed, run.ranks.rank, i))
         x0 = run.ema.x0_of(run.valid_data.images.to_float(pixels))
-        total += run.ema(x0, run.cfg.chunk_size, condition=run.condition(labels)) * len(pixels)
+        total += run.ema(x0, run.cfg.chunk_size, condition=condition) * len(pixels)
         count += len(pixels)
     total, count = run.ranks.sum(torch.stack([total, torch.full_like(total, count)])).tolist()
     if not math.isfinite(total) and run.ranks.rank == 0:
@@ -62,19 +63,21 @@ def sampler_and_steps(run) -> tuple[str | Sampler, int]:
 @torch.no_grad()
 def _try_sampler(run, sampler: Sampler, steps: int) -> None:
     """Draw one sample by a sampler of one's own: what it does wrong is to be known before the first step."""
-    condition = run.condition(torch.zeros(1, dtype=torch.long, device=run.device))
     with torch.random.fork_rng(devices=[]), speed.autocast(run.device, run.cfg.precision), as_mistake("train_cfg.sampler: "):
-        run.ema.sample((1, *run.shape), sampler, steps, clip_x0=True, condition=condition)
+        run.ema.sample((1, *run.shape), sampler, steps, clip_x0=True, condition=run.train_data.example(1))
 
 
 def save_samples(run, path: Path) -> None:
-    """Samples from the same noise every time, of which each rank draws its share: a row a class, of the first 16.
+    """Samples from the same noise every time, of which each rank draws its share: a row a class, of the first 16; or where the
+    data have conditions, samples by those of valid images.
 
     With train_cfg.loggers also the way of the first ones from x_T to x_0, beside path as NAME_strip.png.
     """
     share = math.ceil(SAMPLES / run.ranks.world)
-    labels, columns = labels_by_row(run.n_classes, share * run.ranks.world)
-    condition = run.condition(None if labels is None else labels.split(share)[run.ranks.rank].to(run.device))
+    condition, columns = condition_by_row(run.n_classes, share * run.ranks.world)
+    if run.valid_data.images.conditions:
+        condition, columns = condition_of(run.valid_data.images, run.n_classes, share * run.ranks.world), None
+    condition = rows_of(condition, slice(run.ranks.rank * share, (run.ranks.rank + 1) * share), run.device)
     generator = torch.Generator(run.device).manual_seed(mixed_seed(PICTURE, run.cfg.seed, run.ranks.rank))
     how = {"clip_x0": True, "generator": generator, "condition": condition}
     states = []
@@ -160,7 +163,7 @@ class Quality:
             results[name] = found
             if self.run.ranks.rank == 0:
                 log.info(self.metrics[name].describe(found))
-        self.evaluation.samples = self.evaluation.labels = None
+        self.evaluation.samples, self.evaluation.condition = None, {}
         self._note_best(results)
         self.expected = time.monotonic() - begin
         self.seconds += self.expected
@@ -173,19 +176,17 @@ class Quality:
         self.best_fd = distance if distance < self.best_fd else self.best_fd  # min() may keep a nan
 
     def _draw(self, n: int) -> bool:
-        """Give the evaluation n samples, all on rank 0. Of a network with classes, each has the label of a valid image.
+        """Give the evaluation n samples, all on rank 0, each with the condition of a valid image.
 
         True, with a warning, where they are not finite: nothing can be measured of them then, and training goes on.
         """
-        run, labels = self.run, None
-        if run.n_classes is not None:
-            known = run.valid_data.images.labels
-            labels = known[torch.arange(n) * len(known) // n]
+        run = self.run
+        condition = condition_of(run.valid_data.images, run.n_classes, n)
         how = {"timesteps": self.steps, "batch_size": BATCH_SIZE, "seed": run.cfg.seed}
-        how |= {"labels": labels, "ranks": run.ranks, "check": self.evaluation.check}
+        how |= {"condition": condition, "ranks": run.ranks, "check": self.evaluation.check}
         with speed.autocast(run.device, run.cfg.precision):
             drawn = draw(run.ema, n, run.shape, self.sampler, **how)
-        self.evaluation.samples, self.evaluation.labels = drawn.samples, labels
+        self.evaluation.samples, self.evaluation.condition = drawn.samples, condition
         bad = run.ranks.largest(float(not drawn.samples.isfinite().all())) > 0
         if bad and run.ranks.rank == 0:
             log.warning(f"samples at step {run.step} are not finite: the metrics that look at them are left out")

@@ -15,7 +15,7 @@ import test as sampling
 import train
 from dataset import Digits
 from evaluation.metrics import METRICS
-from evaluation.sampling import labels_by_row
+from evaluation.sampling import condition_by_row
 
 CLASSES = ("time_aware_net.kwargs.n_classes=10", "dataset.train.pipeline=[]", "dataset.valid.pipeline=[]")
 CLASSES += ("train_cfg.lr=0.05", "train_cfg.warmup_steps=0", "train_cfg.ema_decay=0.5")  # so that eight steps show
@@ -287,7 +287,7 @@ def test_a_network_of_other_classes_cannot_guide(run, tmp_path, capsys):
 def test_a_network_that_never_went_without_a_label_gets_one(tmp_path, run, capsys, monkeypatch):
     seen, drawn = [], sampling.draw
     assert train.main(classes(tmp_path / "a", "train_cfg.max_steps=1", "train_cfg.label_dropout=0")) == 0
-    monkeypatch.setattr(sampling, "draw", lambda *args, **more: seen.append(more["labels"]) or drawn(*args, **more))
+    monkeypatch.setattr(sampling, "draw", lambda *args, **more: seen.append(more["condition"]["label"]) or drawn(*args, **more))
     assert draw(tmp_path / "a", "-n", "50") == 0
     counts = checkpoint.load(tmp_path / "a" / "last.pth")["class_counts"]
     assert (torch.bincount(seen[0], minlength=10) - 50 * torch.tensor(counts) / sum(counts)).abs().max() < 1
@@ -347,17 +347,17 @@ def test_classes_that_are_not_the_data_sets_are_refused(settings, words, tmp_pat
 
 
 def test_a_picture_of_all_classes_has_every_one_of_them():
-    labels, columns = labels_by_row(40, 80, max_rows=40)
+    condition, columns = condition_by_row(40, 80, max_rows=40)
     assert columns == 2
-    assert labels.tolist() == [i // 2 for i in range(80)]
-    labels, columns = labels_by_row(40, 64)  # while training: the first sixteen
+    assert condition["label"].tolist() == [i // 2 for i in range(80)]
+    condition, columns = condition_by_row(40, 64)  # while training: the first sixteen
     assert columns == 4
-    assert labels.unique().tolist() == list(range(16))
+    assert condition["label"].unique().tolist() == list(range(16))
 
 
 @pytest.mark.parametrize(("n_classes", "n"), [(10, 16), (100, 160), (10, 199), (7, 129), (3, 2)])
 def test_no_class_is_asked_for_much_oftener_than_another(n_classes, n):
-    labels, _ = labels_by_row(n_classes, n, max_rows=n_classes)
+    labels = condition_by_row(n_classes, n, max_rows=n_classes)[0]["label"]
     counts = labels.bincount(minlength=n_classes)
     assert len(labels) == n
     assert counts.max() - counts.min() <= 1

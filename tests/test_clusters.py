@@ -161,9 +161,9 @@ def test_centres_that_are_not_of_the_images_are_one_line(run, centres, tmp_path,
 def test_samples_are_of_the_clusters_in_their_shares_unless_a_class_is_named(run, monkeypatch):
     seen, drawn = [], sampling.draw
 
-    def listening(*args, labels=None, **more):
-        seen.append(labels)
-        return drawn(*args, labels=labels, **more)
+    def listening(*args, condition, **more):
+        seen.append(condition["label"])
+        return drawn(*args, condition=condition, **more)
 
     monkeypatch.setattr(sampling, "draw", listening)
     for flags in ([], ["--class", "3"], ["--report"]):

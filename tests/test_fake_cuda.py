@@ -212,24 +212,24 @@ def test_a_step_is_recorded_once_it_has_run_a_few_times_with_such_a_batch(graph)
     optimizer = torch.optim.Adam([weight], lr=0.25)
     ran = []
 
-    def step(pixels: Tensor, labels: Tensor | None) -> int:
-        ran.append((len(pixels), labels, optimizer.param_groups[0]["lr"].item()))
+    def step(pixels: Tensor, labels: Tensor) -> int:
+        ran.append((len(pixels), len(labels), optimizer.param_groups[0]["lr"].item()))
         return len(ran)
 
     launcher = Launcher(step, optimizer, record=True)
     for rows in (8, 3, 8, 8):  # 3 is a short last batch
-        launcher(torch.full((rows,), 1.0), None)
+        launcher(torch.full((rows,), 1.0), torch.zeros(rows))
     assert launcher.graph is None
     optimizer.param_groups[0]["lr"] = 0.5
-    launcher(torch.full((8,), 2.0), None)
+    launcher(torch.full((8,), 2.0), torch.zeros(8))
     assert [row[0] for row in ran] == [8, 3, 8, 8, 8]
     assert [row[2] for row in ran] == [0.25, 0.25, 0.25, 0.25, 0.5]
     assert launcher.graph.replays == 1
-    assert launcher(torch.full((8,), 3.0), None) == 5  # what the recorded call returned, which a replay fills anew
-    assert launcher(torch.full((3,), 4.0), None) == 6
+    assert launcher(torch.full((8,), 3.0), torch.full((8,), 7.0)) == 5  # of the recorded call, and filled anew
+    assert launcher(torch.full((3,), 4.0), torch.zeros(3)) == 6
     assert launcher.graph.replays == 2
     assert [row[0] for row in ran[5:]] == [3]
-    assert launcher.inputs[0].tolist() == [3.0] * 8  # what the second replay reads
+    assert [x.tolist() for x in launcher.inputs] == [[3.0] * 8, [7.0] * 8]  # what the second replay reads
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert gc.isenabled()
 
@@ -259,8 +259,8 @@ def test_a_rate_on_the_device_trains_as_a_number_does(optimizer, tmp_path):
         if launched:
             run.work = Launcher(work, run.optimizer, record=False)
             run.optimizer.load_state_dict(run.optimizer.state_dict())  # as a run that is resumed does: its groups are others
-        for pixels, labels in run.train_data.epoch(0):
-            run.train_step(pixels, labels)
+        for batch in run.train_data.epoch(0):
+            run.train_step(*batch)
         weights.append(torch.cat([p.detach().flatten() for p in run.parameters]))
     assert (weights[1] - weights[0]).norm() < 1e-5 * weights[0].norm()
     assert [rate.dtype for rate in seen] == 4 * [torch.float32]
@@ -298,8 +298,8 @@ def test_an_epoch_compiles_the_network_once_and_not_for_its_short_last_batch(tmp
     speed.compile_for(run.model.time_aware_net, 512, backend=counter, fullgraph=True)
     compiled = []
     for epoch in (0, 1):
-        for pixels, labels in run.train_data.epoch(epoch):
-            run.train_step(pixels, labels)
-            compiled.append((len(pixels), counter.frame_count))
+        for batch in run.train_data.epoch(epoch):
+            run.train_step(*batch)
+            compiled.append((len(batch[0]), counter.frame_count))
     assert compiled == 2 * [(512, 1), (512, 1), (512, 1), (81, 1)]
     assert copy.deepcopy(run.model).time_aware_net._compiled_call_impl is None

@@ -245,6 +245,7 @@ class Numbered(ArrayDataset):
     def __init__(self, count: int, pipeline=()):
         self.opened = 0
         levels = np.arange(count, dtype=np.uint8)
+        self.conditions = {"far": torch.from_numpy(np.stack([levels / 2, -levels], 1, dtype=np.float32, casting="unsafe"))}
         super().__init__(np.broadcast_to(levels[:, None, None], (count, 4, 4)), levels.astype(int) ** 2 % 7, pipeline)
 
     def image(self, i: int) -> Image.Image:
@@ -258,15 +259,17 @@ def batches(
     ranks = Ranks("cpu", alone=True)
     ranks.rank, ranks.world = rank, world
     cfg = TrainConfig(epochs=1, lr=1e-3, model_save_dirpath="run", **{"batch_size": 12, "num_workers": 0} | cfg)
-    return Batches(Numbered(count, pipeline), cfg, ranks, shuffle, max_images)
+    return Batches(Numbered(count, pipeline), cfg, ranks, shuffle, max_images, n_classes=7)
 
 
 def numbers(batch) -> list[int]:
     """The numbers of a batch's images, whose labels are seen to be theirs."""
-    pixels, labels = batch
-    assert labels.dtype == torch.long
+    pixels, condition = batch
     found = pixels.amax((1, 2, 3)).long()
-    assert torch.equal(labels, found**2 % 7)
+    assert condition.keys() == {"label", "far"}
+    assert torch.equal(condition["far"], torch.stack([found / 2, -found.float()], 1))
+    assert condition["label"].dtype == torch.long
+    assert torch.equal(condition["label"], found**2 % 7)
     return found.tolist()
 
 
@@ -411,7 +414,6 @@ def trained(diffusion, label_dropout=0.1, n_classes=None):
         config={"time_aware_net": {"kwargs": {"n_classes": n_classes}}},
         cfg=SimpleNamespace(label_dropout=label_dropout),
         folder=SimpleNamespace(path=Path("models/elsewhere")),
-        condition=lambda labels: {} if known is None else {"label": labels},
     )
 
 
@@ -457,10 +459,6 @@ def test_a_network_that_takes_labels_and_gets_none_is_told(caplog):
     run = trained(GaussianDiffusion(LinearSchedule(1000), Labelled()))
     check_fit(run, {"train": Numbered(9), "valid": Numbered(9)})
     assert "takes a label, and gets none, since it has no attribute n_classes" in caplog.text
-    caplog.clear()
-    run.condition = lambda labels: {"label": labels}  # of a Trainer of one's own
-    check_fit(run, {"train": Numbered(9), "valid": Numbered(9)})
-    assert "takes a label" not in caplog.text
 
 
 class Shifting(nn.Module):
@@ -514,45 +512,18 @@ def test_a_network_that_writes_into_what_it_is_given_is_refused(net):
         check_fit(trained(diffusion), {"train": Numbered(9), "valid": Numbered(9)})
 
 
-class Marked(nn.Module):
-    """A network that asks for a condition which is no label."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, xt, t, mark):
-        return self.scale * xt + mark
-
-
-def test_a_trainer_with_a_condition_of_its_own_has_its_network_tried_with_that(tmp_path, monkeypatch):
-    class Own(train.Trainer):
-        def condition(self, labels):
-            return {"mark": torch.ones(1, device=self.device)}
-
-    monkeypatch.setattr(train, "build_diffusion", lambda config: GaussianDiffusion(LinearSchedule(20), Marked()))
-    argv = tiny(tmp_path / "run", "train_cfg.max_steps=1", "train_cfg.sample_period=0")
-    trainer = Own(config.load_config(argv[0], argv[argv.index("--set") + 1 :]), "cpu")
-    trainer.run()
-    assert trainer.step == 1
-    argv = tiny(tmp_path / "other")
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'mark'"):
-        train.Trainer(config.load_config(argv[0], argv[argv.index("--set") + 1 :]), "cpu")
-
-
-def test_a_data_set_without_labels_has_batches_without():
+def test_a_network_without_classes_has_batches_without_labels():
     for cfg in ({}, {"cache_gb": 0.0}):
         data = batches(**cfg)
-        data.images.labels = None
         data = Batches(data.images, data.cfg, data.ranks, True)
-        assert [labels for _, labels in data.epoch(0)] == [None] * 5
+        assert [list(condition) for _, condition in data.epoch(0)] == [["far"]] * 5
 
 
 def test_fewer_labels_than_images_are_refused():
     data = batches()
     data.images.labels = data.images.labels[:-1]
-    with pytest.raises(Mistake, match=r"^Numbered has 49 labels for 50 images"):
-        Batches(data.images, data.cfg, data.ranks, True)
+    with pytest.raises(Mistake, match=r"^Numbered has 49 rows of label for 50 images"):
+        Batches(data.images, data.cfg, data.ranks, True, n_classes=7)
 
 
 # Configs
@@ -613,5 +584,5 @@ def test_a_network_that_asks_for_labels_is_probed_with_some_and_keeps_its_buffer
     assert torch.equal(net.norm.running_mean, torch.zeros(1))
     trainer.run()
     assert net.norm.num_batches_tracked == trainer.ema.time_aware_net.norm.num_batches_tracked == 1
-    trainer.x0, trainer.norm = torch.zeros(6, 1, 4, 4), torch.tensor(1.0)
+    trainer.x0, trainer.norm, trainer.condition = torch.zeros(6, 1, 4, 4), torch.tensor(1.0), trainer.train_data.example(6)
     assert "gradient norm 1" in str(bad_numbers(trainer))

@@ -234,12 +234,12 @@ for part in ("uses_model", "measure", "describe"):
 
 @pytest.mark.parametrize("part", ["uses_model", "measure", "describe"])
 def test_a_metric_that_lacks_a_part_is_refused_before_the_first_step_and_the_first_sample(part, measured, here, capsys):
-    (here / "my_parts.py").write_text(PART)
-    name, before = f"my_parts.without_{part}", {path: path.stat().st_mtime_ns for path in measured.rglob("*")}
-    assert train.main(tiny(here / "lacking", *OFTEN, f'train_cfg.metrics=["my_parts.Whole","{name}"]')) == 2
+    (here / "my_lacking.py").write_text(PART)
+    name, before = f"my_lacking.without_{part}", {path: path.stat().st_mtime_ns for path in measured.rglob("*")}
+    assert train.main(tiny(here / "lacking", *OFTEN, f'train_cfg.metrics=["my_lacking.Whole","{name}"]')) == 2
     assert f"train.py: train_cfg.metrics = {name}: has no {part};" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (here / "lacking").exists()
-    argv = [str(measured / "last.pth"), "--device", "cpu", "-n", "1", "--metrics", "my_parts.Whole", name]
+    argv = [str(measured / "last.pth"), "--device", "cpu", "-n", "1", "--metrics", "my_lacking.Whole", name]
     assert sampling.main(argv) == 2
     assert f"test.py: --metrics = {name}: has no {part};" in capsys.readouterr().err.strip().splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in measured.rglob("*")} == before

@@ -1,4 +1,4 @@
-"""Batches of images and their labels: in an order that the seed fixes, shared out between ranks.
+"""Batches of images and what is told of them: in an order that the seed fixes, shared out between ranks.
 
 The images are decoded once, or by worker processes as they are needed.
 """
@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import TrainConfig
-from dataset import ImageDataset
+from dataset import ImageDataset, rows_of
 from mistakes import Mistake
 from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
 
-Batch = tuple[Tensor, Tensor | None]  # uint8 pixels [b, C, H, W] and their labels [b], None where the data set has none
+Batch = tuple[Tensor, dict[str, Tensor]]  # uint8 pixels [b, C, H, W], and the condition with a row for each
 WORKERS_PAY_FROM = 2.0  # seconds of decoding all: to start worker processes takes about as long
 GRACE = 30  # seconds that a worker lives on after SIGTERM
 
@@ -35,12 +35,19 @@ def drop_labels(labels: Tensor, n_classes: int, p: float) -> Tensor:
     return labels.masked_fill(torch.rand(labels.shape, device=labels.device) < p, n_classes)
 
 
+def parts_of(rows: int, count: int) -> list[slice]:
+    """0..rows - 1 in `count` parts of one size, but for the last; as Tensor.chunk, fewer where the rows are."""
+    size = math.ceil(rows / count)
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
 class Batches:
-    """Images and labels of a data set, in an order that depends on (seed, epoch) alone: this rank's part of each batch.
+    """Images of a data set with their condition, in an order of (seed, epoch) alone: this rank's part of each batch.
 
     A set of up to cache_gb is decoded once and kept as uint8, on the device if it is a GPU with room; a larger one, or one with
     random transforms other than flips, is decoded by worker processes as it is needed. Of a set of more than max_images, so
-    many evenly spread ones are used. check_signals is called while images are decoded.
+    many evenly spread ones are used. The condition holds the labels if the network has n_classes. check_signals is called while
+    images are decoded.
     """
 
     def __init__(
@@ -50,12 +57,11 @@ class Batches:
         ranks: Ranks,
         shuffle: bool,
         max_images: int | None = None,
+        n_classes: int | None = None,
         check_signals: Callable[[], object] = lambda: None,
     ):
         self.images, self.cfg, self.ranks, self.shuffle, self.check_signals = images, cfg, ranks, shuffle, check_signals
-        self.labels = images.labels
-        if self.labels is not None and len(self.labels) != len(images):
-            raise Mistake(f"{type(images).__name__} has {len(self.labels)} labels for {len(images)} images")
+        self.condition = images.condition(n_classes)
         self.numbers = torch.arange(len(images))
         if max_images is not None and max_images < len(images):
             self.numbers = torch.linspace(0, len(images) - 1, max_images, dtype=torch.float64).round().long()
@@ -66,7 +72,7 @@ class Batches:
         self.cache, self.loader = None, None
         if not images.is_random and len(self.numbers) * math.prod(images.shape) <= cfg.cache_gb * 1e9:
             self.cache = self._decode_all()
-            self.labels = None if self.labels is None else self.labels[self.numbers].to(self.cache.device)
+            self.condition = rows_of(self.condition, self.numbers, self.cache.device)
             self.numbers = torch.arange(len(self.numbers))  # from now on of the images in the cache
 
     def _decode_all(self) -> Tensor:
@@ -108,10 +114,14 @@ class Batches:
         for indices in self.indices(epoch, first):
             if self.cache.device == self.ranks.device:
                 indices = self._to_device(indices)
-            yield self._to_device(self.cache[indices]), self._labels_of(indices)
+            yield self._to_device(self.cache[indices]), self._condition_of(indices)
 
-    def _labels_of(self, indices: Tensor) -> Tensor | None:
-        return None if self.labels is None else self._to_device(self.labels[indices])
+    def _condition_of(self, indices: Tensor) -> dict[str, Tensor]:
+        return {name: self._to_device(rows[indices]) for name, rows in self.condition.items()}
+
+    def example(self, n: int) -> dict[str, Tensor]:
+        """The condition of the first n images on the device, over again where there are fewer."""
+        return rows_of(self.condition, torch.arange(n) % len(self.numbers), self.ranks.device)
 
     def _decoded(self, epoch: int, first: int) -> Iterator[Batch]:
         """The same from the worker processes, which live as long as this object does."""
@@ -128,7 +138,7 @@ class Batches:
         parts = list(self.indices(epoch, first))
         self.loader.batch_sampler[:] = [[(epoch, i) for i in part.tolist()] for part in parts]
         for part, pixels in zip(parts, self.loader, strict=True):
-            yield pixels.to(self.ranks.device, non_blocking=True), self._labels_of(part)
+            yield pixels.to(self.ranks.device, non_blocking=True), self._condition_of(part)
 
     def close(self) -> None:
         """End the worker processes, also where an error's traceback still refers to them; another epoch starts new ones."""

@@ -5,6 +5,7 @@ import inspect
 import logging
 import math
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from config import TrainConfig
-from dataset import DATASETS, ImageDataset, ImageFolder, shared_images
+from dataset import DATASETS, ImageDataset, ImageFolder, rows_of, shared_images
 from diffusion_process import Condition, check_losses
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
+from training.batches import parts_of
 from training.optimizers import fall_of, optimizer_of
 from training.ranks import Ranks, buffers_kept
 
@@ -44,8 +46,10 @@ def check_ranks(run, images: dict[str, ImageDataset]) -> None:
     """Mistake if the ranks of a Trainer differ in what steps and batches follow from: they would wait for each other."""
     found = {f"train_cfg.{key}": value for key, value in run.config["train_cfg"].items() if key != "model_save_dirpath"}
     for split, data in images.items():
-        labels = "" if data.labels is None else f" with labels of checksum {zlib.crc32(data.labels.numpy()):08x}"
-        found[f"dataset.{split}"] = f"{len(data)} images{labels}"
+        told = ({} if data.labels is None else {"labels": data.labels}) | dict(data.conditions)
+        sums = {name: zlib.crc32(rows.contiguous().view(torch.uint8).numpy()) for name, rows in told.items()}
+        given = "".join(f" with {name} of checksum {number:08x}" for name, number in sums.items())
+        found[f"dataset.{split}"] = f"{len(data)} images{given}"
     everyone = run.ranks.gather_everywhere([found])
     for key, value in found.items():
         if any(each[key] != value for each in everyone):
@@ -72,6 +76,16 @@ def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> Non
         raise Mistake(f"dataset.valid: has the classes {names['valid']}, and dataset.train {names['train']}")
 
 
+def _check_conditions(takes: Mapping[str, inspect.Parameter], images: dict[str, ImageDataset]) -> None:
+    """Mistake if the data give conditions that the network, whose forward takes these, does not know, or only some do."""
+    told = {split: list(data.conditions) for split, data in images.items()}
+    if told["train"] != told["valid"]:
+        raise Mistake(f"dataset.valid: has the conditions {told['valid']}, and dataset.train {told['train']}")
+    any_name = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+    if unknown := [] if any_name else [name for name in told["train"] if name not in takes]:
+        raise Mistake(f"time_aware_net: its forward takes no {', '.join(unknown)}, a condition of dataset.train")
+
+
 def _check_call(model: GaussianDiffusion, x: Tensor, condition: Condition) -> None:
     """Call the network; Mistake if it writes into what it was given, with which samplers go on."""
     t, before = torch.ones(1, dtype=torch.long), x.clone()
@@ -81,9 +95,9 @@ def _check_call(model: GaussianDiffusion, x: Tensor, condition: Condition) -> No
     model.predict(x, t, condition)
 
 
-def _check_no_label(run, x: Tensor) -> None:
+def _check_no_label(run, x: Tensor, condition: dict[str, Tensor]) -> None:
     try:
-        _check_call(run.model, x, run.condition(torch.tensor([run.n_classes])))
+        _check_call(run.model, x, condition | {"label": torch.tensor([run.n_classes])})
     except IndexError as error:
         raise Mistake(
             f"it fails at label = {run.n_classes}, n_classes, which stands for no label ({error}): make room for one more, or "
@@ -112,22 +126,23 @@ def _check_network(run, images: dict[str, ImageDataset]) -> None:
     if n_classes is None and run.config["time_aware_net"]["kwargs"].get("n_classes") is not None:
         raise Mistake("time_aware_net: takes n_classes and does not keep it as self.n_classes, so that it would get no labels")
     takes = inspect.signature(net.forward).parameters
-    if not hasattr(net, "n_classes") and "label" in takes and "label" not in run.condition(None):
+    if not hasattr(net, "n_classes") and "label" in takes:
         log.warning("time_aware_net: takes a label, and gets none, since it has no attribute n_classes")
     _check_labels(n_classes, images)
+    _check_conditions(takes, images)
     if any(map(is_lazy, model.parameters())):
         raise Mistake("time_aware_net: has lazy layers, whose shapes its config does not say: no checkpoint could be read")
-    label = None if n_classes is None else torch.zeros(1, dtype=torch.long)
     for split, data in images.items():
+        condition = rows_of(data.condition(n_classes), slice(1))
         says = as_mistake(f"time_aware_net: does not fit the images of dataset.{split}: ")
         with torch.no_grad(), torch.random.fork_rng(devices=[]), says:
             x = model.eval().q_sample(model.x0_of(torch.zeros(1, *data.shape)), model.T)  # also beyond [-1, 1]
-            _check_call(model, x, run.condition(label))
+            _check_call(model, x, condition)
             if n_classes is not None and run.cfg.label_dropout:
-                _check_no_label(run, x)
+                _check_no_label(run, x, condition)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_kept(model), as_mistake("diffusion: "):
-        x0 = model.x0_of(torch.zeros(2, *images["train"].shape))
-        loss = model.loss(x0, model.T, condition=run.condition(None if label is None else label.repeat(2)))
+        x0, twice = model.x0_of(torch.zeros(2, *images["train"].shape)), torch.zeros(2, dtype=torch.long)
+        loss = model.loss(x0, model.T, condition=rows_of(images["train"].condition(n_classes), twice))
         check_losses("loss", loss, torch.ones(2))
     if not any(p.requires_grad for p in model.parameters()):
         raise Mistake("time_aware_net: has no weights to train")
@@ -165,11 +180,11 @@ def _check_floats(split: str, data: ImageDataset) -> None:
 @torch.no_grad()
 def bad_numbers(run) -> Mistake:
     """What a Trainer knows of its last steps, whose loss or gradient was not finite."""
-    t = torch.randint(1, run.model.T + 1, (len(run.x0),), device=run.device)
-    parts = zip(run.x0.chunk(run.cfg.grad_accum), t.chunk(run.cfg.grad_accum), strict=True)
-    losses = torch.cat([run.model.loss(x0, t, condition=run.condition(torch.zeros_like(t))) for x0, t in parts])
+    x0, t = run.x0, torch.randint(1, run.model.T + 1, (len(run.x0),), device=run.device)
+    parts = parts_of(len(x0), run.cfg.grad_accum)
+    losses = torch.cat([run.model.loss(x0[part], t[part], condition=rows_of(run.condition, part)) for part in parts])
     worst = losses.nan_to_num(nan=math.inf).argmax()
-    images = "" if run.x0.isfinite().all() else ", of images that are not finite themselves"
+    images = "" if x0.isfinite().all() else ", of images that are not finite themselves"
     return Mistake(
         f"loss or gradient was not finite in the last {int(run.meter.bad_in_row)} steps, up to step {run.step}: gradient norm "
         f"{run.norm.item():g}, loss scale {run.scaler.get_scale():g}, largest loss {losses[worst]:g} at t = "

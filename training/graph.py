@@ -30,7 +30,7 @@ class Launcher:
             group["capturable"] = record  # else Adam refuses to be recorded
         self.calls, self.graph, self.inputs, self.outputs = Counter(), None, (), None
 
-    def __call__(self, *inputs: Tensor | None) -> Any:
+    def __call__(self, *inputs: Tensor) -> Any:
         groups = self.optimizer.param_groups  # which are others once the optimizer has loaded a state
         numbers = [group["lr"] for group in groups]
         try:
@@ -41,7 +41,7 @@ class Launcher:
             for group, number in zip(groups, numbers, strict=True):
                 group["lr"] = number
 
-    def _launch(self, inputs: tuple[Tensor | None, ...]) -> Any:
+    def _launch(self, inputs: tuple[Tensor, ...]) -> Any:
         kinds = _kinds(inputs)
         if self.record and not self.graph and self.calls[kinds] == WARM_UP:
             self._record(inputs)
@@ -49,14 +49,13 @@ class Launcher:
             self.calls[kinds] += 1
             return self.function(*inputs)
         for mine, given in zip(self.inputs, inputs, strict=True):
-            if mine is not None:
-                mine.copy_(given)
+            mine.copy_(given)
         self.graph.replay()
         return self.outputs
 
-    def _record(self, inputs: tuple[Tensor | None, ...]) -> None:
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
         """While it is recorded no other graph may be freed, hence no garbage collection; other threads are left out."""
-        self.inputs = tuple(x if x is None else x.clone() for x in inputs)
+        self.inputs = tuple(x.clone() for x in inputs)
         graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
         gc.collect()
         gc.disable()
@@ -79,5 +78,5 @@ def launcher(run, record: bool) -> Callable[..., Any]:
     return Launcher(run._work, run.optimizer, record) if ours else run._work
 
 
-def _kinds(inputs: tuple[Tensor | None, ...]) -> tuple:
-    return tuple(x if x is None else (x.shape, x.dtype) for x in inputs)
+def _kinds(inputs: tuple[Tensor, ...]) -> tuple:
+    return tuple((x.shape, x.dtype) for x in inputs)

@@ -94,8 +94,7 @@ def prepare(run, deterministic: bool) -> bool:
     cfg, net, device = run.cfg, run.model.time_aware_net, run.device
     rows, calls = _network_calls(run)
     x0 = run.model.x0_of(torch.rand(rows if device.type == "cuda" else min(PROBE_ROWS, rows), *run.shape, device=device))
-    labels = torch.zeros(len(x0), dtype=torch.long, device=device)
-    step, few = (probe_step(run.model, x0[:count], run.condition(labels[:count])) for count in (len(x0), FEW_ROWS))
+    step, few = (probe_step(run.model, x0[:count], run.train_data.example(len(x0[:count]))) for count in (len(x0), FEW_ROWS))
     set_flags("bf16", deterministic)  # as for all but fp32, while it is being chosen
     with buffers_kept(run.model):
         precision = choose_precision(cfg.precision, step, run.ranks, "train_cfg.precision")
@@ -114,9 +113,9 @@ def prepare(run, deterministic: bool) -> bool:
 
 def loss_of_two(run, model: nn.Module) -> Tensor:
     """The loss of two grey images by the model of a Trainer, or by what is wrapped around it."""
-    x0, labels = torch.zeros(2, *run.shape, device=run.device), torch.zeros(2, dtype=torch.long, device=run.device)
+    x0 = torch.zeros(2, *run.shape, device=run.device)
     with autocast(run.device, run.cfg.precision):
-        return model(run.model.x0_of(x0), run.cfg.chunk_size, condition=run.condition(labels))
+        return model(run.model.x0_of(x0), run.cfg.chunk_size, condition=run.train_data.example(2))
 
 
 def _network_calls(run) -> tuple[int, int]:

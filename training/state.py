@@ -72,6 +72,7 @@ def _head(run) -> dict:
         "shape": list(run.shape),
         "class_names": run.class_names,
         "class_counts": run.class_counts,
+        "conditions": list(images.conditions),
         "cluster_centres": images.centres,
         "train_images": len(images),
         "step": run.step,
