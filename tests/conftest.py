@@ -1,3 +1,4 @@
+import functools
 import os
 import socket
 import time
@@ -6,6 +7,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+import sklearn.datasets
 import torch
 from children import SERVER, Child, Faults, Whole, run_argv
 from runs import ROOT
@@ -29,6 +31,13 @@ def fake_cuda() -> None:
             torch.zeros(3).to("cuda").addcmul_(torch.ones(3, device="cuda"), torch.ones(3, device="cuda"))
     except RuntimeError as error:
         pytest.skip(f"no fake CUDA tensors here: {error}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))
+        yield
 
 
 class Clock:

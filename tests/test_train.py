@@ -54,7 +54,7 @@ def test_a_run_leaves_what_the_head_of_train_py_says(run):
 
 
 def test_training_lowers_the_loss_and_the_average_follows_the_weights(tmp_path):
-    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=8", "train_cfg.batch_size=64", "train_cfg.sample_period=0")) == 0
+    assert train.main(tiny(tmp_path / "a", "train_cfg.epochs=4", "train_cfg.batch_size=64", "train_cfg.sample_period=0")) == 0
     lines = metrics(tmp_path / "a")
     assert lines[-1]["valid_loss"] < 0.7 * lines[0]["train_loss"]
     state = checkpoint.load(tmp_path / "a" / "last.pth")
