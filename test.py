@@ -303,7 +303,7 @@ def job_of(args: argparse.Namespace, ema_length: float | None, weight: float | N
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
     if conditions and (args.label is not None or any(getattr(args, kind) for kind in EDITS)):
         names = ", ".join(conditions)
-        raise Mistake(f"this network is told {names}: its samples are by valid images, and neither of a --class nor edits")
+        raise Mistake(f"this network is told {names}, which samples take from valid images: leave out --class and edits")
     labels, columns = labels_of(args.label, args.n, n_classes, state.get("class_names"), state.get("class_counts"))
     if n_classes and not (labels or conditions or state["config"]["train_cfg"]["label_dropout"]):
         raise Mistake("--class: the network was trained with train_cfg.label_dropout = 0, and knows nothing without a label")
