@@ -161,7 +161,11 @@ def test_two_ranks_stopped_at_random_and_resumed_are_the_run_without_faults(numb
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGHUP, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM))]
+    "number",
+    [
+        signal.SIGHUP,
+        *(pytest.param(getattr(signal, name), marks=pytest.mark.slow) for name in ("SIGINT", "SIGTERM", "SIGUSR1")),
+    ],
 )
 def test_a_signal_to_the_workers_too_and_a_console_that_is_gone_lose_nothing(number, tmp_path):
     """As of a cluster, of timeout, or of Ctrl-C where `tee` ends as well; images are decoded by worker processes."""

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP, looked at between steps."""
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1, looked at between steps."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import time
 from training.ranks import Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, what a cluster sends, a closed terminal
+SIGNALS += (signal.SIGUSR1,)  # what Slurm's --signal=USR1@120 sends two minutes before the end
 RANKS_PERIOD = 10  # looks, at most, from one exchange between ranks to the next: it costs more than a look
 
 
