@@ -348,10 +348,13 @@ def check_dataset(images: ImageDataset, where: str) -> None:
     labels, count = images.labels, len(images)
     if labels is not None and (getattr(labels, "dtype", None) != torch.long or labels.shape != (count,)):
         raise Mistake(f"{where}: labels must be a long tensor [{count}], the number of each image's class, or None")
-    for name, values in images.conditions.items():
-        if name == "label" or not isinstance(values, Tensor) or values.shape[:1] != (count,):
-            found = list(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
-            raise Mistake(f"{where}: conditions[{name!r}] is {found}: must be a tensor of {count} rows, and no label")
+    if not isinstance(images.conditions, Mapping) or any(type(name) is not str for name in images.conditions):
+        raise Mistake(f"{where}: conditions must be a dictionary of tensors by name")
+    for name, rows in images.conditions.items():
+        if name == "label" or not isinstance(rows, Tensor) or rows.shape[:1] != (count,) or rows.requires_grad:
+            found = list(rows.shape) if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
+            allowed = f"must be a tensor of {count} rows without gradient, and no label"
+            raise Mistake(f"{where}: conditions[{name!r}] is {found}: {allowed}")
     names = images.class_names
     if names is not None and (type(names) not in (list, tuple) or any(type(name) is not str for name in names)):  # nor numpy's
         raise Mistake(f"{where}: class_names must be a list of plain str, or None")

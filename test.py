@@ -131,8 +131,12 @@ def save_arrays(path: Path, drawn: Drawn, shown: list[int], job: Job) -> None:
     arrays |= {"times": torch.tensor(times)[at]}
     arrays |= {"labels" if name == "label" else f"condition_{name}": rows for name, rows in job.condition.items()}
     with whole_file(path) as file:
-        np.savez(file, **{name: array.numpy() for name, array in arrays.items()})
+        np.savez(file, **{name: _numpy(array) for name, array in arrays.items()})
     print(f"{path}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")
+
+
+def _numpy(array: Tensor) -> np.ndarray:
+    return (array.float() if array.dtype == torch.bfloat16 else array).numpy()  # which numpy has not
 
 
 def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path) -> None:
@@ -189,7 +193,8 @@ def _kind(diffusion: nn.Module, state: dict) -> tuple:
     """What two models must share for the output of one to mean that of the other."""
     names = ("prediction", "n_levels", "transition")  # of which a diffusion of numbers has the first, one of symbols the others
     n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
-    return *(getattr(diffusion, name, None) for name in names), state["config"]["schedule"], state["shape"], n_classes
+    told = n_classes, state.get("conditions") or []
+    return *(getattr(diffusion, name, None) for name in names), state["config"]["schedule"], state["shape"], told
 
 
 def guide(diffusion: nn.Module, state: dict, weight: float, interval: list[int] | None, weaker: str | None) -> None:
@@ -199,7 +204,7 @@ def guide(diffusion: nn.Module, state: dict, weight: float, interval: list[int] 
         other, other_state = load_diffusion(weaker)
         names = [each["class_names"] for each in (state, other_state) if each.get("class_names")]  # older ones may not say
         if _kind(other, other_state) != _kind(diffusion, state) or names[1:] not in ([], names[:1]):
-            what = "prediction, schedule, shape of images or classes"
+            what = "prediction, schedule, shape of images, classes or conditions"
             raise Mistake(f"--guide {weaker}: is of another {what} than what it is to guide")
         weaker_net = other.time_aware_net.to(next(diffusion.buffers()).device)
     with as_mistake("--guidance: "):
@@ -254,6 +259,7 @@ def evaluation_of(args: argparse.Namespace, job: Job, ranks: Ranks, datasets: di
     how = {name: getattr(args, name) for name in names}
     how |= {"shape": job.shape, "datasets": datasets}
     how |= {"class_names": job.state.get("class_names"), "centres": job.state.get("cluster_centres")}
+    how |= {"conditions": job.state.get("conditions") or []}  # older networks were told none
     return Evaluation(job.diffusion, job.state["config"], ranks, **how)
 
 
@@ -309,7 +315,7 @@ def job_of(args: argparse.Namespace, ema_length: float | None, weight: float | N
         raise Mistake("--class: the network was trained with train_cfg.label_dropout = 0, and knows nothing without a label")
     if weight is not None:
         guide(diffusion, state, weight, args.interval, args.guide)
-        if not (labels or (conditions and n_classes) or args.guide):
+        if not (labels or conditions or args.guide):
             raise Mistake("--guidance: exaggerates a class; add --class (a number, a name, all or data), or --guide WEAKER")
     return Job(diffusion, state, path, shape, options, labels, columns)
 

@@ -78,11 +78,11 @@ def main(argv: list[str] | None = None) -> None:
 
     for weight in ("without", *args.weights):
         asked = {} if weight == "without" else condition
-        diffusion.time_aware_net = net if asked is None else ClassifierFreeGuidance(net, weight)
+        diffusion.time_aware_net = ClassifierFreeGuidance(net, weight) if asked else net
         samples = sample(diffusion, args.n, state["shape"], condition=asked, **how)
         row = {"weight": weight, "classed as asked, %": None, "Fréchet distance": distance(samples, images["valid"])}
         pairs = [(samples[labels == c], images["valid"][data["valid"].labels == c]) for c in labels.unique()]
-        if asked is None:
+        if not asked:
             pairs = [(samples[: args.n // net.n_classes], images["valid"])]
         else:
             found = classifier(from_uint8(to_uint8(samples))).argmax(1)

@@ -248,6 +248,7 @@ class Evaluation:
     condition: Mapping[str, Tensor] = field(default_factory=dict)  # that the samples were drawn by, n rows each
     check: Callable[[], object] = lambda: None  # called before each batch of images
     class_names: list[str] | None = None  # of the checkpoint, if it says them
+    conditions: list[str] | None = None  # that the network was told
     centres: Tensor | None = None  # of the clusters that are its classes
     datasets: dict[str, ImageDataset] = field(default_factory=dict)  # that were built, by split
     names: Mapping[str, str] = field(default_factory=lambda: FLAGS)  # of settings, in messages
@@ -266,12 +267,14 @@ class Evaluation:
         return self.condition.get("label")
 
     def dataset(self, split: str) -> ImageDataset:
-        """The data set of a split; Mistake if its classes are not those that the network has learned."""
+        """The data set of a split; Mistake if its classes or conditions are not those that the network has learned."""
         if split in self.datasets:
             return self.datasets[split]
         images = build_dataset(self.config, split, self.centres)
         if self.n_classes is not None and self.class_names not in (None, images.class_names):
             raise Mistake(f"dataset.{split}: has the classes {images.class_names}, and the network learned {self.class_names}")
+        if self.conditions not in (None, told := list(images.conditions)):
+            raise Mistake(f"dataset.{split}: has the conditions {told}, and the network was told {self.conditions}")
         with as_mistake(f"dataset.{split}: "):
             check_shape(self.config, images.shape)
         return self.datasets.setdefault(split, images)

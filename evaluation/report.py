@@ -27,7 +27,7 @@ from evaluation import page
 from evaluation.charts import Series, line_chart
 from evaluation.metrics import METRICS, Evaluation, build_extractor, frechet
 from evaluation.nearest import Copies, nearest_training_images
-from evaluation.sampling import Drawn, evenly
+from evaluation.sampling import Drawn, evenly, evenly_with_repeats
 from mistakes import Mistake, as_mistake
 from training.meter import BINS
 from training.speed import device_name
@@ -134,7 +134,7 @@ class Report:
             rows.insert(0, ("Trained for", f"{state['step']:,}", f"steps{epochs}"))
         if bpd := results.get("bpd"):
             error = f"± {bpd['standard_error']:.4f} bits per dimension, on {bpd['images']} validation images"
-            error += ", given their class" if "given" in bpd else ""
+            error += f", given their {bpd['given']}" if "given" in bpd else ""
             rows.append(("Likelihood bound", f"{bpd['total']:.4f}", error))
         if fd := results.get("fd"):
             rows.append(("Fréchet distance", f"{fd['distance']:.4f}", f"of {fd['samples']} samples (no unit)"))
@@ -164,9 +164,13 @@ class Report:
         return f"of which {shared} of {of} are among those to train on" if shared else "which training never saw"
 
     def _real_images(self, count: int, columns: int | None) -> Tensor:
-        """Of the validation set, evenly spread; of a picture with a row a class, as many of each class."""
+        """Of the validation set, evenly spread; of a picture with a row a class, as many of each class; where the samples have
+        the conditions of images, those.
+        """
         valid = self.data["valid"]
         numbers = evenly(count, len(valid))
+        if valid.conditions:
+            numbers = evenly_with_repeats(len(self.sampled.drawn.samples), len(valid))[:count].tolist()
         if columns and valid.labels is not None:
             of_class = [(valid.labels == label).nonzero().flatten().tolist() for label in range(count // columns)]
             numbers = [each[i % len(each)] for each in of_class if each for i in range(columns)]
@@ -242,7 +246,7 @@ class Report:
 
     def _likelihood(self, bpd: dict[str, Any]) -> str:
         levels = self.evaluation.diffusion.n_levels or 256
-        given = " whose class is given" if "given" in bpd else ""
+        given = f" whose {bpd['given']} is given" if "given" in bpd else ""
         return (
             f"Likelihood: an image{given} costs at most {bpd['total']:.4f} ± {bpd['standard_error']:.4f} bits per dimension "
             f"(mean and standard error of {bpd['images']} validation images; a dimension is one value of an image). The fewer, "

@@ -79,7 +79,7 @@ def draw(
 
 def condition_of(images: ImageDataset, n_classes: int | None, n: int) -> dict[str, Tensor]:
     """The condition of n images spread evenly over a data set, several times that of one where n is more."""
-    return rows_of(images.condition(n_classes), torch.arange(n) * len(images) // n)
+    return rows_of(images.condition(n_classes), evenly_with_repeats(n, len(images)))
 
 
 def condition_by_row(n_classes: int | None, n: int, max_rows: int = 16) -> tuple[dict[str, Tensor], int | None]:
@@ -103,6 +103,11 @@ def labels_in_shares(counts: Sequence[int], n: int, offset: float = 0.5) -> Tens
     """
     ends = torch.tensor(counts, dtype=torch.float64).cumsum(0)
     return torch.searchsorted(ends, (torch.arange(n) + offset) * (ends[-1] / n), right=True).clamp(max=len(counts) - 1)
+
+
+def evenly_with_repeats(count: int, among: int) -> Tensor:
+    """`count` ascending indices [count] spread evenly over 0..among - 1, several times the same where there are fewer."""
+    return torch.arange(count) * among // count
 
 
 def evenly(count: int, among: int) -> list[int]:

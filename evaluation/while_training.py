@@ -141,6 +141,7 @@ class Quality:
         how = {"n": cfg.metric_samples, "batch_size": BATCH_SIZE, "seed": cfg.seed, "features": cfg.metric_features}
         how |= {"bpd_images": cfg.metric_samples, "bpd_timesteps": terms, "datasets": {"valid": run.valid_data.images}}
         how |= {"centres": run.train_data.images.centres, "shape": run.shape, "names": KEYS}
+        how |= {"conditions": list(run.train_data.images.conditions)}
         evaluation = Evaluation(run.ema, run.config, run.ranks, **how)
         if run.ranks.world == 1:  # ranks look for signals equally often or not at all
             evaluation.check = run.stopper.check

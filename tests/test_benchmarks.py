@@ -16,6 +16,7 @@ from torch import nn
 
 sys.path.append(str(ROOT / "benchmarks"))
 import arenas
+import classes
 import common
 import discrete
 import emoji
@@ -25,6 +26,7 @@ import race
 from race_pictures import over_seeds
 
 import checkpoint
+import train
 from beta_schedule import LinearSchedule
 from config import load_config, network_without_memory
 from dataset import ImageFolder
@@ -413,8 +415,8 @@ def test_the_quick_race_shows_what_the_fast_recipe_gains(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [["--clusters", "3"], ["--classes"]], ids=["clusters", "classes"])
-def test_the_quick_race_runs_on_a_folder_of_emoji(classes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("labels", [["--clusters", "3"], ["--classes"]], ids=["clusters", "classes"])
+def test_the_quick_race_runs_on_a_folder_of_emoji(labels, tmp_path, monkeypatch):
     for split, count in (("train", 200), ("valid", 140)):  # more than the classifier has features
         for i in range(count):
             path = tmp_path / "emoji" / split / "ab"[i % 2] / f"{i}.png"
@@ -422,10 +424,23 @@ def test_the_quick_race_runs_on_a_folder_of_emoji(classes, tmp_path, monkeypatch
             Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(path)
     monkeypatch.setattr(arenas, "MODELS", tmp_path)
     monkeypatch.setattr(race, "result_path", lambda name, device, quick: tmp_path / "rows.json")
-    small = [*classes, "--name", "test", "--calls", "2", "--threads", "1", "--set", "time_aware_net.kwargs.base_channels=8"]
+    small = [*labels, "--name", "test", "--calls", "2", "--threads", "1", "--set", "time_aware_net.kwargs.base_channels=8"]
     small += ["--interval", "0", "700"]
     race.main(["--quick", "--data", "emoji", "--root", str(tmp_path), "--racers", "ours", *small])
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert (row["racer"], row["n"], row["budget"]) == ("test", 200, 10.0)
     assert row["distance"] > 0
     assert 0.1 < row["nearest"] < 2  # of noise to noise
+
+
+@pytest.mark.slow
+def test_samples_without_and_with_their_class_are_compared(tmp_path, monkeypatch):
+    whole = ("dataset.train.pipeline=[]", "dataset.valid.pipeline=[]", "time_aware_net.kwargs.n_classes=10")
+    assert train.main(tiny(tmp_path / "a", *whole, "train_cfg.max_steps=1", "train_cfg.sample_period=0")) == 0
+    monkeypatch.setattr(classes, "ROOT", tmp_path)
+    monkeypatch.setattr(classes, "result_path", lambda *_, **__: tmp_path / "found.json")
+    few = ["-n", "140", "--weights", "1", "--timesteps", "2", "--classify", "0", "--device", "cpu"]
+    classes.main([str(tmp_path / "a" / "last.pth"), *few])
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [row["weight"] for row in rows] == ["without", 1.0]
+    assert [row["classed as asked, %"] is None for row in rows] == [True, False]

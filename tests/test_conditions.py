@@ -48,6 +48,18 @@ class Listed(Tones):
         self.conditions = {"tone": [0.0] * count}
 
 
+class Learned(Tones):
+    def __init__(self, count: int = 96):
+        super().__init__(count)
+        self.conditions["tone"].requires_grad_()
+
+
+class Bare(Tones):
+    def __init__(self, count: int = 96):
+        super().__init__(count)
+        self.conditions = self.conditions["tone"]
+
+
 class Net(nn.Module):
     # x_0 is the scalar product of what it is told with two weights, and the weight of the class
 
@@ -136,7 +148,9 @@ def test_the_bound_is_given_the_condition_and_a_report_is_made(run, capsys):
     assert f"on 20 valid images, given their {given} (" in capsys.readouterr().out
     found = json.loads((folder / "last_gen" / "metrics.json").read_text())["bpd"]
     assert found["given"] == given
-    assert (folder / "last_gen" / "report.html").exists()
+    page = (folder / "last_gen" / "report.html").read_text()
+    assert f", given their {given}" in page
+    assert f"an image whose {given} is given costs at most" in page
     assert metrics(folder)[-1]["metrics"]["bpd"]["given"] == given
 
 
@@ -162,6 +176,22 @@ def test_a_run_with_conditions_stopped_and_resumed_is_the_run_never_stopped(run,
         assert_same_state(first[part], second[part])
 
 
+def test_a_model_belongs_to_what_it_was_told(run, own, capsys):
+    folder, n_classes = run
+    renamed = ["dataset.train.name=hue", "dataset.valid.name=hue"]
+    flags = ["-n", "2", "--timesteps", "2", "--device", "cpu"]
+    assert sampling.main([str(folder), *flags, "--set", *renamed]) == 2
+    assert "dataset.valid: has the conditions ['hue'], and the network was told ['tone']" in capsys.readouterr().err
+    state = checkpoint.load(folder)
+    other = own / f"other{n_classes}"
+    other.mkdir()
+    checkpoint.save(other / "last.pth", {**state, "conditions": ["hue"]})
+    assert sampling.main([str(folder), *flags, "--guidance", "2", "--guide", str(other / "last.pth")]) == 2
+    assert "shape of images, classes or conditions than what it is to guide" in capsys.readouterr().err
+    assert train.main([*arguments(own, other.name, n_classes=n_classes), "--resume"]) == 2
+    assert "the data are not the run's: conditions ['hue'] then, ['tone'] now" in capsys.readouterr().err
+
+
 def test_data_say_what_their_images_are_told(own, capsys):
     assert dataset.main([arguments(own, "looked")[0], "--output", str(own / "looked.png")]) == 0
     assert "condition tone: [96, 2]" in capsys.readouterr().out
@@ -179,6 +209,9 @@ def test_data_say_what_their_images_are_told(own, capsys):
         ("Tones", ["dataset.train.name=label", "dataset.valid.name=label"], "conditions['label'] is [96, 2]: must be"),
         ("Short", [], "conditions['tone'] is [95, 2]: must be a tensor of 96 rows"),
         ("Listed", [], "conditions['tone'] is a list: must be a tensor of 96 rows"),
+        ("Learned", [], "conditions['tone'] is [96, 2]: must be a tensor of 96 rows without gradient"),
+        ("Bare", [], "dataset.train: conditions must be a dictionary of tensors by name"),
+        ("Tones", ["dataset.train.name=t", "dataset.valid.name=t"], "its forward takes no t, a condition of dataset.train"),
     ],
 )
 def test_conditions_that_do_not_fit_are_named_before_anything_is_written(data, settings, words, own, capsys):

@@ -87,7 +87,8 @@ class Batches:
             part.copy_(pixels)
             self.check_signals()
         device = self.ranks.device
-        if device.type == "cuda" and cache.numel() < torch.cuda.mem_get_info(device)[0] / 4:
+        size = cache.nbytes + sum(rows.nbytes for rows in self.condition.values())  # which goes along
+        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
             cache = cache.to(device)
         return cache
 

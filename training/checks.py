@@ -82,7 +82,8 @@ def _check_conditions(takes: Mapping[str, inspect.Parameter], images: dict[str, 
     if told["train"] != told["valid"]:
         raise Mistake(f"dataset.valid: has the conditions {told['valid']}, and dataset.train {told['train']}")
     any_name = any(each.kind is each.VAR_KEYWORD for each in takes.values())
-    if unknown := [] if any_name else [name for name in told["train"] if name not in takes]:
+    xt_and_t, others = list(takes)[:2], list(takes)[2:]
+    if unknown := [name for name in told["train"] if name in xt_and_t or not (any_name or name in others)]:
         raise Mistake(f"time_aware_net: its forward takes no {', '.join(unknown)}, a condition of dataset.train")
 
 

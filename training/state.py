@@ -127,7 +127,8 @@ def restore_state(run, state: dict) -> None:
 
 def _check_data(run, state: dict) -> None:
     """Mistake if the data are not those of the run; a warning where it has more or fewer training images."""
-    for name, found in {"shape": list(run.shape), "class_names": run.class_names}.items():
+    head = _head(run)
+    for name, found in {name: head[name] for name in ("shape", "class_names", "conditions")}.items():
         if state.get(name) not in (None, found):  # older checkpoints may not say
             raise Mistake(f"{run.folder.resume_from}: the data are not the run's: {name} {state[name]} then, {found} now")
     if state.get("class_counts") not in (None, run.class_counts):
