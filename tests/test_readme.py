@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -29,6 +30,9 @@ ELSEWHERE = re.compile(
     r"(models|my|data)/|my_|train_unconditional\.py|image_\w+\.py|metrics\.json|.*samples\.npz|.*\bNAME\b|"
     r"(epoch_N|first|\d+|strips|grid|image|mask|other|small|grey)\.png"
 )
+
+
+SHORT = ["train_cfg.epochs=2", "train_cfg.lr=0.004", "train_cfg.sample_period=0", "time_aware_net.kwargs.base_channels=8"]
 
 
 @pytest.fixture
@@ -152,6 +156,27 @@ def test_the_loss_of_ones_own_trains_as_printed_and_is_the_simple_one_with_its_w
     weight = (1 + CosineSchedule(20).snr) ** -0.5
     with torch.no_grad():
         torch.testing.assert_close(model.loss(x0, t, noise), weight.float() * plain.loss(x0, t, noise))
+
+
+def test_digits_are_drawn_from_small_ones_as_printed(folder, monkeypatch):
+    """The commands but for the report, and a shorter run; the means of a sample come near to those that it was told."""
+    code = next(code for code in PYTHON if "class SmallDigits" in code)
+    commands = next(
+        code for _, code in FENCED.findall(README) if "my_sr.Enlarging" in code and code.startswith("python train.py")
+    )
+    (folder / "my_sr.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        for command in commands.replace("\\\n", " ").replace(" --report", "").splitlines():
+            python, script, *argv = shlex.split(command)
+            argv += SHORT if script == "train.py" else []
+            assert (python, {"train.py": train, "test.py": sampling}[script].main(argv)) == ("python", 0)
+    finally:
+        sys.modules.pop("my_sr", None)
+    with np.load("models/sr/last_gen/samples.npz") as arrays:
+        means, told = arrays["samples"].reshape(36, 4, 2, 4, 2).mean((2, 4)), arrays["condition_small"][:, 0]
+    error, of_others = ((((means - small) ** 2).mean() ** 0.5).item() for small in (told, told[::-1]))
+    assert error < of_others / 2
 
 
 @pytest.mark.parametrize("page", PAGES)
