@@ -258,7 +258,7 @@ def test_a_network_of_other_classes_cannot_guide(run, tmp_path, capsys):
     flags = ("-n", "2", "--class", "3", "--guidance", "2", "--guide")
     for weaker in (tmp_path / "none" / "last.pth", tmp_path / "names.pth"):
         assert draw(run, *flags, str(weaker)) == 2
-        assert "or classes than what it is to guide" in capsys.readouterr().err.strip().splitlines()[-1]
+        assert "classes or conditions than what it is to guide" in capsys.readouterr().err.strip().splitlines()[-1]
     del state["class_names"]  # as older ones were
     checkpoint.save(tmp_path / "older.pth", state)
     assert draw(run, *flags, str(tmp_path / "older.pth")) == 0

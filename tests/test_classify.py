@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ class OfTheMixture(Evaluation):
     """Measures samples of CLASSES in the place of images of files."""
 
     def dataset(self, split):
-        return None
+        return SimpleNamespace(conditions={})
 
     def images(self, split, count):
         torch.manual_seed(3)
