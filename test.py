@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -57,6 +57,7 @@ REPORT_DEFAULTS = {"n": 160, "timesteps": 200, "bpd_images": 200, "bpd_timesteps
 # Flags that no edit heeds
 NOT_OF_EDITS = ("metrics", "fit_variance", "compile", "eta", "precision", "frames", "pictures", "features", "classifier")
 NOT_OF_EDITS += ("npz", "weighting", "bpd_images", "bpd_timesteps")
+NONE: Mapping[str, Tensor] = MappingProxyType({})  # the condition of a network that is told nothing
 
 
 class Job(NamedTuple):
@@ -150,9 +151,9 @@ def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path) 
         save(target, about_model(state) | {"ema": evaluation.diffusion.state_dict(), "fitted": count})
 
 
-def set_speed(job: Job, x0: Tensor, asked: str, compiled: bool, ranks: Ranks) -> str:
-    """The precision to sample images like x0 in; the network is compiled if that is asked for."""
-    diffusion, condition = job.diffusion, rows_of(job.condition, slice(len(x0)), x0.device)
+def set_speed(diffusion: nn.Module, x0: Tensor, asked: str, compiled: bool, ranks: Ranks, condition: Mapping = NONE) -> str:
+    """The precision to sample images like x0 in, by a condition's first rows; the network is compiled if that is asked for."""
+    condition = rows_of(condition, slice(len(x0)), x0.device)
     speed.channels_last(diffusion)
     speed.set_flags(asked)
     precision = speed.choose_precision(asked, speed.probe_call(diffusion, x0, condition), ranks, "--precision")
@@ -344,7 +345,7 @@ def run(
         chain = [*job.diffusion.steps(*steps), 0], job.diffusion.network_calls(*steps)  # first: a sampler of one's own may fail
         report = Report(evaluation, metrics, job.path, job.state, args.command)
     x0 = job.diffusion.x0_of(torch.zeros(min(args.n, args.batch_size, speed.PROBE_ROWS), *job.shape, device=ranks.device))
-    precision = set_speed(job, x0, args.precision, args.compile, ranks)
+    precision = set_speed(job.diffusion, x0, args.precision, args.compile, ranks, job.condition)
     shown, columns = pictured(args, evaluation.n_classes, job.columns)
     with speed.autocast(ranks.device, precision):
         if args.fit_variance:
