@@ -37,6 +37,7 @@ from mistakes import Mistake, one_line
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg")  # which are not read
 CLUSTER_SIDE = 16  # pixels
+NO_CONDITION: Mapping[str, Tensor] = MappingProxyType({})  # of a network that is told nothing besides x_t and t
 FLIPS = {v2.RandomHorizontalFlip: -1, v2.RandomVerticalFlip: -2}  # the dimension that is turned round
 FIXED_TRANSFORMS = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Grayscale)  # give the same image every time
 RANDOM_TRANSFORMS = (*FLIPS, v2.RandomCrop, v2.RandomResizedCrop, v2.RandomRotation, v2.RandomAffine, v2.ColorJitter)
@@ -73,7 +74,7 @@ class ImageDataset(Dataset):
 
     labels: Tensor | None = None
     class_names: list[str] | None = None
-    conditions: Mapping[str, Tensor] = MappingProxyType({})
+    conditions: Mapping[str, Tensor] = NO_CONDITION
     centres: Tensor | None = None
     is_random = False
 

@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FunctionType, MappingProxyType
+from types import FunctionType
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from checkpoint import MAX_VALUES, about_model, diffusion_of, load_diffusion, save
 from classify import Weighting
 from config import check_shape, find, with_data
-from dataset import ImageDataset, rows_of
+from dataset import NO_CONDITION, ImageDataset, rows_of
 from evaluation.edits import Edit
 from evaluation.metrics import METRICS, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, plain, save_gif, save_png
@@ -57,7 +57,6 @@ REPORT_DEFAULTS = {"n": 160, "timesteps": 200, "bpd_images": 200, "bpd_timesteps
 # Flags that no edit heeds
 NOT_OF_EDITS = ("metrics", "fit_variance", "compile", "eta", "precision", "frames", "pictures", "features", "classifier")
 NOT_OF_EDITS += ("npz", "weighting", "bpd_images", "bpd_timesteps")
-NONE: Mapping[str, Tensor] = MappingProxyType({})  # the condition of a network that is told nothing
 
 
 class Job(NamedTuple):
@@ -151,7 +150,9 @@ def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path) 
         save(target, about_model(state) | {"ema": evaluation.diffusion.state_dict(), "fitted": count})
 
 
-def set_speed(diffusion: nn.Module, x0: Tensor, asked: str, compiled: bool, ranks: Ranks, condition: Mapping = NONE) -> str:
+def set_speed(
+    diffusion: nn.Module, x0: Tensor, asked: str, compiled: bool, ranks: Ranks, condition: Mapping = NO_CONDITION
+) -> str:
     """The precision to sample images like x0 in, by a condition's first rows; the network is compiled if that is asked for."""
     condition = rows_of(condition, slice(len(x0)), x0.device)
     speed.channels_last(diffusion)

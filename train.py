@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config import build_dataset, build_diffusion, build_train_config, load_config
-from dataset import rows_of
+from dataset import NO_CONDITION, rows_of
 from evaluation.while_training import Quality, first_picture, save_samples, valid_loss
 from mistakes import OneLineParser, run_script
 from training import speed
@@ -137,7 +136,7 @@ class Trainer:
 
     # Training
 
-    def train_step(self, pixels: Tensor, condition: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    def train_step(self, pixels: Tensor, condition: Mapping[str, Tensor] = NO_CONDITION) -> None:
         """One update of the weights from this rank's share of a batch. Waits for nothing on the device."""
         torch.manual_seed(mixed_seed(STEP, self.cfg.seed, self.ranks.rank, self.step))
         self.condition = condition

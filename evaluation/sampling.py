@@ -1,14 +1,13 @@
 """Samples of a model in batches, each with a generator of its own: the same seed and batch size give the same samples."""
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import ImageDataset, rows_of
+from dataset import NO_CONDITION, ImageDataset, rows_of
 from gaussian_diffusion import GaussianDiffusion
 from samplers import Sampler
 from training.ranks import Ranks
@@ -42,7 +41,7 @@ def draw(
     seed: int = 0,
     pictures: Sequence[int] = (),
     frames: int = 11,
-    condition: Mapping[str, Tensor] = MappingProxyType({}),
+    condition: Mapping[str, Tensor] = NO_CONDITION,
     ranks: Ranks | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> Drawn:
