@@ -20,7 +20,7 @@ from mistakes import Mistake, as_mistake, one_line
 
 FORMAT = "pytorch-gaussian-diffusion"
 VERSION = 1
-ABOUT_MODEL = ("config", "shape", "class_names", "class_counts", "conditions", "cluster_centres", "train_images")
+ABOUT_MODEL = ("config", "shape", "is_float", "class_names", "class_counts", "conditions", "cluster_centres", "train_images")
 ABOUT_MODEL += ("step", "epoch")
 PLAIN = (type(None), bool, int, float, str, torch.Tensor)
 MAX_VALUES = 2**28  # in the images worked on at a time: 1 GiB of float32
@@ -70,8 +70,8 @@ def load(path: str | Path) -> dict:
         raise Mistake(f"{path}: {error}") from error
     shape = state.get("shape")
     sizes = shape if isinstance(shape, list) and all(isinstance(size, int) and size >= 1 for size in shape) else []
-    if len(sizes) != 3 or math.prod(sizes) > MAX_VALUES:
-        raise Mistake(f"{path}: shape = {as_json_line(shape)}: must be [C, H, W], at most {MAX_VALUES:,} values")
+    if not sizes or (len(sizes) != 3 and not state.get("is_float")) or math.prod(sizes) > MAX_VALUES:
+        raise Mistake(f"{path}: shape = {as_json_line(shape)}: must be that of x_0, [C, H, W], at most {MAX_VALUES:,} values")
     return state
 
 

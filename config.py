@@ -45,6 +45,7 @@ def _public(module: types.ModuleType, base: type, prefix: str = "") -> dict[str,
 SCHEDULES = _public(beta_schedule, beta_schedule.BetaSchedule)
 NETWORKS = _public(time_aware_module, nn.Module, "TimeAware")
 DIFFUSIONS = {"GaussianDiffusion": GaussianDiffusion, "DiscreteDiffusion": DiscreteDiffusion}  # without a name: the first
+SPLITS = ("train", "valid", "test")
 MAX_CLUSTERS = 2**12
 MAX_PARAMETERS = 4 * 10**9  # of a network: 16 GB in float32
 MAX_PIXELS = 2**14  # of a transform's size, and the bound of every other number that it takes
@@ -123,7 +124,7 @@ class TrainConfig:
 MAY_CHANGE = {"epochs", "max_steps", "record_period", "save_period", "save_best", "save_minutes", "sample_period"}
 MAY_CHANGE |= {"sampler", "sample_timesteps", "model_save_dirpath", "num_workers", "cache_gb", "max_bad_steps", "loggers"}
 MAY_CHANGE |= {"metric_period", "metrics", "metric_samples", "metric_features", "metric_share", "power_ema_snapshots"}
-MAY_CHANGE |= {"cuda_graph", "compile", "dataset.train.root", "dataset.valid.root", "dataset.test.root"}
+MAY_CHANGE |= {"cuda_graph", "compile", *(f"dataset.{split}.{key}" for split in SPLITS for key in ("root", "file"))}
 RETIRED = ("references",)  # keys of train_cfg that older versions wrote into every checkpoint: of training alone
 
 
@@ -339,7 +340,7 @@ def _dataset(path: str, value: Any, stored: bool) -> dict:
     if stored and _is_own(value["name"]):
         return value
     cls = find(value["name"], dataset.DATASETS, dataset.ImageDataset, f"{path}.name")
-    splits = [split for split in ("train", "valid", "test") if split in value]
+    splits = [split for split in SPLITS if split in value]
     resolved = {split: _split(f"{path}.{split}", cls, value[split], stored) for split in splits}
     return {"name": value["name"], **resolved, "clusters": clusters}
 
@@ -552,7 +553,7 @@ def network_without_memory(config: Mapping) -> nn.Module:
 
 
 def check_shape(config: Mapping, shape: Sequence[int]) -> None:
-    """Mistake if the network takes no images [C, H, W] of the shape; takes no memory.
+    """Mistake if the network takes no x_0 of the shape, [C, H, W] of an image; takes no memory.
 
     One of the user's own is not asked, nor is one that a diffusion of the user's own calls, as its _net may give it more.
     """

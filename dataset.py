@@ -1,4 +1,4 @@
-"""Image data sets by name. An item is one float32 image [C, H, W] in [-1, 1]; labels are kept aside.
+"""Data sets by name. An item is one float32 image [C, H, W] in [-1, 1], or floats of any shape; labels are kept aside.
 
 Every data set takes a `pipeline` of transforms, torchvision's or your own, applied to the PIL image in order. Flips that end
 the pipeline are left to `to_float`, which does them for a whole batch at once, on any device. A new data set is a subclass of
@@ -60,13 +60,14 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 class ImageDataset(Dataset):
-    """Base of the data sets: a subclass gives image(i), the PIL image, and __len__.
+    """Base of the data sets: a subclass gives __len__ and image(i), the PIL image, or in its place pixels(i).
 
     labels      long tensor [N] of class numbers from 0, or None where there are none
     class_names the name of each class, in the order of its number, or None
     conditions  {name: tensor [N, ...]}: what a network is told of image i besides its label, by net(xt, t, name=tensor[i])
     centres     [clusters, n] where the classes are clusters (`give_clusters`), or None
-    shape       [C, H, W] of every image, after the pipeline
+    shape       [C, H, W] of every image, after the pipeline; of floats any
+    dtype       of pixels(i): uint8 of images, 0..255 for [-1, 1]; float32 of what is x_0 as it stands, in any range
     flips       (dimension, probability) of each flip that to_float does
     is_random   may pixels(i) change from call to call? (not for the flips above; a transform of your own may, and draws from
                 torch's generator)
@@ -90,10 +91,16 @@ class ImageDataset(Dataset):
         if not len(self):
             raise Mistake(f"{type(self).__name__}: has no image")
         first = copy.copy(self).pixels(0)  # so that no file that it opens is open, and shared, in every worker
-        if not isinstance(first, Tensor) or first.dtype != torch.uint8:
+        if not isinstance(first, Tensor) or first.dtype not in (torch.uint8, torch.float32):
             found = first.dtype if isinstance(first, Tensor) else f"a {type(first).__name__}"
-            raise Mistake(f"{type(self).__name__}: pixels(0) is {found}: must be a uint8 tensor, of which to_float makes x_0")
-        self.shape = first.shape
+            allowed = "must be a tensor of uint8, an image of which to_float makes x_0, or of float32, x_0 itself"
+            raise Mistake(f"{type(self).__name__}: pixels(0) is {found}: {allowed}")
+        self.shape, self.dtype = first.shape, first.dtype
+
+    @property
+    def is_float(self) -> bool:
+        """Are the items floats of any range, and no images of 256 levels in [-1, 1]?"""
+        return self.dtype.is_floating_point
 
     def condition(self, n_classes: int | None) -> dict[str, Tensor]:
         """What a network is told of the images, [N, ...] each: their labels, if it has classes, and their conditions."""
@@ -108,7 +115,7 @@ class ImageDataset(Dataset):
         return f"image {i} of {type(self).__name__}"
 
     def pixels(self, i: int) -> Tensor:
-        """Image i after the pipeline, but for the flips: uint8 [C, H, W]."""
+        """Image i after the pipeline, but for the flips: uint8 [C, H, W]. A subclass may give float32 of any shape instead."""
         image = self.image(i)
         if not isinstance(image, Image.Image):
             raise Mistake(f"{self.name_of(i)}: is a {type(image).__name__}, where image(i) must give a PIL image")
@@ -149,7 +156,9 @@ class ImageDataset(Dataset):
         return image
 
     def to_float(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] to float32 in [-1, 1], each image flipped by its own coin."""
+        """x_0, float32: of uint8 [B, C, H, W] in [-1, 1], each image flipped by its own coin; floats are x_0 themselves."""
+        if pixels.is_floating_point():
+            return pixels
         x = from_uint8(pixels)
         for dim, p in self.flips:
             coin = torch.rand(len(x), 1, 1, 1, device=x.device) < p
@@ -289,6 +298,65 @@ class CelebA_HQ_256(ImageFolder):
         super().__init__(root, "RGB", train, pipeline=[v2.Resize((256, 256)), *pipeline])
 
 
+class NumpyArray(ImageDataset):
+    """The rows of a NumPy file: floats [N, ...] of any shape, each row an x_0 as it stands, or uint8 images [N, C, H, W].
+
+    file        x.npy, as numpy.save writes it; rows are read as they are needed, and all may be more than memory holds
+    labels      y.npy: whole numbers [N] from 0, the class of each row; None without
+    conditions  {"name": "z.npy"}: [N, ...], what a network is told of each row by that name
+    train       None: every row. False: every tenth, for validation. True: the others
+    """
+
+    def __init__(
+        self, file: str, labels: str | None = None, conditions: dict[str, str] | None = None, train: bool | None = None
+    ):
+        self.file = os.path.expanduser(file)
+        self.array = _open_array("file", self.file)
+        if self.array.ndim < 2 or not (self.array.dtype == np.uint8 or self.array.dtype.kind == "f"):
+            found = f"{self.array.dtype} {list(self.array.shape)}"
+            raise Mistake(f"file = {file!r}: holds {found}: must hold floats [N, ...], or images, uint8 [N, C, H, W]")
+        self.rows = torch.arange(len(self.array))
+        self.rows = self.rows if train is None else self.rows[(self.rows % 10 != 0) == train]
+        if labels is not None:
+            of_all = self._of_all("labels", labels).long()
+            self.labels, self.class_names = of_all[self.rows], [str(label) for label in range(int(of_all.max()) + 1)]
+        told = conditions or {}
+        self.conditions = {name: self._of_all(f"conditions.{name}", path)[self.rows] for name, path in told.items()}
+        super().__init__()
+
+    def _of_all(self, key: str, path: str) -> Tensor:
+        """What a file says of each row."""
+        array = _open_array(key, os.path.expanduser(path))
+        if len(array) != len(self.array) or (key == "labels" and not (array.dtype.kind in "iu" and array.ndim == 1)):
+            kind = "whole numbers " if key == "labels" else ""
+            found = f"{array.dtype} {list(array.shape)}: must hold {kind}[{len(self.array)}{'' if kind else ', ...'}]"
+            raise Mistake(f"{key} = {path!r}: holds {found}, as many as file has rows")
+        return torch.from_numpy(np.array(array, np.float32 if array.dtype.kind == "f" else None))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"array": None}  # of which a pickle, for a worker that is spawned, would hold every row
+
+    def pixels(self, i: int) -> Tensor:
+        if self.array is None:
+            self.array = _open_array("file", self.file)
+        row = self.array[self.rows[i]]
+        return torch.from_numpy(np.array(row, np.uint8 if row.dtype == np.uint8 else np.float32))
+
+
+def _open_array(key: str, path: str) -> np.ndarray:
+    """The array of a file x.npy, of which nothing is read yet; Mistake if it cannot be opened."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise Mistake(f"{key} = {path!r}: cannot be read as a NumPy array ({one_line(error)})") from error
+    if not isinstance(array, np.ndarray) or not array.ndim:
+        raise Mistake(f"{key} = {path!r}: must hold one array [N, ...], as numpy.save writes it")
+    return array
+
+
 def small_images(images: ImageDataset) -> np.ndarray:
     """Every image averaged over squares to at most 16 x 16 pixels, in [0, 1], as k-means sees it: float32 [N, C * h * w]."""
     size = [min(CLUSTER_SIDE, side) for side in images.shape[1:]]
@@ -313,6 +381,8 @@ def find_clusters(images: ImageDataset, count: int) -> None:
     """
     from sklearn.cluster import MiniBatchKMeans
 
+    if images.is_float:
+        raise Mistake(f"dataset.clusters = {count}: clusters are of images, and these data are floats: give them labels")
     if count > len(images):
         raise Mistake(f"dataset.clusters = {count}: there are only {len(images)} images to train on")
     x = small_images(images)
@@ -344,8 +414,9 @@ def check_dataset(images: ImageDataset, where: str) -> None:
     """Mistake unless it was set up by ImageDataset, with labels that are None or a long tensor [N]."""
     if getattr(images, "shape", None) is None:
         raise Mistake(f"{where}: {type(images).__name__}.__init__ must end with super().__init__(pipeline)")
-    if len(images.shape) != 3:
-        raise Mistake(f"{where}: its items have the shape {list(images.shape)}: must be images, [C, H, W]")
+    if len(images.shape) != 3 and not (images.is_float and len(images.shape)):
+        of_floats = "have a dimension" if images.is_float else "be images, [C, H, W], or floats"
+        raise Mistake(f"{where}: its items have the shape {list(images.shape)}: must {of_floats}")
     labels, count = images.labels, len(images)
     if labels is not None and (getattr(labels, "dtype", None) != torch.long or labels.shape != (count,)):
         raise Mistake(f"{where}: labels must be a long tensor [{count}], the number of each image's class, or None")
@@ -361,7 +432,7 @@ def check_dataset(images: ImageDataset, where: str) -> None:
         raise Mistake(f"{where}: class_names must be a list of plain str, or None")
 
 
-DATASETS = {cls.__name__: cls for cls in (Digits, FashionMNIST, CIFAR10, CelebA_HQ_256, ImageFolder)}
+DATASETS = {cls.__name__: cls for cls in (Digits, FashionMNIST, CIFAR10, CelebA_HQ_256, ImageFolder, NumpyArray)}
 
 
 def _image_paths(root: str) -> tuple[list[str], Counter[str]]:
@@ -525,6 +596,8 @@ def main(argv: list[str] | None = None) -> int:
         images = build_dataset(config, args.split)
         torch.manual_seed(0)
         print(f"{config['dataset']['name']}, {args.split}: {describe(images, process)}")
+        if len(images.shape) != 3:
+            return  # no images, and so no picture
         picture = draw_data(images, process)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, picture)

@@ -13,7 +13,8 @@
 
 Writes to the folder NAME_gen beside NAME.pth: 0.png, 1.png, ..., a strip of states from x_T to x_0 for each sample; strips.png,
 the first eight of them; grid.png, the samples; trajectory.gif, the grid as it comes out of the noise; metrics.json, what was
-measured; report.html, if asked for. The same seed, batch size and -n give the same pictures.
+measured; report.html and samples.npz, if asked for. What is no image has no picture, and always samples.npz. The same seed,
+batch size and -n give the same samples.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple, get_args
@@ -113,16 +114,16 @@ def make_folder(folder: Path, count: int) -> None:
 
 
 def save_pictures(folder: Path, drawn: Drawn, shown: list[int], columns: int | None) -> None:
-    make_folder(folder, len(drawn.strips))
     for i, strip in enumerate(drawn.strips):
         save_png(folder / f"{i}.png", grid(strip, columns=len(strip)))
     save_png(folder / "strips.png", grid(drawn.strips[:8].flatten(0, 1), columns=drawn.strips.shape[1]))
     save_png(folder / "grid.png", grid(drawn.samples[shown], columns))
     save_gif(folder / "trajectory.gif", [grid(frame, columns) for frame in drawn.animation.unbind(1)])
+    print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
 
 
 def save_arrays(path: Path, drawn: Drawn, shown: list[int], job: Job) -> None:
-    """The numbers of what is drawn: samples [n, ...] in [-1, 1], their labels [n] and other conditions; and of the samples
+    """The numbers of what is drawn: samples [n, ...], their labels [n] and other conditions; and of the samples
     `pictured` the states [pictures, frames, ...] at the times [frames].
     """
     times = [*job.diffusion.steps(job.options["timesteps"], job.options["sampler"]), 0]
@@ -248,11 +249,11 @@ def edit_images(args: argparse.Namespace, edit: Edit, job: Job) -> None:
     save_edited(job.path.with_name(f"{job.path.stem}_{edit.kind}"), edit.picture(), samples)
 
 
-def refuse_for_symbols(args: argparse.Namespace) -> None:
-    """Mistake if a flag asks of a DiscreteDiffusion what needs numbers: a variance to fit, or states to lead to an edit."""
-    for name in ("fit_variance", *EDITS):
-        if getattr(args, name) is not None:
-            raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of symbols, and this is only for numbers")
+def refuse_for(what: str, args: argparse.Namespace, names: Sequence[str], only: str) -> None:
+    """Mistake if a flag of these names asks of a model what only one of other data can do."""
+    for name in names:
+        if getattr(args, name):
+            raise Mistake(f"--{name.replace('_', '-')}: this checkpoint is of {what}, and this is only for {only}")
 
 
 def evaluation_of(args: argparse.Namespace, job: Job, ranks: Ranks, datasets: dict[str, ImageDataset]) -> Evaluation:
@@ -298,15 +299,20 @@ def job_of(args: argparse.Namespace, ema_length: float | None, weight: float | N
     diffusion.to(ranks.device)
     n_classes, conditions = getattr(diffusion.time_aware_net, "n_classes", None), state.get("conditions") or []
     set_defaults(args, diffusion.T, n_classes, state["config"], conditions)
+    if args.size and len(state["shape"]) != 3:
+        raise Mistake(f"H W = {' '.join(map(str, args.size))}: the samples, {state['shape']}, are no images")
     shape = state["shape"][:1] + (args.size or state["shape"][1:])
     count = args.n if args.interpolate else min(args.n, args.batch_size)
     if count * math.prod(shape) > MAX_VALUES:
-        raise Mistake(f"{count} images of {shape} at a time: must be at most {MAX_VALUES:,} values; see -n, --batch-size")
+        raise Mistake(f"{count} samples of {shape} at a time: must be at most {MAX_VALUES:,} values; see -n, --batch-size")
     check_shape(state["config"], shape)
-    if diffusion.n_levels:
-        refuse_for_symbols(args)
+    if diffusion.n_levels:  # which have no variance to fit, and no states that lead to an edit
+        refuse_for("symbols", args, ("fit_variance", *EDITS), "numbers")
+    if state.get("is_float"):
+        refuse_for("floats", args, ("report", *EDITS), "images")
     sampler = args.sampler if diffusion.n_levels else find(args.sampler, SAMPLERS, FunctionType, "--sampler")
-    options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": not args.no_clip}
+    clip_x0 = not (args.no_clip or state.get("is_float"))
+    options = {"sampler": sampler, "timesteps": args.timesteps, "eta": args.eta, "clip_x0": clip_x0}
     with as_mistake():
         diffusion.trajectory((1, *shape), **options)  # checks the options, and computes nothing yet
     if conditions and (args.label is not None or any(getattr(args, kind) for kind in EDITS)):
@@ -363,9 +369,11 @@ def run(
     weight_name = f"_guidance{weight:g}" if len(args.guidance or []) > 1 else ""
     folder = job.path.with_name(f"{job.path.stem}{weight_name}_gen")
     if ranks.rank == 0:
-        save_pictures(folder, drawn, shown, columns)
-        print(f"{folder}: 0.png .. {len(drawn.strips) - 1}.png, strips.png, grid.png, trajectory.gif")
-        if args.npz:
+        make_folder(folder, len(drawn.strips))
+        is_image = len(job.shape) == 3
+        if is_image:
+            save_pictures(folder, drawn, shown, columns)
+        if args.npz or not is_image:
             save_arrays(folder / "samples.npz", drawn, shown, job)
     settings = vars(args) | {"ema_length": ema_length, "guidance": weight}
     settings |= {"step": job.state.get("step"), "precision": precision}
@@ -414,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--sampler", default="ddpm", help=f"{', '.join(SAMPLERS)}, or a function of your own as my_file.my_sampler")
     add("--timesteps", type=int, help="steps a sample, by default T, of a report 200; heun has two network calls in each")
     add("--eta", type=float, default=0.0, help="noise of the sampler ddim: 0 none, 1 as much as ddpm")
-    add("--no-clip", action="store_true", help="do not keep each predicted x_0 in [-1, 1]")
+    add("--no-clip", action="store_true", help="do not keep each predicted x_0 of images in [-1, 1]")
     add("--class", dest="label", help="a number, a name, all for a row of each, or data for their shares there")
     add(
         "--guidance",

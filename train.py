@@ -112,6 +112,7 @@ class Trainer:
         check_ranks(self, images)
         check_fit(self, images)
         self.shape, self.class_names = images["train"].shape, images["train"].class_names
+        self.sample_period = cfg.sample_period if len(self.shape) == 3 else 0  # what is no image has no picture
         self.class_counts = self.n_classes and images["train"].labels.bincount(minlength=self.n_classes).tolist()
         how = {"n_classes": self.n_classes, "check_signals": self.stopper.check}
         self.train_data = Batches(images["train"], cfg, self.ranks, shuffle=True, **how)
@@ -243,7 +244,7 @@ class Trainer:
         seconds = self.meter.elapsed()  # of training alone
         with speed.autocast(self.device, cfg.precision):  # once, so that the frozen weights are cast once
             valid_loss = self.validate()
-            if cfg.sample_period and (epoch % cfg.sample_period == 0 or last):
+            if self.sample_period and (epoch % self.sample_period == 0 or last):
                 self.save_picture(self.folder.path / f"epoch_{epoch}.png")
         self.record(bar, valid_loss, seconds, self.quality.measure(epoch, last))
         self.closed = self.step

@@ -70,9 +70,9 @@ def describe(images: ImageDataset, process: DiffusionProcess) -> str:
     moments = torch.stack([_moments(_seen(images, process, i)) for i in read]).T
     mean, square = moments[2].mean(), moments[3].mean()
     lines = [
-        f"{len(images)} images {list(images.shape)}",
+        f"{len(images)} {'rows' if images.is_float else 'images'} {list(images.shape)}",
         f"values from {moments[0].min():.3f} to {moments[1].max():.3f}, mean {mean:.3f}, standard deviation "
-        f"{(square - mean**2).sqrt():.3f}" + (f" (of {len(read)} images)" if len(read) < len(images) else ""),
+        f"{(square - mean**2).sqrt():.3f}" + (f" (of {len(read)} of them)" if len(read) < len(images) else ""),
     ]
     if process.n_levels:
         lines.append(f"each value the nearest of {process.n_levels} levels")
@@ -85,7 +85,7 @@ def describe(images: ImageDataset, process: DiffusionProcess) -> str:
 
 
 def _seen(images: ImageDataset, process: DiffusionProcess, i: int) -> Tensor:
-    """Image i [C, H, W] in [-1, 1], after the pipeline and, for symbols, at the nearest level."""
+    """Item i as x_0: of images [C, H, W] in [-1, 1], after the pipeline and, for symbols, at the nearest level."""
     return process.values_of(process.x0_of(images[i][None]))[0]
 
 

@@ -189,14 +189,16 @@ def bits_per_dimension(
     timesteps: int | None = None,
     seed: int = 0,
     ranks: Ranks | None = None,
+    discretized: bool = True,
 ) -> dict[str, float]:
     """The bound of 8-bit images [B, ...] in [-1, 1] (equation 6), in bits a dimension: its parts, and the total's error.
 
-    batches    of images, or of (images, condition)
-    timesteps  how many of the T terms are drawn for each image, None for all
-    ranks      those that share the images out between them; batches are then this one's
+    batches      of images, or of (images, condition)
+    timesteps    how many of the T terms are drawn for each image, None for all
+    ranks        those that share the images out between them; batches are then this one's
+    discretized  False for x_0 of any floats: the bound is then of their density, and may be below 0
     """
-    return bits_by_time(diffusion, batches, timesteps, seed, ranks)[0]
+    return bits_by_time(diffusion, batches, timesteps, seed, ranks, discretized)[0]
 
 
 def bits_by_time(
@@ -205,13 +207,14 @@ def bits_by_time(
     timesteps: int | None = None,
     seed: int = 0,
     ranks: Ranks | None = None,
+    discretized: bool = True,
 ) -> tuple[dict[str, float], list[Part]]:
     """bits_per_dimension, whose arguments it has, and the parts of 2..T that its kl is the sum of, one for each term drawn."""
     bounds, terms, ranks = [], [], ranks or Ranks("cpu", alone=True)
     for i, batch in enumerate(batches):
         x0, condition = (batch, None) if isinstance(batch, Tensor) else batch
         generator = torch.Generator(x0.device).manual_seed(mixed_seed(VALIDATION, seed, 0, i * ranks.world + ranks.rank))
-        kind = {} if diffusion.n_levels else {"discretized": True}  # symbols are discrete as they are
+        kind = {} if diffusion.n_levels else {"discretized": discretized}  # symbols are discrete as they are
         how = {"timesteps": timesteps, "generator": generator, "condition": condition}
         bound, _, length, kl = diffusion.bound_by_time(diffusion.x0_of(x0), **kind, **how)
         bounds.append(torch.stack(bound).cpu() / math.log(2))
@@ -331,19 +334,21 @@ class BitsPerDimension:
             raise Mistake(f"{names['metrics']} bpd: needs at least 2 images for a standard error, {of}")
 
     def measure(self) -> dict[str, Any]:
-        e = self.evaluation
+        e, valid = self.evaluation, self.evaluation.dataset("valid")
         batches = e.images("valid", e.bpd_images)
         with as_mistake("dataset.valid: "):  # of a to_float of one's own that leaves [-1, 1]
-            found, self.by_time = bits_by_time(e.diffusion, batches, e.bpd_timesteps, e.seed, e.ranks)
-        given = ["class"] * (e.n_classes is not None) + list(e.dataset("valid").conditions)
-        return found | ({"given": ", ".join(given)} if given else {})
+            how = {"discretized": not valid.is_float}
+            found, self.by_time = bits_by_time(e.diffusion, batches, e.bpd_timesteps, e.seed, e.ranks, **how)
+        given = ["class"] * (e.n_classes is not None) + list(valid.conditions)
+        return found | ({"given": ", ".join(given)} if given else {}) | ({"density": True} if valid.is_float else {})
 
     @staticmethod
     def describe(found: dict[str, Any]) -> str:
         parts = " + ".join(f"{name} {found[name]:.4f}" for name in Bound._fields[:-1])
         error, images = found["standard_error"], found["images"]
         given = f", given their {found['given']}" if "given" in found else ""
-        return f"bits per dimension  {found['total']:.4f} +- {error:.4f} on {images} valid images{given} ({parts})"
+        what = "rows, of their density, which may be below 0" if "density" in found else "images"
+        return f"bits per dimension  {found['total']:.4f} +- {error:.4f} on {images} valid {what}{given} ({parts})"
 
 
 class FrechetDistance:
@@ -359,6 +364,8 @@ class FrechetDistance:
             return
         shape, names = evaluation.dataset("valid").shape, evaluation.names
         where = f"{names['metrics']} fd: "
+        if evaluation.dataset("valid").is_float:
+            raise Mistake(f"{where}its features are of images, and these data are floats: name a metric of your own")
         if evaluation.shape is not None and list(evaluation.shape) != list(shape):
             sizes = [f"{height} x {width}" for _, height, width in (shape, evaluation.shape)]
             raise Mistake(f"{where}compares with images of {sizes[0]}, dataset.valid's, where samples have {sizes[1]}")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from evaluation.metrics import METRICS, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, save_png
 from evaluation.sampling import condition_by_row, condition_of, draw, evenly
 from mistakes import Mistake, as_mistake
-from samplers import SAMPLERS, Sampler
+from samplers import SAMPLERS
 from training import speed
 from training.seeds import PICTURE, VALIDATION, mixed_seed
 from training.state import take_state
@@ -54,17 +55,20 @@ def valid_loss(run) -> float:
 # Pictures
 
 
-def sampler_and_steps(run) -> tuple[str | Sampler, int]:
-    """train_cfg.sampler, but of symbols there is one alone; and train_cfg.sample_timesteps, at most T."""
+def how_to_sample(run) -> dict[str, Any]:
+    """Options of a trajectory: train_cfg.sampler, but of symbols there is one alone; train_cfg.sample_timesteps, at most T; and
+    images are kept in [-1, 1].
+    """
     sampler = "ddpm" if run.ema.n_levels else find(run.cfg.sampler, SAMPLERS, FunctionType, "train_cfg.sampler")
-    return sampler, min(run.cfg.sample_timesteps, run.ema.T)
+    steps = min(run.cfg.sample_timesteps, run.ema.T)
+    return {"sampler": sampler, "timesteps": steps, "clip_x0": not run.train_data.images.is_float}
 
 
 @torch.no_grad()
-def _try_sampler(run, sampler: Sampler, steps: int) -> None:
+def _try_sampler(run, how: dict[str, Any]) -> None:
     """Draw one sample by a sampler of one's own: what it does wrong is to be known before the first step."""
     with torch.random.fork_rng(devices=[]), speed.autocast(run.device, run.cfg.precision), as_mistake("train_cfg.sampler: "):
-        run.ema.sample((1, *run.shape), sampler, steps, clip_x0=True, condition=run.train_data.example(1))
+        run.ema.sample((1, *run.shape), **how, condition=run.train_data.example(1))
 
 
 def save_samples(run, path: Path) -> None:
@@ -79,9 +83,9 @@ def save_samples(run, path: Path) -> None:
         condition, columns = condition_of(run.valid_data.images, run.n_classes, share * run.ranks.world), None
     condition = rows_of(condition, slice(run.ranks.rank * share, (run.ranks.rank + 1) * share), run.device)
     generator = torch.Generator(run.device).manual_seed(mixed_seed(PICTURE, run.cfg.seed, run.ranks.rank))
-    how = {"clip_x0": True, "generator": generator, "condition": condition}
+    how = how_to_sample(run) | {"generator": generator, "condition": condition}
     states = []
-    for _, x in run.ema.trajectory((share, *run.shape), *sampler_and_steps(run), **how):
+    for _, x in run.ema.trajectory((share, *run.shape), **how):
         run.stopper.check()
         states += [run.ema.values_of(x[:STRIPS].clone())] if run.cfg.loggers else []
     whole_rows = SAMPLES if columns is None else min(SAMPLES, columns * run.n_classes)
@@ -97,7 +101,7 @@ def save_samples(run, path: Path) -> None:
 def first_picture(run) -> None:
     """Draw one inside an epoch, if none has been drawn for so long; several ranks, whose clocks differ, wait for its end."""
     waited = time.monotonic() - run.begun[0] > FIRST_PICTURE
-    if run.pictured or not waited or not run.cfg.sample_period or run.ranks.world > 1:
+    if run.pictured or not waited or not run.sample_period or run.ranks.world > 1:
         return
     begin = time.perf_counter()
     with speed.autocast(run.device, run.cfg.precision):
@@ -122,9 +126,9 @@ class Quality:
         self.began = time.monotonic()  # less the time that the run took before it was resumed
         self.expected: float | None = None  # seconds of the next measurement
         self.told = False
-        self.sampler, self.steps = sampler_and_steps(run)
-        if self.sampler not in SAMPLERS and self.sampler not in SAMPLERS.values():
-            _try_sampler(run, self.sampler, self.steps)
+        self.how = how_to_sample(run)
+        if self.how["sampler"] not in (*SAMPLERS, *SAMPLERS.values()):
+            _try_sampler(run, self.how)
         if run.cfg.metric_period:
             self.evaluation = self._evaluation()
             self.metrics = {name: build_metric(name, self.evaluation, KEYS["metrics"]) for name in run.cfg.metrics}
@@ -183,10 +187,9 @@ class Quality:
         """
         run = self.run
         condition = condition_of(run.valid_data.images, run.n_classes, n)
-        how = {"timesteps": self.steps, "batch_size": BATCH_SIZE, "seed": run.cfg.seed}
-        how |= {"condition": condition, "ranks": run.ranks, "check": self.evaluation.check}
+        how = self.how | {"batch_size": BATCH_SIZE, "seed": run.cfg.seed, "condition": condition}
         with speed.autocast(run.device, run.cfg.precision):
-            drawn = draw(run.ema, n, run.shape, self.sampler, **how)
+            drawn = draw(run.ema, n, run.shape, **how, ranks=run.ranks, check=self.evaluation.check)
         self.evaluation.samples, self.evaluation.condition = drawn.samples, condition
         bad = run.ranks.largest(float(not drawn.samples.isfinite().all())) > 0
         if bad and run.ranks.rank == 0:
@@ -197,7 +200,7 @@ class Quality:
         """Of an image, in samples: the bound takes about as long as one, and a class as many calls as it says, at most."""
         if not hasattr(metric, "calls"):
             return 1
-        return metric.calls / self.run.ema.network_calls(self.steps, self.sampler)
+        return metric.calls / self.run.ema.network_calls(self.how["timesteps"], self.how["sampler"])
 
     def _too_long(self, epoch: int) -> bool:
         """Would measuring now take the time spent on it above its share? Said once."""

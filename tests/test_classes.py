@@ -214,7 +214,7 @@ def test_an_edit_writes_its_samples_and_keeps_what_it_must(flags, kind, run):
         (["--interpolate", "a.png", "a.png", "-n", "1"], ["-n 1", "at least 2"]),
         (["--interpolate", "a.png", "b.png", "--class", "all"], ["--interpolate", "--class all"]),
         (["--interpolate", "a.png", "b.png", "--class", "data"], ["--interpolate", "--class data"]),
-        (["--interpolate", "a.png", "b.png", "-n", "1000000000000000"], ["1000000000000000 images", "268,435,456 values"]),
+        (["--interpolate", "a.png", "b.png", "-n", "1000000000000000"], ["1000000000000000 samples", "268,435,456 values"]),
         (["--strength", "0.3"], ["--strength is of --from"]),
         (["--strength", "0.5", "--upscale", "small.png"], ["--strength is of --from"]),
         (["--inpaint", "a.png"], ["--inpaint needs --mask"]),

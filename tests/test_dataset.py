@@ -598,16 +598,16 @@ def test_labels_of_another_kind_are_refused(tmp_path):
         ImageFolder(str(tmp_path), labels="files")
 
 
-def test_pixels_that_are_no_bytes_are_refused():
-    class Floats(ImageDataset):
+def test_pixels_that_are_neither_bytes_nor_single_floats_are_refused():
+    class Doubles(ImageDataset):
         def __len__(self):
             return 3
 
         def pixels(self, i):
-            return torch.full((1, 8, 8), -0.5)
+            return torch.full((1, 8, 8), -0.5, dtype=torch.float64)
 
-    with pytest.raises(Mistake, match=r"Floats: pixels\(0\) is torch\.float32: must be a uint8 tensor"):
-        Floats()
+    with pytest.raises(Mistake, match=r"Doubles: pixels\(0\) is torch\.float64: must be a tensor of uint8, .* or of float32"):
+        Doubles()
 
 
 def test_a_file_that_is_opened_with_the_first_image_is_not_shared_by_workers():

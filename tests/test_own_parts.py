@@ -308,7 +308,7 @@ def test_a_part_that_does_not_fit_is_named_before_anything_is_written(setting, w
 
 def test_pixels_that_are_no_tensor_are_named(own):
     data = 'dataset={"name": "my_parts.Arrays", "train": {}, "valid": {}}'
-    with pytest.raises(ValueError, match=r"pixels\(0\) is a ndarray: must be a uint8 tensor"):
+    with pytest.raises(ValueError, match=r"pixels\(0\) is a ndarray: must be a tensor of uint8"):
         trainer(own / "a", data)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/TRIED.md", "tests/README.md"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in FENCED.findall(README) if language == "python"]
-RUN, TUNED = (next(code for code in PYTHON if words in code) for words in ("Trainer(config).run()", "train_cfg.init"))
+RUN, TUNED, DECODED = (
+    next(code for code in PYTHON if words in code) for words in ("Trainer(config).run()", "train_cfg.init", "my_digits.png")
+)
 # What a page names and a run, a reader or another package has
 ELSEWHERE = re.compile(
     r"(models|my|data)/|my_|train_unconditional\.py|image_\w+\.py|metrics\.json|.*samples\.npz|.*\bNAME\b|"
@@ -62,7 +65,7 @@ def test_the_run_of_the_readme_and_the_one_that_starts_from_it_go_as_printed(fol
     assert {name.split(".")[0] for name in tuned if not torch.equal(tuned[name], before[name])} == {"conv_out"}
 
 
-@pytest.mark.parametrize("code", [code for code in PYTHON if code not in (RUN, TUNED)], ids=range(len(PYTHON) - 2))
+@pytest.mark.parametrize("code", [code for code in PYTHON if code not in (RUN, TUNED, DECODED)], ids=range(len(PYTHON) - 3))
 def test_the_python_of_the_readme_runs_as_printed(code, folder):
     run_code(code)
 
@@ -177,6 +180,31 @@ def test_digits_are_drawn_from_small_ones_as_printed(folder, monkeypatch):
         means, told = arrays["samples"].reshape(36, 4, 2, 4, 2).mean((2, 4)), arrays["condition_small"][:, 0]
     error, of_others = ((((means - small) ** 2).mean() ** 0.5).item() for small in (told, told[::-1]))
     assert error < of_others / 2
+
+
+def test_digits_are_drawn_as_codes_as_printed(folder, monkeypatch):
+    """The commands, and a shorter run; most codes lie nearest to the mean code of the digit that they should be."""
+    section = README[README.index("## Floats instead of images") : README.index("## Symbols instead of numbers")]
+    *files, commands = (code for _, code in FENCED.findall(section))
+    for name, text in zip(("my_codes.py", "my_codes.json", "my_digits.py"), files, strict=True):
+        (folder / name).write_text(text)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    scripts = {
+        "train.py": lambda argv: train.main([*argv, "--set", "train_cfg.epochs=20", "train_cfg.lr=0.002"]),
+        "test.py": sampling.main,
+    }
+    try:
+        for command in commands.splitlines():
+            python, script, *argv = shlex.split(command)
+            assert (python, scripts[script](argv) if script in scripts else runpy.run_path(script) and 0) == ("python", 0)
+    finally:
+        sys.modules.pop("my_codes", None)
+    codes, digits = np.load("my_codes.npy"), np.load("my_labels.npy")
+    means = np.stack([codes[digits == digit].mean(0) for digit in range(10)])
+    with np.load("models/codes/last_gen/samples.npz") as arrays:
+        nearest = ((arrays["samples"][:, None] - means) ** 2).sum(2).argmin(1)
+        assert (nearest == arrays["labels"]).mean() > 0.8
+    assert Image.open("my_digits.png").width > 14 * 8 * 4
 
 
 @pytest.mark.parametrize("page", PAGES)

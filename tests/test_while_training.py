@@ -30,6 +30,7 @@ from training.ranks import Ranks
 WHOLE = ["dataset.train.pipeline=[]", "dataset.valid.pipeline=[]"]  # the classifier takes no smaller images
 OFTEN = [*WHOLE, "train_cfg.metric_period=1", "train_cfg.metric_samples=150", "train_cfg.metric_share=1"]
 FEW = [*OFTEN[2:], "train_cfg.metric_samples=4", "train_cfg.sample_period=0"]  # of small images, and no picture
+IMAGES = SimpleNamespace(images=SimpleNamespace(is_float=False))
 UNMEASURED = SimpleNamespace(metric_period=0, metrics=(), sampler="dpm", sample_timesteps=250)
 OWN = """
 class Brightness:
@@ -190,7 +191,9 @@ def test_the_least_distance_outlives_a_part_of_the_run_without_metrics(measured,
 
 
 def test_a_distance_that_is_no_number_is_not_the_least():
-    quality = Quality(SimpleNamespace(cfg=UNMEASURED, ema=SimpleNamespace(n_levels=None, T=1000), ranks=Ranks("cpu")))
+    quality = Quality(
+        SimpleNamespace(cfg=UNMEASURED, ema=SimpleNamespace(n_levels=None, T=1000), train_data=IMAGES, ranks=Ranks("cpu"))
+    )
     for distance, better in ((math.nan, False), (2.0, True), (math.nan, False), (3.0, False), (1.0, True)):
         quality._note_best({"fd": {"distance": distance}})
         assert quality.better == better
@@ -394,7 +397,9 @@ def test_metrics_never_take_more_than_their_share_of_the_time(share, seconds, cl
     caplog.set_level("INFO")
     cfg = SimpleNamespace(**vars(UNMEASURED), metric_share=share, metric_samples=5 * 64, precision="fp32")
     monkeypatch.setattr(while_training, "take_state", lambda run: None)
-    run = SimpleNamespace(cfg=cfg, ema=SimpleNamespace(n_levels=None, T=1000), ranks=Ranks("cpu"), save_last=lambda state: None)
+    run = SimpleNamespace(
+        cfg=cfg, ema=SimpleNamespace(n_levels=None, T=1000), train_data=IMAGES, ranks=Ranks("cpu"), save_last=lambda state: None
+    )
     run.device = torch.device("cpu")
     quality = Quality(run)
     cfg.metric_period = 2
@@ -440,7 +445,7 @@ def test_a_class_is_known_to_take_more_calls_than_a_sample(clock, here, monkeypa
 
 
 def test_the_time_spent_is_kept_when_a_run_goes_on(clock):
-    run = SimpleNamespace(cfg=UNMEASURED, ema=SimpleNamespace(n_levels=None, T=1000))
+    run = SimpleNamespace(cfg=UNMEASURED, ema=SimpleNamespace(n_levels=None, T=1000), train_data=IMAGES)
     quality = Quality(run)
     quality.metrics, quality.seconds, quality.best_fd = {"slow": Slow(clock)}, 4.0, 1.5
     clock.now += 60

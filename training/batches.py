@@ -22,7 +22,7 @@ from mistakes import Mistake
 from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
 
-Batch = tuple[Tensor, dict[str, Tensor]]  # uint8 pixels [b, C, H, W], and the condition with a row for each
+Batch = tuple[Tensor, dict[str, Tensor]]  # pixels [b, C, H, W], or floats, and the condition with a row for each
 WORKERS_PAY_FROM = 2.0  # seconds of decoding all: to start worker processes takes about as long
 GRACE = 30  # seconds that a worker lives on after SIGTERM
 
@@ -44,7 +44,7 @@ def parts_of(rows: int, count: int) -> list[slice]:
 class Batches:
     """Images of a data set with their condition, in an order of (seed, epoch) alone: this rank's part of each batch.
 
-    A set of up to cache_gb is decoded once and kept as uint8, on the device if it is a GPU with room; a larger one, or one with
+    A set of up to cache_gb is decoded once and kept, on the device if it is a GPU with room; a larger one, or one with
     random transforms other than flips, is decoded by worker processes as it is needed. Of a set of more than max_images, so
     many evenly spread ones are used. The condition holds the labels if the network has n_classes. check_signals is called while
     images are decoded.
@@ -70,7 +70,8 @@ class Batches:
         whole, rest = divmod(len(self.numbers), cfg.batch_size)
         self.steps = whole + (rest >= ranks.world)  # a pass
         self.cache, self.loader = None, None
-        if not images.is_random and len(self.numbers) * math.prod(images.shape) <= cfg.cache_gb * 1e9:
+        size = len(self.numbers) * math.prod(images.shape) * images.dtype.itemsize
+        if not images.is_random and size <= cfg.cache_gb * 1e9:
             self.cache = self._decode_all()
             self.condition = rows_of(self.condition, self.numbers, self.cache.device)
             self.numbers = torch.arange(len(self.numbers))  # from now on of the images in the cache
@@ -81,7 +82,7 @@ class Batches:
         workers = 0 if quick else self.cfg.num_workers
         sampler = self.numbers.tolist()  # of max_images, no others
         loader = DataLoader(_Pixels(self.images), 256, sampler=sampler, num_workers=workers, worker_init_fn=_leave_alone)
-        cache = torch.empty(len(self.numbers), *self.images.shape, dtype=torch.uint8)
+        cache = torch.empty(len(self.numbers), *self.images.shape, dtype=self.images.dtype)
         bar = tqdm(loader, desc="decoding images", unit="batch", leave=False, disable=self.ranks.rank > 0)
         for part, pixels in zip(cache.split(256), bar, strict=True):
             part.copy_(pixels)
@@ -179,7 +180,7 @@ def _live_on(worker: int) -> None:
 
 
 class _Pixels(torch.utils.data.Dataset):
-    """A data set's uint8 images, by number or (epoch, number), on which two alone an image's random transforms depend."""
+    """A data set's pixels, by number or (epoch, number), on which two alone an image's random transforms depend."""
 
     def __init__(self, images: ImageDataset, seed: int = 0):
         self.images, self.seed = images, seed

@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from config import TrainConfig
 from dataset import DATASETS, ImageDataset, ImageFolder, rows_of, shared_images
-from diffusion_process import Condition, check_losses
+from diffusion_process import Condition, DiffusionProcess, check_losses
+from evaluation.sampling import evenly
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake, as_mistake
 from training.batches import parts_of
@@ -22,6 +23,8 @@ from training.optimizers import fall_of, optimizer_of
 from training.ranks import Ranks, buffers_kept
 
 log = logging.getLogger("train")
+READ = 1000  # rows of floats that are read to see their scale
+SCALES = 4  # how much more or less than 1 that may be
 
 
 def check_settings(cfg: TrainConfig, ranks: Ranks) -> None:
@@ -110,6 +113,9 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
     """Try the network of a Trainer on one image of each data set; warn of images that are no validation, and of a prior that is
     no noise.
     """
+    for split, data in images.items():
+        if data.is_float or type(data).to_float is not ImageDataset.to_float:
+            _check_floats(split, data, run.model)
     _check_network(run, images)
     _warn_of_images(run, images)
     if run.model.n_levels:  # what is left of x_0 at T is part of p(x_T)
@@ -155,8 +161,6 @@ def _warn_of_images(run, images: dict[str, ImageDataset]) -> None:
         root = getattr(data, "root", None) if isinstance(data, ImageFolder) else None  # a subclass may have none
         if root and run.folder.path.resolve().is_relative_to(Path(root).resolve()):
             log.warning(f"{run.folder.path}: lies among the images of dataset.{split}: its pictures will be some of them")
-        if type(data).to_float is not ImageDataset.to_float:
-            _check_floats(split, data)
         is_own = type(data) not in DATASETS.values()
         twin = copy.copy(data)  # as in ImageDataset
         if is_own and not data.is_random and not torch.equal(twin.pixels(0), twin.pixels(0)):
@@ -168,14 +172,27 @@ def _warn_of_images(run, images: dict[str, ImageDataset]) -> None:
         log.warning(f"dataset.valid: its images have the shape {list(valid.shape)}, and those to train on {list(train.shape)}")
 
 
-def _check_floats(split: str, data: ImageDataset) -> None:
-    """Hold a to_float of one's own to its shape, by a Mistake, and to its range, by a warning."""
+def _check_floats(split: str, data: ImageDataset, model: DiffusionProcess) -> None:
+    """Hold floats, and a to_float of one's own, to their shape, by a Mistake, and to their range or scale, by a warning."""
+    if data.is_float and model.n_levels:
+        raise Mistake(f"dataset.{split}: is of floats, and symbols are made of images")
+    twin = copy.copy(data)
     with torch.random.fork_rng(devices=[]):
-        x0 = data.to_float(copy.copy(data).pixels(0)[None])[0]
-    if x0.shape != data.shape:
-        raise Mistake(f"dataset.{split}: to_float makes {list(x0.shape)} of pixels {list(data.shape)}: must keep the shape")
-    if not x0.abs().max() <= 1:  # nor is nan
-        log.warning(f"dataset.{split}: to_float gives {x0.min():g} to {x0.max():g}, and samples are clipped to [-1, 1]")
+        pixels = torch.stack([twin.pixels(i) for i in evenly(READ if data.is_float else 1, len(data))])
+        x0 = data.to_float(pixels)
+    if x0.shape != pixels.shape:
+        found = f"{list(x0.shape[1:])} of pixels {list(data.shape)}"
+        raise Mistake(f"dataset.{split}: to_float makes {found}: must keep the shape")
+    seen, scale = f"{x0.min():g} to {x0.max():g}", x0.square().mean().sqrt().item()
+    if not data.is_float and not x0.abs().max() <= 1:  # nor is nan
+        log.warning(f"dataset.{split}: to_float gives {seen}, and samples are clipped to [-1, 1]")
+    if data.is_float and not math.isfinite(scale):
+        raise Mistake(f"dataset.{split}: not all of its floats are finite")
+    if data.is_float and getattr(model, "bounded", False) and not x0.abs().max() <= 1:
+        raise Mistake(f"diffusion.bounded = true: x_0 must lie in [-1, 1], and dataset.{split} holds {seen}")
+    if data.is_float and not 1 / SCALES <= scale <= SCALES:
+        advice = f"schedules are made for about 1: divide by {scale:.3g}"
+        log.warning(f"dataset.{split}: its floats, {seen}, have a root mean square of {scale:.3g}, and {advice}")
 
 
 @torch.no_grad()

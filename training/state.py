@@ -73,6 +73,7 @@ def _head(run) -> dict:
         "class_names": run.class_names,
         "class_counts": run.class_counts,
         "conditions": list(images.conditions),
+        "is_float": images.is_float,
         "cluster_centres": images.centres,
         "train_images": len(images),
         "step": run.step,
@@ -128,7 +129,7 @@ def restore_state(run, state: dict) -> None:
 def _check_data(run, state: dict) -> None:
     """Mistake if the data are not those of the run; a warning where it has more or fewer training images."""
     head = _head(run)
-    for name, found in {name: head[name] for name in ("shape", "class_names", "conditions")}.items():
+    for name, found in {name: head[name] for name in ("shape", "class_names", "conditions", "is_float")}.items():
         if state.get(name) not in (None, found):  # older checkpoints may not say
             raise Mistake(f"{run.folder.resume_from}: the data are not the run's: {name} {state[name]} then, {found} now")
     if state.get("class_counts") not in (None, run.class_counts):
