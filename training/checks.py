@@ -23,7 +23,7 @@ from training.optimizers import fall_of, optimizer_of
 from training.ranks import Ranks, buffers_kept
 
 log = logging.getLogger("train")
-READ = 1000  # rows of floats that are read to see their scale
+READ, READ_VALUES = 1000, 2**24  # rows of floats that are read to see their scale, and values in them, at most
 SCALES = 4  # how much more or less than 1 that may be
 
 
@@ -114,7 +114,9 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
     no noise.
     """
     for split, data in images.items():
-        if data.is_float or type(data).to_float is not ImageDataset.to_float:
+        if type(data).to_float is not ImageDataset.to_float:
+            _check_to_float(split, data)
+        if data.is_float:
             _check_floats(split, data, run.model)
     _check_network(run, images)
     _warn_of_images(run, images)
@@ -172,27 +174,33 @@ def _warn_of_images(run, images: dict[str, ImageDataset]) -> None:
         log.warning(f"dataset.valid: its images have the shape {list(valid.shape)}, and those to train on {list(train.shape)}")
 
 
-def _check_floats(split: str, data: ImageDataset, model: DiffusionProcess) -> None:
-    """Hold floats, and a to_float of one's own, to their shape, by a Mistake, and to their range or scale, by a warning."""
-    if data.is_float and model.n_levels:
-        raise Mistake(f"dataset.{split}: is of floats, and symbols are made of images")
-    twin = copy.copy(data)
+def _check_to_float(split: str, data: ImageDataset) -> None:
+    """Hold a to_float of one's own to its shape, by a Mistake, and to its range, by a warning."""
     with torch.random.fork_rng(devices=[]):
-        pixels = torch.stack([twin.pixels(i) for i in evenly(READ if data.is_float else 1, len(data))])
-        x0 = data.to_float(pixels)
-    if x0.shape != pixels.shape:
-        found = f"{list(x0.shape[1:])} of pixels {list(data.shape)}"
-        raise Mistake(f"dataset.{split}: to_float makes {found}: must keep the shape")
-    seen, scale = f"{x0.min():g} to {x0.max():g}", x0.square().mean().sqrt().item()
-    if not data.is_float and not x0.abs().max() <= 1:  # nor is nan
-        log.warning(f"dataset.{split}: to_float gives {seen}, and samples are clipped to [-1, 1]")
-    if data.is_float and not math.isfinite(scale):
+        x0 = data.to_float(copy.copy(data).pixels(0)[None])[0]
+    if x0.shape != data.shape:
+        raise Mistake(f"dataset.{split}: to_float makes {list(x0.shape)} of pixels {list(data.shape)}: must keep the shape")
+    if not (data.is_float or x0.abs().max() <= 1):  # nor is nan
+        log.warning(f"dataset.{split}: to_float gives {x0.min():g} to {x0.max():g}, and samples are clipped to [-1, 1]")
+
+
+def _check_floats(split: str, data: ImageDataset, model: DiffusionProcess) -> None:
+    """Mistake if floats are not what the model is of; a warning where their scale is not what schedules are made for."""
+    if model.n_levels:
+        raise Mistake(f"dataset.{split}: is of floats, and symbols are made of images")
+    count, twin = max(1, min(READ, READ_VALUES // data.shape.numel())), copy.copy(data)
+    with torch.random.fork_rng(devices=[]):
+        x0 = data.to_float(torch.stack([twin.pixels(i) for i in evenly(count, len(data))]))
+    seen, scale = f"{x0.min():g} to {x0.max():g}", x0.double().square().mean().sqrt().item()
+    if not math.isfinite(scale):
         raise Mistake(f"dataset.{split}: not all of its floats are finite")
-    if data.is_float and getattr(model, "bounded", False) and not x0.abs().max() <= 1:
+    if getattr(model, "bounded", False) and not x0.abs().max() <= 1:
         raise Mistake(f"diffusion.bounded = true: x_0 must lie in [-1, 1], and dataset.{split} holds {seen}")
-    if data.is_float and not 1 / SCALES <= scale <= SCALES:
-        advice = f"schedules are made for about 1: divide by {scale:.3g}"
-        log.warning(f"dataset.{split}: its floats, {seen}, have a root mean square of {scale:.3g}, and {advice}")
+    if not 1 / SCALES <= scale <= SCALES:
+        log.warning(
+            f"dataset.{split}: its floats, {seen}, have a root mean square of {scale:.3g}, and schedules are made for about 1: "
+            "scale them"
+        )
 
 
 @torch.no_grad()
