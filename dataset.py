@@ -16,7 +16,6 @@ import gzip
 import os
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -24,18 +23,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageColor
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import ToTensor, v2
 from tqdm import tqdm
 
+from image_files import OTHER_IMAGES, class_folder, colour_of, image_paths, is_readable, not_read, read_image
 from mistakes import Mistake, one_line
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
-OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg")  # which are not read
 CLUSTER_SIDE = 16  # pixels
 NO_CONDITION: Mapping[str, Tensor] = MappingProxyType({})  # of a network that is told nothing besides x_t and t
 FLIPS = {v2.RandomHorizontalFlip: -1, v2.RandomVerticalFlip: -2}  # the dimension that is turned round
@@ -259,26 +257,26 @@ class ImageFolder(ImageDataset):
     ):
         self.root = root = os.path.expanduser(root)
         self.mode = mode
-        self.background = _colour(background)
+        self.background = colour_of(background)
         if labels not in (None, "folders"):
             raise Mistake(f'labels = {labels!r}: must be "folders" or None')
-        self.paths, others = _image_paths(root)
+        self.paths, others = image_paths(root)
         if left_out := {name: others[name] for name in OTHER_IMAGES if others[name]}:
-            warnings.warn(f"root = {root!r}: left out {_not_read(left_out)}", stacklevel=2)
+            warnings.warn(f"root = {root!r}: left out {not_read(left_out)}", stacklevel=2)
         if labels == "folders":
-            self.class_names = sorted({_class_folder(path, root) for path in self.paths})
+            self.class_names = sorted({class_folder(path, root) for path in self.paths})
         if train is not None:
             self.paths = [path for i, path in enumerate(self.paths) if (i % 10 != 0) == train]
         if skip_unreadable:
-            self.paths = [path for path in tqdm(self.paths, desc=f"reading {root}", unit="img") if _is_readable(path)]
+            self.paths = [path for path in tqdm(self.paths, desc=f"reading {root}", unit="img") if is_readable(path)]
         if not self.paths:
             what = "image that can be read" if skip_unreadable else "image"
             split = "" if train is None else " for training" if train else " for validation"
-            found = f"; there are {_not_read(others)}" if others else ""
+            found = f"; there are {not_read(others)}" if others else ""
             raise Mistake(f"root = {root!r}: holds no {what}{split}{found}")
         if self.class_names is not None:
             number = {name: i for i, name in enumerate(self.class_names)}
-            self.labels = torch.tensor([number[_class_folder(path, root)] for path in self.paths])
+            self.labels = torch.tensor([number[class_folder(path, root)] for path in self.paths])
         super().__init__(pipeline)
 
     def __len__(self) -> int:
@@ -433,144 +431,6 @@ def check_dataset(images: ImageDataset, where: str) -> None:
 
 
 DATASETS = {cls.__name__: cls for cls in (Digits, FashionMNIST, CIFAR10, CelebA_HQ_256, ImageFolder, NumpyArray)}
-
-
-def _image_paths(root: str) -> tuple[list[str], Counter[str]]:
-    """Every image file below root with an extension that torchvision knows, in either case, sorted; how many have others."""
-    if not os.path.isdir(root):
-        raise Mistake(f"root = {root!r}: no such folder")
-    paths, others, seen = [], Counter(), set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link that leads back
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in files:
-            extension = os.path.splitext(name.lower())[1]
-            if extension in IMG_EXTENSIONS and not name.startswith("."):
-                paths.append(os.path.join(folder, name))
-            elif not name.startswith("."):
-                others[extension or "no extension"] += 1
-    return sorted(paths), others
-
-
-def _not_read(extensions: Mapping[str, int]) -> str:
-    counts = ", ".join(f"{count} of {name}" for name, count in Counter(extensions).most_common(5))
-    return f"{counts}; only {', '.join(IMG_EXTENSIONS)} are read"
-
-
-def _class_folder(path: str, root: str) -> str:
-    """The first folder on the way from root to an image; Mistake if there is none."""
-    name, *rest = path.removeprefix(root).lstrip(os.sep).split(os.sep)  # pathlib takes a minute for a million
-    if not rest:
-        raise Mistake(f'labels = "folders": {path} lies in no folder below root = {root!r}, and so has no class')
-    return name
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise Mistake(f"{error.filename}: cannot be read ({error.strerror})") from error
-
-
-def _colour(name: str) -> tuple[int, int, int]:
-    """Red, green and blue, 0..255, of a colour's name or of "#rrggbb"."""
-    try:
-        red, green, blue = ImageColor.getrgb(name)
-    except ValueError as error:  # also of four values, "#rrggbbaa"
-        raise Mistake(f'background = {name!r}: must be the name of a colour, such as "black", or "#rrggbb"') from error
-    return red, green, blue
-
-
-def read_image(path: str, mode: str, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """The image of a file as ImageFolder has it: its first frame, upright, on the background, in the mode "RGB" or "L"."""
-    return _composited(_read_image(path), background).convert(mode)
-
-
-def _read_image(path: str) -> Image.Image:
-    """The first frame of a file, upright, with 8 bits a channel; Mistake names a file that cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open(path, "rb") as file, Image.open(file) as image:  # of a path, Pillow maps some turned TIFFs wrongly
-                _scale_transparent_colour(image)
-                image.load()
-                _check_levels(image)
-                image = _upright(image)
-                image = image.convert("RGB") if image.mode == "LAB" else image  # the only mode that Pillow makes of it
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow raises whatever a broken file leads to
-        raise Mistake(f"{path}: cannot be read as an image ({error})") from error
-    if image.mode == "F":
-        raise Mistake(f"{path}: cannot be read as an image (floating-point pixels have no known range)")
-    return _with_8_bits(image) if image.mode.startswith("I") else image
-
-
-def _check_levels(image: Image.Image) -> None:
-    """ValueError if a TIFF is grey of more than 8 bits and not of 16, from 0, black, to 65535: Pillow gives its levels raw."""
-    if image.format != "TIFF" or not image.mode.startswith("I"):
-        return
-    bits, meaning = (image.tag_v2.get(getattr(ExifTags.Base, tag)) for tag in ("BitsPerSample", "PhotometricInterpretation"))
-    low, high = image.getextrema()
-    plain = bits == (16,) and image.mode != "I"  # which is signed
-    if not (plain or (bits == (32,) and low >= 0 and high <= 65535)) or meaning != 1:
-        raise ValueError("of a grey TIFF of more than 8 bits, levels must be 0, black, to 65535, white")
-
-
-# What turns an image upright, by its EXIF orientation
-FLIP_X, FLIP_Y, ROTATE_90, ROTATE_180, ROTATE_270, TRANSPOSE, TRANSVERSE = Image.Transpose
-TURNS = {2: FLIP_X, 3: ROTATE_180, 4: FLIP_Y, 5: TRANSPOSE, 6: ROTATE_270, 7: TRANSVERSE, 8: ROTATE_90}
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF data say. ImageOps.exif_transpose writes them all anew, and fails on an odd one of them."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # of broken EXIF data; the pixels are there
-        orientation = None
-    turn = TURNS.get(orientation)
-    return image.copy() if turn is None else image.transpose(turn)
-
-
-def _scale_transparent_colour(image: Image.Image) -> None:
-    """Give a PNG's one transparent colour in the 8 bits of the pixels; Pillow leaves it in the bits of the file."""
-    colour = image.info.get("transparency")
-    if image.format != "PNG" or colour is None or not image.tile:
-        return
-    rawmode = image.tile[0][3]
-    if rawmode == "1":
-        image.info["transparency"] = 255 if colour else 0
-    elif rawmode in ("L;2", "L;4"):
-        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[rawmode]
-    elif rawmode == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in colour)
-
-
-def _with_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 bits, which convert() would clip, with its one transparent level if it has one."""
-    levels = np.asarray(image)
-    grey = Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:
-        grey.putalpha(Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))
-    return grey
-
-
-def _composited(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """The image on a background, alpha * image + (1 - alpha) * background, where it has transparent pixels, else as it is."""
-    if not image.has_transparency_data:
-        return image
-    straight = image.convert("LA") if image.mode == "La" else image  # from where Pillow knows the way to RGBA
-    return Image.alpha_composite(Image.new("RGBA", image.size, background), straight.convert("RGBA"))
-
-
-def _is_readable(path: str) -> bool:
-    try:
-        _read_image(path)
-    except Mistake as error:
-        warnings.warn(f"left out: {error}", stacklevel=2)
-        return False
-    return True
 
 
 def main(argv: list[str] | None = None) -> int:

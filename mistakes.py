@@ -17,7 +17,8 @@ from typing import Any, NoReturn, TextIO
 
 # Modules whose ValueErrors say what is wrong with an argument
 LIBRARY = {"beta_schedule", "time_aware_module", "samplers", "diffusion_process", "gaussian_diffusion", "discrete_diffusion"}
-LIBRARY |= {"classify", "guidance", "editing", "mistakes", "dataset", "config", "checkpoint", "evaluation", "training"}
+LIBRARY |= {"classify", "guidance", "editing", "mistakes", "dataset", "image_files", "config", "checkpoint"}
+LIBRARY |= {"evaluation", "training"}
 RANK_DELAY = 5.0  # seconds that a rank waits before it tells of a failure: torchrun has ended it by then, if another told of it
 OWN: set[str] = set()  # modules of the user's own, which config.find has imported
 

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dataset import from_uint8, read_image, rows_of
+from dataset import from_uint8, rows_of
 from editing import edit, inpaint, interpolate, posterior_sample
 from gaussian_diffusion import GaussianDiffusion
+from image_files import read_image
 from mistakes import Mistake
 from training.seeds import SAMPLING, mixed_seed
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import dataset
+import image_files
 from dataset import (
     DEBIAN_FASHION_MNIST,
     ArrayDataset,
@@ -25,9 +26,9 @@ from dataset import (
     ImageDataset,
     ImageFolder,
     check_dataset,
-    read_image,
     shared_images,
 )
+from image_files import read_image
 from mistakes import Mistake, run_script
 
 
@@ -198,7 +199,7 @@ def test_modes_that_no_png_holds_are_composited_too(mode):
     else:
         straight = np.asarray(image.convert("LA").convert("RGBA") if mode == "La" else image, float)
         image = image.convert("LA").convert("La") if mode == "La" else image.convert("RGBa")
-    found = np.asarray(dataset._composited(image, BACKGROUNDS["#204060"]).convert("RGB"), float)
+    found = np.asarray(image_files._composited(image, BACKGROUNDS["#204060"]).convert("RGB"), float)
     assert np.abs(found - composited(straight[..., :3], straight[..., 3], "#204060")).max() <= 2  # rounded twice
 
 

@@ -20,7 +20,7 @@ from children import ENDLESS, KEEN, PATIENCE, RESUME, files, image_folder, run_a
 from runs import ROOT, assert_same_state, losses, tiny
 
 import checkpoint
-import dataset
+import image_files
 import train
 from config import load_config
 from files import whole_file
@@ -105,7 +105,7 @@ def test_a_second_signal_stops_at_once_with_the_files_whole(place, start, work, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_images_are_decoded_is_heeded_there(number, tmp_path, work, monkeypatch, capsys):
     settings = image_folder(tmp_path / "images", 600)
-    read, calls = dataset._read_image, []
+    read, calls = image_files._read_image, []
 
     def signalling(path):
         calls.append(path)
@@ -113,7 +113,7 @@ def test_a_signal_while_images_are_decoded_is_heeded_there(number, tmp_path, wor
             os.kill(os.getpid(), number)
         return read(path)
 
-    monkeypatch.setattr(dataset, "_read_image", signalling)
+    monkeypatch.setattr(image_files, "_read_image", signalling)
     assert train.main(run_argv(*settings)) == 128 + number
     assert len(calls) < 300
     message = capsys.readouterr().err.rsplit("\r", 1)[-1].strip()
