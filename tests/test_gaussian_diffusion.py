@@ -568,11 +568,11 @@ def test_importance_draws_t_where_the_loss_is_large_and_keeps_its_expectation(pr
     share = t.bincount(minlength=13).double()[1:] / 20_000
     torch.testing.assert_close(share, chance, rtol=0, atol=1e-4)  # spread evenly over the batch, a time is off by one sample
     first = []
-    for _ in range(2000):
+    for _ in range(1000):
         diffusion(torch.ones(2, 3))
         first.append(diffusion.last_terms[0][0])
-    share = torch.stack(first).bincount(minlength=13).double()[1:] / 2000  # and each sample has that chance
-    assert ((share - chance).abs() < 5 * (chance * (1 - chance) / 2000).sqrt()).all()
+    share = torch.stack(first).bincount(minlength=13).double()[1:] / 1000  # and each sample has that chance
+    assert ((share - chance).abs() < 5 * (chance * (1 - chance) / 1000).sqrt()).all()
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -583,10 +583,10 @@ def test_importance_makes_the_loss_vary_less(prediction):
     for time_sampling in ("uniform", "importance"):
         net = OptimalNet(GAUSSIAN, SCHEDULE.beta, prediction)
         diffusion = GaussianDiffusion(SCHEDULE, net, "beta", prediction, "min_snr", time_sampling=time_sampling)
-        losses = torch.stack([diffusion(GAUSSIAN.sample(1)) for _ in range(2000)])
+        losses = torch.stack([diffusion(GAUSSIAN.sample(1)) for _ in range(1000)])
         mean[time_sampling], spread[time_sampling] = losses.mean().item(), losses.var().item()
     assert spread["importance"] < 0.9 * spread["uniform"]
-    assert abs(mean["importance"] - mean["uniform"]) < 4 * (sum(spread.values()) / 2000) ** 0.5
+    assert abs(mean["importance"] - mean["uniform"]) < 4 * (sum(spread.values()) / 1000) ** 0.5
 
 
 def test_importance_is_no_way_to_draw_the_times_of_the_full_loss():
