@@ -35,6 +35,7 @@ from mistakes import Mistake, one_line
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 CLUSTER_SIDE = 16  # pixels
+MOST_CLASSES = 2**20  # that labels of a file may name
 NO_CONDITION: Mapping[str, Tensor] = MappingProxyType({})  # of a network that is told nothing besides x_t and t
 FLIPS = {v2.RandomHorizontalFlip: -1, v2.RandomVerticalFlip: -2}  # the dimension that is turned round
 FIXED_TRANSFORMS = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Grayscale)  # give the same image every time
@@ -99,6 +100,11 @@ class ImageDataset(Dataset):
     def is_float(self) -> bool:
         """Are the items floats of any range, and no images of 256 levels in [-1, 1]?"""
         return self.dtype.is_floating_point
+
+    @property
+    def kind(self) -> str:
+        """What to call its items."""
+        return "rows" if self.is_float else "images"
 
     def condition(self, n_classes: int | None) -> dict[str, Tensor]:
         """What a network is told of the images, [N, ...] each: their labels, if it has classes, and their conditions."""
@@ -300,8 +306,8 @@ class NumpyArray(ImageDataset):
     """The rows of a NumPy file: floats [N, ...] of any shape, each row an x_0 as it stands, or uint8 images [N, C, H, W].
 
     file        x.npy, as numpy.save writes it; rows are read as they are needed, and all may be more than memory holds
-    labels      y.npy: whole numbers [N] from 0, the class of each row; None without
-    conditions  {"name": "z.npy"}: [N, ...], what a network is told of each row by that name
+    labels      y.npy: whole numbers [N], the class of each row, from 0 to the largest that is there; None without
+    conditions  {"name": "z.npy"}: numbers [N, ...], what a network is told of each row by that name
     train       None: every row. False: every tenth, for validation. True: the others
     """
 
@@ -309,27 +315,35 @@ class NumpyArray(ImageDataset):
         self, file: str, labels: str | None = None, conditions: dict[str, str] | None = None, train: bool | None = None
     ):
         self.file = os.path.expanduser(file)
-        self.array = _open_array("file", self.file)
-        if self.array.ndim < 2 or not (self.array.dtype == np.uint8 or self.array.dtype.kind == "f"):
+        self.array = _open_array("file", file)
+        if self.array.ndim < 2 or 0 in self.array.shape or not (self.array.dtype == np.uint8 or self.array.dtype.kind == "f"):
             found = f"{self.array.dtype} {list(self.array.shape)}"
             raise Mistake(f"file = {file!r}: holds {found}: must hold floats [N, ...], or images, uint8 [N, C, H, W]")
-        self.rows = torch.arange(len(self.array))
-        self.rows = self.rows if train is None else self.rows[(self.rows % 10 != 0) == train]
+        rows = np.arange(len(self.array))
+        self.rows = rows if train is None else rows[(rows % 10 != 0) == train]
         if labels is not None:
-            of_all = self._of_all("labels", labels).long()
+            of_all = self._labels(labels)
             self.labels, self.class_names = of_all[self.rows], [str(label) for label in range(int(of_all.max()) + 1)]
         told = conditions or {}
-        self.conditions = {name: self._of_all(f"conditions.{name}", path)[self.rows] for name, path in told.items()}
+        self.conditions = {name: self._numbers(f"conditions.{name}", path)[self.rows] for name, path in told.items()}
         super().__init__()
 
-    def _of_all(self, key: str, path: str) -> Tensor:
-        """What a file says of each row."""
-        array = _open_array(key, os.path.expanduser(path))
-        if len(array) != len(self.array) or (key == "labels" and not (array.dtype.kind in "iu" and array.ndim == 1)):
-            kind = "whole numbers " if key == "labels" else ""
-            found = f"{array.dtype} {list(array.shape)}: must hold {kind}[{len(self.array)}{'' if kind else ', ...'}]"
-            raise Mistake(f"{key} = {path!r}: holds {found}, as many as file has rows")
-        return torch.from_numpy(np.array(array, np.float32 if array.dtype.kind == "f" else None))
+    def _labels(self, path: str) -> Tensor:
+        """The class of every row of the file."""
+        labels = self._numbers("labels", path)
+        if labels.ndim != 1 or labels.is_floating_point() or labels.min() < 0 or labels.max() >= MOST_CLASSES:
+            found = f"{list(labels.shape)} from {labels.min():g} to {labels.max():g}"
+            raise Mistake(f"labels = {path!r}: holds {found}: must hold whole numbers [N] from 0 to {MOST_CLASSES - 1}")
+        return labels
+
+    def _numbers(self, key: str, path: str) -> Tensor:
+        """What another file says of every row of this one: floats as float32, whole numbers as long."""
+        array = _open_array(key, path)
+        if len(array) != len(self.array) or array.dtype.kind not in "fiu":
+            found = f"{array.dtype} {list(array.shape)}"
+            allowed = f"must hold numbers [{len(self.array)}, ...], one for each row of file"
+            raise Mistake(f"{key} = {path!r}: holds {found}: {allowed}")
+        return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -337,21 +351,27 @@ class NumpyArray(ImageDataset):
     def __getstate__(self) -> dict:
         return vars(self) | {"array": None}  # of which a pickle, for a worker that is spawned, would hold every row
 
+    def name_of(self, i: int) -> str:
+        return f"row {self.rows[i]} of {self.file}"
+
     def pixels(self, i: int) -> Tensor:
         if self.array is None:
             self.array = _open_array("file", self.file)
-        row = self.array[self.rows[i]]
-        return torch.from_numpy(np.array(row, np.uint8 if row.dtype == np.uint8 else np.float32))
+        kind = np.uint8 if self.array.dtype == np.uint8 else np.float32
+        with np.errstate(over="ignore"):  # to infinity, which is no x_0
+            return torch.from_numpy(np.array(self.array[self.rows[i]], kind))
 
 
 def _open_array(key: str, path: str) -> np.ndarray:
     """The array of a file x.npy, of which nothing is read yet; Mistake if it cannot be opened."""
     try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise Mistake(f"{key} = {path!r}: cannot be read as a NumPy array ({one_line(error)})") from error
+        array = np.load(os.path.expanduser(path), mmap_mode="r")
+    except OSError as error:
+        raise Mistake(f"{key} = {path!r}: {error.strerror or 'cannot be read'}") from error
+    except (TypeError, ValueError, EOFError):  # whose words are of Python objects, and of how to load them
+        array = None
     if not isinstance(array, np.ndarray) or not array.ndim:
-        raise Mistake(f"{key} = {path!r}: must hold one array [N, ...], as numpy.save writes it")
+        raise Mistake(f"{key} = {path!r}: must be a file of one array of numbers [N, ...], as numpy.save writes it")
     return array
 
 
@@ -404,6 +424,8 @@ def shared_images(train: ImageDataset, valid: ImageDataset) -> int:
         real = functools.cache(os.path.realpath)  # of the few folders, not of each image
         seen, known = ({(real(os.path.dirname(path)), os.path.basename(path)) for path in x.paths} for x in (train, valid))
         return len(seen & known)
+    if isinstance(train, NumpyArray) and isinstance(valid, NumpyArray):
+        return len(np.intersect1d(train.rows, valid.rows)) if os.path.samefile(train.file, valid.file) else 0
     arrays = isinstance(train, ArrayDataset) and isinstance(valid, ArrayDataset)
     return len(valid) if arrays and np.array_equal(train.images, valid.images) else 0
 

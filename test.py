@@ -196,7 +196,7 @@ def _kind(diffusion: nn.Module, state: dict) -> tuple:
     """What two models must share for the output of one to mean that of the other."""
     names = ("prediction", "n_levels", "transition")  # of which a diffusion of numbers has the first, one of symbols the others
     n_classes = getattr(diffusion.time_aware_net, "n_classes", None)
-    told = n_classes, state.get("conditions") or []
+    told = n_classes, state.get("conditions") or [], bool(state.get("is_float"))
     return *(getattr(diffusion, name, None) for name in names), state["config"]["schedule"], state["shape"], told
 
 
@@ -207,7 +207,7 @@ def guide(diffusion: nn.Module, state: dict, weight: float, interval: list[int] 
         other, other_state = load_diffusion(weaker)
         names = [each["class_names"] for each in (state, other_state) if each.get("class_names")]  # older ones may not say
         if _kind(other, other_state) != _kind(diffusion, state) or names[1:] not in ([], names[:1]):
-            what = "prediction, schedule, shape of images, classes or conditions"
+            what = "prediction, schedule, shape or kind of data, classes or conditions"
             raise Mistake(f"--guide {weaker}: is of another {what} than what it is to guide")
         weaker_net = other.time_aware_net.to(next(diffusion.buffers()).device)
     with as_mistake("--guidance: "):
@@ -263,6 +263,7 @@ def evaluation_of(args: argparse.Namespace, job: Job, ranks: Ranks, datasets: di
     how |= {"shape": job.shape, "datasets": datasets}
     how |= {"class_names": job.state.get("class_names"), "centres": job.state.get("cluster_centres")}
     how |= {"conditions": job.state.get("conditions") or []}  # older networks were told none
+    how |= {"is_float": bool(job.state.get("is_float"))}  # and were of images
     return Evaluation(job.diffusion, job.state["config"], ranks, **how)
 
 

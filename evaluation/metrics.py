@@ -252,6 +252,7 @@ class Evaluation:
     check: Callable[[], object] = lambda: None  # called before each batch of images
     class_names: list[str] | None = None  # of the checkpoint, if it says them
     conditions: list[str] | None = None  # that the network was told
+    is_float: bool | None = None  # is x_0 of any floats, and no image?
     centres: Tensor | None = None  # of the clusters that are its classes
     datasets: dict[str, ImageDataset] = field(default_factory=dict)  # that were built, by split
     names: Mapping[str, str] = field(default_factory=lambda: FLAGS)  # of settings, in messages
@@ -278,6 +279,8 @@ class Evaluation:
             raise Mistake(f"dataset.{split}: has the classes {images.class_names}, and the network learned {self.class_names}")
         if self.conditions not in (None, told := list(images.conditions)):
             raise Mistake(f"dataset.{split}: has the conditions {told}, and the network was told {self.conditions}")
+        if self.is_float not in (None, images.is_float):
+            raise Mistake(f"dataset.{split}: holds {images.kind}, which are other data than those of the network")
         with as_mistake(f"dataset.{split}: "):
             check_shape(self.config, images.shape)
         return self.datasets.setdefault(split, images)

@@ -188,7 +188,7 @@ def test_a_model_belongs_to_what_it_was_told(run, own, capsys):
     other.mkdir()
     checkpoint.save(other / "last.pth", {**state, "conditions": ["hue"]})
     assert sampling.main([str(folder), *flags, "--guidance", "2", "--guide", str(other / "last.pth")]) == 2
-    assert "shape of images, classes or conditions than what it is to guide" in capsys.readouterr().err
+    assert "shape or kind of data, classes or conditions than what it is to guide" in capsys.readouterr().err
     assert train.main([*arguments(own, other.name, n_classes=n_classes), "--resume"]) == 2
     assert "the data are not the run's: conditions ['hue'] then, ['tone'] now" in capsys.readouterr().err
 

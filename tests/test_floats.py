@@ -140,7 +140,8 @@ def test_images_as_an_array_are_images(own):
 
 def test_an_array_gives_its_rows_labels_and_conditions(own):
     x, told = np.load("x.npy"), np.random.default_rng(1).standard_normal(3000)
-    np.save("y.npy", np.arange(3000) % 4)
+    np.save("x.npy", x.astype(">f8"))  # of another machine
+    np.save("y.npy", (np.arange(3000) % 4).astype(">u8"))
     np.save("told.npy", told)
     for train_split, rows in ((True, np.arange(3000) % 10 != 0), (False, np.arange(3000) % 10 == 0), (None, slice(None))):
         rows_of = dataset.NumpyArray("x.npy", "y.npy", {"told": "told.npy"}, train_split)
@@ -169,15 +170,22 @@ def test_conditions_and_labels_of_files_reach_the_samples(own):
     [
         ("diffusion.bounded=true", "diffusion.bounded = true: x_0 must lie in [-1, 1], and dataset.train holds -"),
         ('diffusion={"name": "DiscreteDiffusion", "n_levels": 4}', "is of floats, and symbols are made of images"),
-        ("dataset.train.file=none.npy", "dataset.train.file = 'none.npy': cannot be read as a NumPy array ([Errno 2] No such"),
-        ("dataset.train.file=config.json", "dataset.train.file = 'config.json': cannot be read as a NumPy array ("),
-        ("dataset.train.file=two.npz", "dataset.train.file = 'two.npz': must hold one array [N, ...]"),
+        ("dataset.train.file=none.npy", "dataset.train.file = 'none.npy': No such file or directory"),
+        ("dataset.train.file=config.json", "dataset.train.file = 'config.json': must be a file of one array of numbers"),
+        ("dataset.train.file=two.npz", "dataset.train.file = 'two.npz': must be a file of one array of numbers [N, ...]"),
         ("dataset.train.file=whole.npy", "holds int64 [60, 2]: must hold floats [N, ...], or images, uint8 [N, C, H, W]"),
         ("dataset.train.file=flat.npy", "holds float64 [60]: must hold floats [N, ...]"),
         ("dataset.train.file=bytes.npy", "its items have the shape [8, 8]: must be images, [C, H, W], or floats"),
         ("dataset.train.file=nan.npy", "dataset.train: not all of its floats are finite"),
-        ("dataset.train.labels=flat.npy", "labels = 'flat.npy': holds float64 [60]: must hold whole numbers [60], as many as"),
-        ('dataset.train.conditions={"told": "x.npy"}', "told = 'x.npy': holds float64 [3000, 3]: must hold [60, ...]"),
+        ("dataset.train.file=one_nan.npy", "row 2778 of one_nan.npy: is not finite"),
+        ("dataset.train.file=none_each.npy", "holds float64 [60, 0]: must hold floats"),
+        ("dataset.valid.file=bytes4.npy", "dataset.valid: holds images, and dataset.train rows"),
+        ("dataset.train.labels=texts.npy", "labels = 'texts.npy': holds <U1 [60]: must hold numbers [60, ...], one for each"),
+        ("dataset.train.labels=below.npy", "'below.npy': holds [60] from -1 to 58: must hold whole numbers [N] from 0"),
+        ("dataset.train.labels=far.npy", "holds [60] from 0 to 5.9e+12: must hold whole numbers [N] from 0 to 1048575"),
+        ("dataset.train.conditions.told=3", "dataset.train.conditions.told = 3: must be a file of one array"),
+        ("dataset.train.labels=flat.npy", "labels = 'flat.npy': holds [60] from -2"),
+        ('dataset.train.conditions={"told": "x.npy"}', "told = 'x.npy': holds float64 [3000, 3]: must hold numbers [60, ...]"),
         ("dataset.train.pipeline=[]", "dataset.train.pipeline: unknown key"),
         ("train_cfg.metric_period=1", "train_cfg.metrics fd: its features are of images, and these data are floats"),
     ],
@@ -189,6 +197,14 @@ def test_what_floats_cannot_be_is_one_line_before_anything_is_written(setting, w
     np.save("bytes.npy", np.zeros((60, 8, 8), np.uint8))
     np.save("nan.npy", np.full((60, 2, 7), np.nan))
     np.savez("two.npz", a=np.zeros(2), b=np.zeros(2))
+    one_nan = draws.standard_normal((3000, 2, 7))
+    one_nan[2778, 1, 3] = np.nan
+    np.save("one_nan.npy", one_nan)
+    np.save("none_each.npy", np.zeros((60, 0)))
+    np.save("bytes4.npy", np.zeros((60, 1, 2, 7), np.uint8))
+    np.save("texts.npy", np.array(["a"] * 60))
+    np.save("below.npy", np.arange(60) - 1)
+    np.save("far.npy", np.arange(60) * 10**11)
     assert train.main(arguments("Free", "signals.npy", setting)) == 2
     assert words in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (own / "run").exists()
@@ -211,6 +227,23 @@ def test_floats_far_from_unit_scale_are_told(own, caplog):
     said = [line for line in caplog.messages if line.startswith("dataset.train: its floats, ")]
     assert len(said) == 1
     assert "have a root mean square of" in said[0]
+
+
+def test_rows_to_validate_on_that_training_sees_are_told(own, caplog):
+    assert train.main(arguments("Free", "x.npy", "train_cfg.max_steps=1", "dataset.train.train=null")) == 0
+    assert "dataset.valid: 300 of its 300 images are in dataset.train, so that training sees them" in caplog.messages
+
+
+def test_a_model_of_floats_and_one_of_images_are_kept_apart(own, capsys):
+    draws, flags = np.random.default_rng(0), ["-n", "2", "--timesteps", "2", "--device", "cpu"]
+    np.save("floats.npy", draws.standard_normal((40, 1, 8, 8)))
+    np.save("bytes.npy", draws.integers(0, 256, (40, 1, 8, 8), np.uint8))
+    for name in ("floats", "bytes"):
+        assert train.main(arguments("Free", f"{name}.npy", f"train_cfg.model_save_dirpath={name}")) == 0
+    assert sampling.main(["floats", *flags, "--metrics", "bpd", "--set", "dataset.valid.file=bytes.npy"]) == 2
+    assert "dataset.valid: holds images, which are other data than those of the network" in capsys.readouterr().err
+    assert sampling.main(["floats", *flags, "--guidance", "2", "--guide", "bytes/last.pth"]) == 2
+    assert "is of another prediction, schedule, shape or kind of data" in capsys.readouterr().err
 
 
 def test_what_a_model_of_floats_is_not_for_is_one_line(own, capsys):

@@ -84,8 +84,10 @@ class Batches:
         loader = DataLoader(_Pixels(self.images), 256, sampler=sampler, num_workers=workers, worker_init_fn=_leave_alone)
         cache = torch.empty(len(self.numbers), *self.images.shape, dtype=self.images.dtype)
         bar = tqdm(loader, desc="decoding images", unit="batch", leave=False, disable=self.ranks.rank > 0)
-        for part, pixels in zip(cache.split(256), bar, strict=True):
+        for part, pixels, rows in zip(cache.split(256), bar, self.numbers.split(256), strict=True):
             part.copy_(pixels)
+            if self.images.is_float and not (finite := pixels.flatten(1).isfinite().all(1)).all():
+                raise Mistake(f"{self.images.name_of(rows[~finite][0].item())}: is not finite")
             self.check_signals()
         device = self.ranks.device
         size = cache.nbytes + sum(rows.nbytes for rows in self.condition.values())  # which goes along

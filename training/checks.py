@@ -113,6 +113,8 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
     """Try the network of a Trainer on one image of each data set; warn of images that are no validation, and of a prior that is
     no noise.
     """
+    if images["train"].is_float != images["valid"].is_float:
+        raise Mistake(f"dataset.valid: holds {images['valid'].kind}, and dataset.train {images['train'].kind}")
     for split, data in images.items():
         if type(data).to_float is not ImageDataset.to_float:
             _check_to_float(split, data)
