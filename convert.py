@@ -240,7 +240,6 @@ def scheduler_options(config: Mapping) -> dict[str, Any]:
         "num_train_timesteps": kwargs["timesteps"],
         "prediction_type": PREDICTIONS[diffusion["prediction"]],
         "variance_type": VARIANCES[diffusion["reverse_variance"]],
-        "clip_sample": True,  # test.py's default
         **betas,
     }
 
@@ -305,7 +304,7 @@ def to_diffusers(source: str | Path, folder: str | Path, ema: bool = True) -> di
     config, net = state["config"], diffusion.time_aware_net
     allowed = "only TimeAwareUNet has a counterpart in diffusers"
     _require(type(net) is TimeAwareUNet, "time_aware_net.name", config["time_aware_net"]["name"], allowed)
-    options = scheduler_options(config)
+    options = scheduler_options(config) | {"clip_sample": not state.get("is_float")}  # as test.py does
     _check_not_fitted(diffusion, config)
     unet = diffusers.UNet2DModel(**unet_options(config["time_aware_net"]["kwargs"], _size(*state["shape"][1:])))
     unet.load_state_dict(weights_to_diffusers(net))
@@ -359,6 +358,7 @@ def from_diffusers(folder: str | Path, target: str | Path, config_path: str | Pa
     net.load_state_dict(weights_from_diffusers(net, unet.state_dict()))
     weights = diffusion.state_dict()
     state = {"config": config, "shape": [net.n_channels, *_image_size(unet, net.patch_size)], "step": 0, "epoch": 0}
+    state["is_float"] = ours is not None and not scheduler.config.clip_sample  # by to_diffusers; others may not clip images
     target.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(target, state | {"model": weights, "ema": weights})
     return config

@@ -11,6 +11,7 @@ from runs import assert_same_state, metrics, stop_at
 from torch.distributions import Normal
 
 import checkpoint
+import convert
 import dataset
 import test as sampling
 import train
@@ -123,6 +124,17 @@ def test_floats_in_the_shape_of_images_have_pictures(own):
     assert sampling.main(["run", "-n", "4", "--timesteps", "3", "--device", "cpu"]) == 0
     assert (own / "run/epoch_1.png").exists()
     assert {path.name for path in (own / "run/last_gen").iterdir()} > {"grid.png", "3.png", "trajectory.gif"}
+
+
+def test_floats_are_floats_in_diffusers_and_back(own):
+    diffusers = pytest.importorskip("diffusers")
+    np.save("x.npy", np.random.default_rng(0).standard_normal((40, 2, 8, 8)))
+    unet = {"n_channels": 2, "base_channels": 8, "ch_mult": [1, 1], "num_res_blocks": 1}
+    assert train.main(arguments("TimeAwareUNet", "x.npy", "train_cfg.sample_period=0", **unet)) == 0
+    convert.to_diffusers("run/last.pth", "theirs")
+    assert diffusers.DDPMPipeline.from_pretrained("theirs").scheduler.config.clip_sample is False
+    convert.from_diffusers("theirs", "back.pth")
+    assert checkpoint.load("back.pth")["is_float"] is True
 
 
 def test_images_as_an_array_are_images(own):
