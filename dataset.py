@@ -66,7 +66,7 @@ class ImageDataset(Dataset):
     conditions  {name: tensor [N, ...]}: what a network is told of image i besides its label, by net(xt, t, name=tensor[i])
     centres     [clusters, n] where the classes are clusters (`give_clusters`), or None
     shape       [C, H, W] of every image, after the pipeline; of floats any
-    dtype       of pixels(i): uint8 of images, 0..255 for [-1, 1]; float32 of what is x_0 as it stands, in any range
+    is_float    gives pixels(i) float32 of any shape and range, x_0 as it stands, and no images, uint8 for [-1, 1]?
     flips       (dimension, probability) of each flip that to_float does
     is_random   may pixels(i) change from call to call? (not for the flips above; a transform of your own may, and draws from
                 torch's generator)
@@ -77,6 +77,7 @@ class ImageDataset(Dataset):
     conditions: Mapping[str, Tensor] = NO_CONDITION
     centres: Tensor | None = None
     is_random = False
+    is_float = False
 
     def __init__(self, pipeline: Sequence[Callable] = ()):
         pipeline = list(pipeline)
@@ -94,15 +95,10 @@ class ImageDataset(Dataset):
             found = first.dtype if isinstance(first, Tensor) else f"a {type(first).__name__}"
             allowed = "must be a tensor of uint8, an image of which to_float makes x_0, or of float32, x_0 itself"
             raise Mistake(f"{type(self).__name__}: pixels(0) is {found}: {allowed}")
-        self.shape, self.dtype = first.shape, first.dtype
+        self.shape, self.is_float = first.shape, first.is_floating_point()
 
     @property
-    def is_float(self) -> bool:
-        """Are the items floats of any range, and no images of 256 levels in [-1, 1]?"""
-        return self.dtype.is_floating_point
-
-    @property
-    def kind(self) -> str:
+    def noun(self) -> str:
         """What to call its items."""
         return "rows" if self.is_float else "images"
 

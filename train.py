@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
             return 128 + stopped.number
         where = f"{trainer.device}, {trainer.ranks.world} ranks" if trainer.ranks.world > 1 else trainer.device
         size = sum(p.numel() for p in trainer.parameters)
-        images = f"{len(trainer.train_data.images)} {trainer.train_data.images.kind} {list(trainer.shape)}"
+        images = f"{len(trainer.train_data.images)} {trainer.train_data.images.noun} {list(trainer.shape)}"
         log.info(f"{args.config}: {size:,} parameters, {images}, {trainer.total_steps} steps on {where}")
         try:
             trainer.run()

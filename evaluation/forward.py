@@ -70,7 +70,7 @@ def describe(images: ImageDataset, process: DiffusionProcess) -> str:
     moments = torch.stack([_moments(_seen(images, process, i)) for i in read]).T
     mean, square = moments[2].mean(), moments[3].mean()
     lines = [
-        f"{len(images)} {images.kind} {list(images.shape)}",
+        f"{len(images)} {images.noun} {list(images.shape)}",
         f"values from {moments[0].min():.3f} to {moments[1].max():.3f}, mean {mean:.3f}, standard deviation "
         f"{(square - mean**2).sqrt():.3f}" + (f" (of {len(read)} of them)" if len(read) < len(images) else ""),
     ]

@@ -280,7 +280,7 @@ class Evaluation:
         if self.conditions not in (None, told := list(images.conditions)):
             raise Mistake(f"dataset.{split}: has the conditions {told}, and the network was told {self.conditions}")
         if self.is_float not in (None, images.is_float):
-            raise Mistake(f"dataset.{split}: holds {images.kind}, which are other data than those of the network")
+            raise Mistake(f"dataset.{split}: holds {images.noun}, which are other data than those of the network")
         with as_mistake(f"dataset.{split}: "):
             check_shape(self.config, images.shape)
         return self.datasets.setdefault(split, images)
@@ -295,7 +295,7 @@ class Evaluation:
         images.flips = images.flips if split == "train" else []
         numbers = torch.tensor(evenly(len(images) if count is None else count, len(images)))
         batches = numbers.split(self.batch_size)[ranks.rank :: ranks.world]
-        for batch in tqdm(batches, desc=f"{split} images", unit="batch", leave=None, disable=ranks.rank > 0):
+        for batch in tqdm(batches, desc=f"{split} {images.noun}", unit="batch", leave=None, disable=ranks.rank > 0):
             self.check()
             x0 = images.to_float(torch.stack([images.fixed_pixels(i) for i in batch.tolist()])).to(ranks.device)
             yield x0, rows_of(images.condition(self.n_classes), batch, ranks.device)

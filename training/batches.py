@@ -70,7 +70,8 @@ class Batches:
         whole, rest = divmod(len(self.numbers), cfg.batch_size)
         self.steps = whole + (rest >= ranks.world)  # a pass
         self.cache, self.loader = None, None
-        size = len(self.numbers) * math.prod(images.shape) * images.dtype.itemsize
+        self.dtype = torch.float32 if images.is_float else torch.uint8
+        size = len(self.numbers) * math.prod(images.shape) * self.dtype.itemsize
         if not images.is_random and size <= cfg.cache_gb * 1e9:
             self.cache = self._decode_all()
             self.condition = rows_of(self.condition, self.numbers, self.cache.device)
@@ -82,8 +83,8 @@ class Batches:
         workers = 0 if quick else self.cfg.num_workers
         sampler = self.numbers.tolist()  # of max_images, no others
         loader = DataLoader(_Pixels(self.images), 256, sampler=sampler, num_workers=workers, worker_init_fn=_leave_alone)
-        cache = torch.empty(len(self.numbers), *self.images.shape, dtype=self.images.dtype)
-        bar = tqdm(loader, desc="decoding images", unit="batch", leave=False, disable=self.ranks.rank > 0)
+        cache = torch.empty(len(self.numbers), *self.images.shape, dtype=self.dtype)
+        bar = tqdm(loader, desc=f"decoding {self.images.noun}", unit="batch", leave=False, disable=self.ranks.rank > 0)
         for part, pixels, rows in zip(cache.split(256), bar, self.numbers.split(256), strict=True):
             part.copy_(pixels)
             if self.images.is_float and not (finite := pixels.flatten(1).isfinite().all(1)).all():

@@ -114,7 +114,7 @@ def check_fit(run, images: dict[str, ImageDataset]) -> None:
     no noise.
     """
     if images["train"].is_float != images["valid"].is_float:
-        raise Mistake(f"dataset.valid: holds {images['valid'].kind}, and dataset.train {images['train'].kind}")
+        raise Mistake(f"dataset.valid: holds {images['valid'].noun}, and dataset.train {images['train'].noun}")
     for split, data in images.items():
         if type(data).to_float is not ImageDataset.to_float:
             _check_to_float(split, data)
