@@ -71,7 +71,7 @@ def load(path: str | Path) -> dict:
     shape = state.get("shape")
     sizes = shape if isinstance(shape, list) and all(isinstance(size, int) and size >= 1 for size in shape) else []
     if not sizes or (len(sizes) != 3 and not state.get("is_float")) or math.prod(sizes) > MAX_VALUES:
-        allowed = f"must be that of x_0, of an image [C, H, W], at most {MAX_VALUES:,} values"
+        allowed = f"must be that of x_0, [C, H, W] unless is_float says True, at most {MAX_VALUES:,} values"
         raise Mistake(f"{path}: shape = {as_json_line(shape)}: {allowed}")
     return state
 

@@ -333,9 +333,9 @@ class NumpyArray(ImageDataset):
         return labels
 
     def _numbers(self, key: str, path: str) -> Tensor:
-        """What another file says of every row of this one: floats as float32, whole numbers as long."""
+        """What another file says of every row of this one: floats as float32, whole numbers, and false and true, as long."""
         array = _open_array(key, path)
-        if len(array) != len(self.array) or array.dtype.kind not in "fiu":
+        if len(array) != len(self.array) or array.dtype.kind not in "fiub":
             found = f"{array.dtype} {list(array.shape)}"
             allowed = f"must hold numbers [{len(self.array)}, ...], one for each row of file"
             raise Mistake(f"{key} = {path!r}: holds {found}: {allowed}")

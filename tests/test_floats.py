@@ -38,6 +38,21 @@ class Best(nn.Module):
         return self.factor * a.sqrt() * {SCALE**2} / (a * {SCALE**2} + 1 - a) * xt
 
 
+class Spread:
+    # a metric: the standard deviation of the samples
+
+    uses_model = False
+
+    def __init__(self, evaluation):
+        self.evaluation = evaluation
+
+    def measure(self):
+        return dict(spread=self.evaluation.samples.std().item())
+
+    def describe(self, found):
+        return str(found)
+
+
 class Free(nn.Module):
     # takes floats of any shape, and what it is told
 
@@ -79,7 +94,10 @@ def arguments(net: str, file: str, *more: str, **kwargs) -> list[str]:
 
 def test_rows_of_a_gaussian_have_its_spread_and_their_bound_is_their_density(own, capsys):
     """By the best network and its fitted variance the chain back is exact, so that the bound of each row is its -log p."""
-    assert train.main(arguments("Best", "x.npy")) == 0
+    measured = ["train_cfg.metric_period=1", 'train_cfg.metrics=["my_nets.Spread"]', "train_cfg.metric_share=1"]
+    assert train.main(arguments("Best", "x.npy", *measured)) == 0
+    found = metrics(own / "run")[-1]["metrics"]["my_nets.Spread"]["spread"]  # of 500 samples of three
+    assert found == pytest.approx(SCALE, abs=0.2)
     flags = ["-n", "4000", "--batch-size", "4000", "--pictures", "3", "--fit-variance", "300", "--metrics", "bpd"]
     assert sampling.main(["run", *flags, "--device", "cpu"]) == 0
     with np.load("run/last_gen/samples.npz") as arrays:
@@ -161,6 +179,8 @@ def test_an_array_gives_its_rows_labels_and_conditions(own):
         assert torch.equal(rows_of.labels, torch.arange(3000)[rows] % 4)
         assert rows_of.class_names == ["0", "1", "2", "3"]
         assert torch.equal(rows_of.conditions["told"], torch.tensor(told[rows], dtype=torch.float32))
+    np.save("told.npy", np.arange(3000) % 2 == 0)
+    assert dataset.NumpyArray("x.npy", conditions={"told": "told.npy"}).conditions["told"][:4].tolist() == [1, 0, 1, 0]
     pickled = pickle.dumps(dataset.NumpyArray("x.npy"))
     assert len(pickled) < x.nbytes  # the rows stay in the file
     assert torch.equal(pickle.loads(pickled)[5], torch.tensor(x[5], dtype=torch.float32))
