@@ -104,7 +104,7 @@ class TrainConfig:
     ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.9999  # of the averaged weights, per step; shorter at first
     power_ema: Sequence[Annotated[float, Range(ge=1e-5, le=0.28)]] = ()  # lengths sigma_rel of power-function averages besides
     power_ema_snapshots: Annotated[int, Range(ge=1)] = 32  # of those, evenly spread over the run, for the averages between them
-    label_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1  # share of labels that the network does not see: it learns both
+    label_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1  # share of samples whose label, or null_condition, is hidden
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of the network; the maths is float32 always
     compile: bool | Literal["auto"] = "auto"  # torch.compile the network
     cuda_graph: bool | Literal["auto"] = "auto"  # on one GPU, launch all that a step does at once; the results are the same

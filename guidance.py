@@ -3,6 +3,8 @@
     diffusion.time_aware_net = ClassifierFreeGuidance(diffusion.time_aware_net, weight=2.0)
     diffusion.sample((16, 1, 28, 28), "dpm", 20, condition={"label": label})
 
+`null_of` and `hide` say how a network is told nothing; training, which hides a share of what it tells, uses them, too.
+
 Both extrapolate from a worse prediction through a better one: guided = worse + weight (better - worse). This is done to the
 network's output, whatever its prediction is: at given x_t, the mean, x_0_hat and eps_hat are affine in the output (README,
 equation 11), and weights that add up to 1 pass through an affine map. So guiding the output guides them all, before an x_0_hat
@@ -14,13 +16,25 @@ of x_0, so the bound of its chain says nothing of the network that was trained.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 ALWAYS = (0, math.inf)  # an interval that holds every time
+
+
+def null_of(net: nn.Module) -> dict[str, float | Tensor]:
+    """What the network reads as "not told", by the name of the condition: the label n_classes, and its own null_condition."""
+    n_classes = getattr(net, "n_classes", None)
+    return dict(getattr(net, "null_condition", {})) | ({} if n_classes is None else {"label": n_classes})
+
+
+def hide(condition: Mapping[str, Tensor], null: Mapping[str, float | Tensor], hidden: Tensor) -> dict[str, Tensor]:
+    """The condition [B, ...] each, with the values of null, where it has any, in the rows in which hidden [B] is true."""
+    of = {name: hidden.view(-1, *[1] * (rows.ndim - 1)) for name, rows in condition.items()}
+    return {name: torch.where(of[name], null[name], rows) if name in null else rows for name, rows in condition.items()}
 
 
 class Guidance(nn.Module):
@@ -38,6 +52,10 @@ class Guidance(nn.Module):
     @property
     def n_classes(self) -> int | None:
         return getattr(self.net, "n_classes", None)
+
+    @property
+    def null_condition(self) -> Mapping[str, float | Tensor]:
+        return getattr(self.net, "null_condition", {})
 
     def _rows(self, t: Tensor) -> Tensor | slice:
         """The rows in which the guidance acts: a slice for all, else their indices.
@@ -66,33 +84,38 @@ class Guidance(nn.Module):
 class ClassifierFreeGuidance(Guidance):
     """out_none + weight (out_label - out_none), Ho & Salimans 2022 (arXiv:2207.12598), equation 6.
 
-    net       a network with classes, net(xt, t, label=None): label n_classes means "no label", and it was trained with both
+    net       a network with classes, net(xt, t, label=None), for which the label n_classes means "no label"; or one with
+              null_condition = {name: value}, for which this value in the place of that condition means that it is not told:
+              a number, or a tensor like a row. It was trained with both. Label and such conditions are left out together
     weight    1 is the network with its label, bitwise; 0 the one without; more than 1 exaggerates what the label changes. The
               paper's w is weight - 1: 0 there is 1 here. (`diffusers`, among others, counts as we do.)
     interval  the times lo <= t <= hi in which it acts (Kynkäänniemi et al. 2024, arXiv:2404.07724, who say it in noise levels).
               Outside, the network with its label alone, and no second half is computed
 
-    Both halves go through the network in one call. Without a label the call is the network's own.
+    Both halves go through the network in one call. With nothing to leave out the call is the network's own.
     """
 
     def __init__(self, net: nn.Module, weight: float, interval: tuple[float, float] = ALWAYS):
         super().__init__(net, weight, interval)
         if isinstance(net, ClassifierFreeGuidance):
             raise ValueError("net: is guided already, and guidance of guidance would be stronger than either weight says")
-        if self.n_classes is None:
-            raise ValueError("net: classifier-free guidance needs a network with classes, and this one has no n_classes")
+        if not null_of(net):
+            raise ValueError("net: classifier-free guidance needs a network with classes, n_classes, or with null_condition")
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, **condition) -> Tensor:
-        if label is None:
-            return self.net(xt, t, **condition)
-        if not isinstance(label, Tensor) or label.dtype != torch.long or label.shape != t.shape:  # the network checks the range
+        condition = condition if label is None else {"label": label} | condition
+        each, null, rows, size = _each(condition, len(xt)), null_of(self.net), self._rows(t), len(xt)
+        if "label" in condition and ("label" not in each or label.dtype != torch.long or label.shape != t.shape):
             found = f"{label.dtype} of shape {list(label.shape)}" if isinstance(label, Tensor) else repr(label)
-            raise ValueError(f"label: {found}: must be a long tensor [{len(xt)}], one a sample")
-        rows, size = self._rows(t), len(xt)
-        again = {name: torch.cat([value, value[rows]]) for name, value in _each(condition, size).items()}
-        none = torch.full_like(label[rows], self.n_classes)
-        both = torch.cat([xt, xt[rows]]), torch.cat([t, t[rows]])
-        out = self.net(*both, label=torch.cat([label, none]), **(condition | again))
+            raise ValueError(f"label: {found}: must be a long tensor [{size}], one a sample")  # the network checks the range
+        if not null.keys() & condition.keys():
+            return self.net(xt, t, **condition)
+        if shared := null.keys() & (condition.keys() - each.keys()):
+            raise ValueError(f"{min(shared)}: must be a tensor with a row for each of the {size} samples, as it can be hidden")
+        some = {name: value[rows] for name, value in each.items()}
+        none = hide(some, null, torch.ones_like(t[rows], dtype=torch.bool))
+        again = {name: torch.cat([value, none[name]]) for name, value in each.items()}
+        out = self.net(torch.cat([xt, xt[rows]]), torch.cat([t, t[rows]]), **(condition | again))
         out = out.to(_precision(xt))  # before it is amplified
         return self._guided(xt, out[:size], out[size:], rows)
 

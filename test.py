@@ -201,7 +201,7 @@ def _kind(diffusion: nn.Module, state: dict) -> tuple:
 
 
 def guide(diffusion: nn.Module, state: dict, weight: float, interval: list[int] | None, weaker: str | None) -> None:
-    """Wrap the network in guidance: by another checkpoint, or by itself without the label."""
+    """Wrap the network in guidance: by another checkpoint, or by itself where it is told less."""
     config, net, interval = state["config"], diffusion.time_aware_net, tuple(interval or ALWAYS)
     if weaker:
         other, other_state = load_diffusion(weaker)

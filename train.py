@@ -32,10 +32,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from config import build_dataset, build_diffusion, build_train_config, load_config
 from dataset import NO_CONDITION, rows_of
 from evaluation.while_training import Quality, first_picture, save_samples, valid_loss
+from guidance import null_of
 from mistakes import OneLineParser, run_script
 from training import speed
 from training.averages import Averages
-from training.batches import Batches, drop_labels, parts_of
+from training.batches import Batches, drop_condition, parts_of
 from training.checks import bad_numbers, check_fit, check_ranks, check_resume, check_settings
 from training.graph import launcher
 from training.loggers import Loggers
@@ -149,8 +150,7 @@ class Trainer:
     def _work(self, pixels: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
         """What a step does on the device, but for the averages; CUDA may replay it (training/graph.py). x_0 and the norm."""
         x0, condition = self.model.x0_of(self.train_data.images.to_float(pixels)), dict(zip(self.condition, rows, strict=True))
-        if "label" in condition:
-            condition["label"] = drop_labels(condition["label"], self.n_classes, self.cfg.label_dropout)
+        condition = drop_condition(condition, null_of(self.model.time_aware_net), self.cfg.label_dropout)
         loss, terms = torch.zeros((), device=self.device), []
         for part in parts_of(len(x0), self.cfg.grad_accum):
             exchange = part.stop == len(x0) or self.ranks.world == 1  # of gradients between ranks: once a step

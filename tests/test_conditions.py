@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from runs import assert_same_state, metrics, stop_at
 
 import checkpoint
@@ -58,6 +59,19 @@ class Bare(Tones):
     def __init__(self, count: int = 96):
         super().__init__(count)
         self.conditions = self.conditions["tone"]
+
+
+class Untold(nn.Module):
+    # x_0 is the sum of what it is told, cos a and sin a, times a weight; or where that is hidden, -1, a number of its own
+
+    def __init__(self, null: object = -1.0, name: str = "tone"):
+        super().__init__()
+        self.weight, self.alone = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(()))
+        self.null_condition = {name: torch.tensor(null)}
+
+    def forward(self, xt, t, tone):
+        x0 = torch.where((tone == -1).all(1), self.alone, tone @ self.weight)
+        return x0[:, None, None, None].expand(xt.shape)
 
 
 class Net(nn.Module):
@@ -191,6 +205,38 @@ def test_a_model_belongs_to_what_it_was_told(run, own, capsys):
     assert "shape or kind of data, classes or conditions than what it is to guide" in capsys.readouterr().err
     assert train.main([*arguments(own, other.name, n_classes=n_classes), "--resume"]) == 2
     assert "the data are not the run's: conditions ['hue'] then, ['tone'] now" in capsys.readouterr().err
+
+
+def test_guidance_goes_on_past_what_a_network_can_do_without(own):
+    """Told, x_0_hat is the best linear function g; where that is hidden, the mean m of all; guided, m + weight (g - m)."""
+    net = 'time_aware_net={"name": "my_tones.Untold", "kwargs": {}}'
+    assert train.main(arguments(own, "untold", net, "train_cfg.label_dropout=0.5", "train_cfg.epochs=80")) == 0
+    train_data, valid = (sys.modules["my_tones"].Tones(count) for count in (96, 30))
+    x0 = train_data.grey / 127.5 - 1
+    mean, best = x0.mean(), torch.linalg.lstsq(train_data.conditions["tone"], x0[:, None]).solution
+    told = (valid.conditions["tone"] @ best)[:, 0]
+    flags = ["-n", "30", "--timesteps", "3", "--device", "cpu", "--npz", "--no-clip"]
+    for weight in (0, 1, 2):
+        assert sampling.main([str(own / "untold"), *flags, "--guidance", str(weight)]) == 0
+        with np.load(own / "untold" / "last_gen" / "samples.npz") as arrays:
+            samples = torch.tensor(arrays["samples"])
+        expected = mean + weight * (told - mean)
+        torch.testing.assert_close(samples, expected[:, None, None, None].expand(30, 1, 8, 8), rtol=0, atol=0.05 * (1 + weight))
+    assert expected.abs().max() > 1.4
+
+
+def test_what_a_network_reads_as_untold_must_fit_its_condition(own, capsys):
+    net = ['time_aware_net={"name": "my_tones.Untold", "kwargs": {}}', "train_cfg.label_dropout=0.1"]
+    for null, words in (
+        ([0.0, 0.0, 0.0], "numbers, or tensors like a row: The size"),
+        ([[0.0, 0.0]] * 2, "makes torch.float32 [2, 2] of torch.float32 [1, 2]"),
+    ):
+        argv = arguments(own, "wrong", *net, f"time_aware_net.kwargs.null={json.dumps(null)}")
+        assert train.main(argv) == 2
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    argv = arguments(own, "hue", *net, "time_aware_net.kwargs.name=hue", "train_cfg.max_steps=1")
+    assert train.main(argv) == 0
+    assert "its null_condition names hue, and dataset.train gives no such condition" in capsys.readouterr().err
 
 
 def test_data_say_what_their_images_are_told(own, capsys):

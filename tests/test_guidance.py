@@ -267,14 +267,14 @@ def test_guidance_can_be_guided_again(mlp):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ClassifierFreeGuidance(TimeAwareMLP(3), 2), "net: .*no n_classes"),
+        (lambda: ClassifierFreeGuidance(TimeAwareMLP(3), 2), "net: .*with classes, n_classes, or with null_condition"),
         (lambda: ClassifierFreeGuidance(labelled(), math.nan), "weight = nan"),
         (lambda: ClassifierFreeGuidance(labelled(), math.inf), "weight = inf"),
         (lambda: AutoGuidance(labelled(), labelled(), -math.inf), "weight = -inf"),
         (lambda: ClassifierFreeGuidance(labelled(), 2, (30, 10)), r"interval = \(30, 10\)"),
         (lambda: AutoGuidance(labelled(), labelled(), 2, (math.nan, 10)), "interval"),
         (lambda: AutoGuidance(labelled(), labelled(), 2, (1, 2, 3)), "interval"),
-        (lambda: ClassifierFreeGuidance(nn.Identity(), 2), "net: .*no n_classes"),
+        (lambda: ClassifierFreeGuidance(nn.Identity(), 2), "net: .*with classes, n_classes, or with null_condition"),
         (lambda: ClassifierFreeGuidance(labelled(), None), "weight = None: must be a finite number"),
         (lambda: ClassifierFreeGuidance(labelled(), "2"), "weight = '2': must be"),
         (lambda: AutoGuidance(labelled(), labelled(), 2, None), "interval = None: must be two times"),
@@ -315,3 +315,37 @@ def test_guidance_is_not_set_twice():
     net = TimeAwareMLP(2, 4, 1, 4, n_classes=3)
     with pytest.raises(ValueError, match="net: is guided already"):
         ClassifierFreeGuidance(ClassifierFreeGuidance(net, 2.0), 2.0)
+
+
+# Other conditions
+
+
+class Told(nn.Module):
+    """The sum of what it is told, and times t."""
+
+    n_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.null_condition = {"text": torch.tensor([-1.0, 4.0]), "size": 9.0}
+
+    def forward(self, xt, t, label=None, text=None, size=0.0, kept=0.0):
+        label = torch.full_like(t, 3) if label is None else label
+        told = label + (0.0 if text is None else text.sum(1)) + size + kept
+        return xt + (t * told)[:, None]
+
+
+def test_guidance_leaves_out_all_that_a_network_can_do_without():
+    net, guided = Told(), ClassifierFreeGuidance(Told(), 2.5, interval=(10, 40))
+    xt, t, acts = torch.randn(5, 3), torch.tensor([60, 31, 30, 10, 9]), torch.tensor([False, True, True, True, False])
+    told = {"text": torch.randn(5, 2), "size": torch.randn(5), "kept": torch.randn(5), "label": LABEL}
+    null = {"text": torch.tensor([-1.0, 4.0]).expand(5, 2), "size": torch.full((5,), 9.0), "label": torch.full((5,), 3)}
+    for names in (["text"], ["kept", "size"], ["label", "text", "kept"], ["text", "size", "kept", "label"]):
+        given = {name: told[name] for name in names}
+        with_it, without = net(xt, t, **given), net(xt, t, **given | {name: null[name] for name in names if name in null})
+        expected = torch.where(acts[:, None], without + 2.5 * (with_it - without), with_it)
+        torch.testing.assert_close(guided(xt, t, **given), expected)
+    assert torch.equal(guided(xt, t, kept=told["kept"]), net(xt, t, kept=told["kept"]))
+    with pytest.raises(ValueError, match=r"^size: must be a tensor with a row for each of the 5 samples"):
+        guided(xt, t, size=2.0)
+    assert AutoGuidance(net, net, 2).null_condition is net.null_condition

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
 from time_aware_module import TimeAwareMLP, TimeAwareUNet
 from training import speed
-from training.batches import Batches, drop_labels
+from training.batches import Batches, drop_condition
 from training.checks import _check_labels, bad_numbers, check_fit
 from training.optimizers import build_optimizer
 from training.ranks import Ranks
@@ -169,6 +170,10 @@ def test_only_the_rows_of_the_labels_given_get_a_gradient(kind, label):
     assert moved == ([True, False, True, True] if label is not None else [False, False, False, True])
 
 
+def drop(labels, n_classes, p):
+    return drop_condition({"label": labels}, {"label": n_classes}, p)["label"]
+
+
 @BOTH
 def test_a_dropped_label_leaves_no_trace(kind):
     """Neither in the output nor in a gradient, whatever it was."""
@@ -176,9 +181,9 @@ def test_a_dropped_label_leaves_no_trace(kind):
     results = []
     for shift in range(3):
         torch.manual_seed(4)
-        dropped = drop_labels(labels, 3, 0.5) == 3
+        dropped = drop(labels, 3, 0.5) == 3
         torch.manual_seed(4)
-        seen = drop_labels(torch.where(dropped, (labels + shift) % 3, labels), 3, 0.5)
+        seen = drop(torch.where(dropped, (labels + shift) % 3, labels), 3, 0.5)
         net = build(kind, 3)
         out = net(X[kind], T, seen)
         out.square().sum().backward()
@@ -193,7 +198,7 @@ def test_a_dropped_label_leaves_no_trace(kind):
 def test_labels_are_dropped_each_by_its_own_coin():
     labels = torch.arange(10).repeat(2000)
     before = labels.clone()
-    seen = drop_labels(labels, 10, 0.1)
+    seen = drop(labels, 10, 0.1)
     assert torch.equal(labels, before)
     assert seen.dtype == torch.long
     dropped = seen == 10
@@ -208,12 +213,33 @@ def test_labels_are_dropped_each_by_its_own_coin():
 def test_the_coins_come_from_the_global_generator():
     labels = torch.zeros(1000, dtype=torch.long)
     torch.manual_seed(5)
-    first, second = drop_labels(labels, 1, 0.5), drop_labels(labels, 1, 0.5)
+    first, second = drop(labels, 1, 0.5), drop(labels, 1, 0.5)
     torch.manual_seed(5)
-    assert torch.equal(drop_labels(labels, 1, 0.5), first)
+    assert torch.equal(drop(labels, 1, 0.5), first)
     assert not torch.equal(first, second)
-    assert torch.equal(drop_labels(labels, 1, 0), labels)
-    assert drop_labels(labels, 1, 1).unique().tolist() == [1]
+    assert torch.equal(drop(labels, 1, 0), labels)
+    assert drop(labels, 1, 1).unique().tolist() == [1]
+
+
+def test_what_a_network_can_do_without_is_hidden_by_the_coin_of_the_label():
+    """Whole rows, of what null names alone; rows of any shape and kind."""
+    told = {"text": torch.ones(2000, 2, 3), "label": torch.arange(2000) % 5, "size": torch.ones(2000), "kept": torch.ones(2000)}
+    null = {"text": torch.tensor([2.0, 3.0, 4.0]), "size": math.nan, "label": 5, "other": 0}
+    torch.manual_seed(3)
+    seen = drop_condition(told, null, 0.3)
+    hidden = seen["label"] == 5
+    assert hidden.sum().item() == pytest.approx(600, abs=5 * (2000 * 0.3 * 0.7) ** 0.5)
+    assert list(seen) == list(told)
+    assert torch.equal(seen["size"].isnan(), hidden)
+    assert torch.equal(seen["text"][hidden], null["text"].expand(int(hidden.sum()), 2, 3))
+    assert all(torch.equal(seen[name][~hidden], told[name][~hidden]) for name in told)
+    assert torch.equal(seen["kept"], told["kept"])
+    assert all(seen[name].dtype == told[name].dtype for name in told)
+    torch.manual_seed(3)
+    assert torch.equal(drop(told["label"], 5, 0.3), seen["label"])
+    state = torch.get_rng_state()
+    assert drop_condition({"kept": told["kept"]}, null, 0.3)["kept"] is told["kept"]
+    assert torch.equal(torch.get_rng_state(), state)  # no coin was drawn
 
 
 def test_the_network_learns_each_class_and_without_a_label_their_mean():
@@ -224,7 +250,7 @@ def test_the_network_learns_each_class_and_without_a_label_their_mean():
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 400)
     for _ in range(400):
         label = torch.multinomial(shares, 256, replacement=True)
-        out = net(torch.randn(256, 2), torch.randint(1, 100, (256,)), drop_labels(label, 3, 0.3))
+        out = net(torch.randn(256, 2), torch.randint(1, 100, (256,)), drop(label, 3, 0.3))
         loss = (out - targets[label]).square().mean()
         optimizer.zero_grad()
         loss.backward()

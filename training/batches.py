@@ -9,7 +9,7 @@ import math
 import signal
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from dataset import ImageDataset, rows_of
+from guidance import hide
 from mistakes import Mistake
 from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
@@ -27,12 +28,13 @@ WORKERS_PAY_FROM = 2.0  # seconds of decoding all: to start worker processes tak
 GRACE = 30  # seconds that a worker lives on after SIGTERM
 
 
-def drop_labels(labels: Tensor, n_classes: int, p: float) -> Tensor:
-    """labels [B], each by its own coin with probability p replaced by n_classes, which a network reads as "no label".
+def drop_condition(condition: dict[str, Tensor], null: Mapping[str, float | Tensor], p: float) -> dict[str, Tensor]:
+    """The condition, where by one coin a sample, with probability p, what null names has its values: the sample is not told.
 
     So one network learns both with and without (Ho & Salimans 2022, algorithm 1). Drawn from the device's global generator.
     """
-    return labels.masked_fill(torch.rand(labels.shape, device=labels.device) < p, n_classes)
+    named = [rows for name, rows in condition.items() if name in null]
+    return hide(condition, null, torch.rand(len(named[0]), device=named[0].device) < p) if named else condition
 
 
 def parts_of(rows: int, count: int) -> list[slice]:

@@ -5,11 +5,10 @@ import inspect
 import logging
 import math
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from config import TrainConfig
@@ -17,6 +16,7 @@ from dataset import DATASETS, ImageDataset, ImageFolder, rows_of, shared_images
 from diffusion_process import Condition, DiffusionProcess, check_losses
 from evaluation.sampling import evenly
 from gaussian_diffusion import GaussianDiffusion
+from guidance import hide, null_of
 from mistakes import Mistake, as_mistake
 from training.batches import parts_of
 from training.optimizers import fall_of, optimizer_of
@@ -79,8 +79,9 @@ def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> Non
         raise Mistake(f"dataset.valid: has the classes {names['valid']}, and dataset.train {names['train']}")
 
 
-def _check_conditions(takes: Mapping[str, inspect.Parameter], images: dict[str, ImageDataset]) -> None:
-    """Mistake if the data give conditions that the network, whose forward takes these, does not know, or only some do."""
+def _check_conditions(net: nn.Module, images: dict[str, ImageDataset]) -> None:
+    """Mistake if the data give conditions that the network's forward does not take, or only some of the data give them."""
+    takes = inspect.signature(net.forward).parameters
     told = {split: list(data.conditions) for split, data in images.items()}
     if told["train"] != told["valid"]:
         raise Mistake(f"dataset.valid: has the conditions {told['valid']}, and dataset.train {told['train']}")
@@ -88,6 +89,9 @@ def _check_conditions(takes: Mapping[str, inspect.Parameter], images: dict[str, 
     xt_and_t, others = list(takes)[:2], list(takes)[2:]
     if unknown := [name for name in told["train"] if name in xt_and_t or not (any_name or name in others)]:
         raise Mistake(f"time_aware_net: its forward takes no {', '.join(unknown)}, a condition of dataset.train")
+    for name in getattr(net, "null_condition", {}):
+        if name not in told["train"]:
+            log.warning(f"time_aware_net: its null_condition names {name}, and dataset.train gives no such condition")
 
 
 def _check_call(model: GaussianDiffusion, x: Tensor, condition: Condition) -> None:
@@ -99,10 +103,23 @@ def _check_call(model: GaussianDiffusion, x: Tensor, condition: Condition) -> No
     model.predict(x, t, condition)
 
 
-def _check_no_label(run, x: Tensor, condition: dict[str, Tensor]) -> None:
+def _check_untold(run, x: Tensor, condition: dict[str, Tensor]) -> None:
+    """Call the network as it is called where a sample's label, and what its null_condition names, are hidden."""
+    null = null_of(run.model.time_aware_net)
     try:
-        _check_call(run.model, x, condition | {"label": torch.tensor([run.n_classes])})
+        untold = hide(condition, null, torch.tensor([True]))
+    except (RuntimeError, TypeError) as error:  # shapes that do not fit, what is no number
+        raise Mistake(f"its null_condition must be numbers, or tensors like a row: {error}") from error
+    for name, rows in untold.items():
+        given = condition[name]
+        if rows.shape != given.shape or rows.dtype != given.dtype:
+            found, must = (f"{each.dtype} {list(each.shape)}" for each in (rows, given))
+            raise Mistake(f"its null_condition makes {found} of {must}, one row of {name!r}: must keep it")
+    try:
+        _check_call(run.model, x, untold)
     except IndexError as error:
+        if run.n_classes is None:
+            raise
         raise Mistake(
             f"it fails at label = {run.n_classes}, n_classes, which stands for no label ({error}): make room for one more, or "
             "set train_cfg.label_dropout to 0"
@@ -136,11 +153,10 @@ def _check_network(run, images: dict[str, ImageDataset]) -> None:
     model, net, n_classes = run.model, run.model.time_aware_net, run.n_classes
     if n_classes is None and run.config["time_aware_net"]["kwargs"].get("n_classes") is not None:
         raise Mistake("time_aware_net: takes n_classes and does not keep it as self.n_classes, so that it would get no labels")
-    takes = inspect.signature(net.forward).parameters
-    if not hasattr(net, "n_classes") and "label" in takes:
+    if not hasattr(net, "n_classes") and "label" in inspect.signature(net.forward).parameters:
         log.warning("time_aware_net: takes a label, and gets none, since it has no attribute n_classes")
     _check_labels(n_classes, images)
-    _check_conditions(takes, images)
+    _check_conditions(net, images)
     if any(map(is_lazy, model.parameters())):
         raise Mistake("time_aware_net: has lazy layers, whose shapes its config does not say: no checkpoint could be read")
     for split, data in images.items():
@@ -149,8 +165,8 @@ def _check_network(run, images: dict[str, ImageDataset]) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), says:
             x = model.eval().q_sample(model.x0_of(torch.zeros(1, *data.shape)), model.T)  # also beyond [-1, 1]
             _check_call(model, x, condition)
-            if n_classes is not None and run.cfg.label_dropout:
-                _check_no_label(run, x, condition)
+            if run.cfg.label_dropout:
+                _check_untold(run, x, condition)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_kept(model), as_mistake("diffusion: "):
         x0, twice = model.x0_of(torch.zeros(2, *images["train"].shape)), torch.zeros(2, dtype=torch.long)
         loss = model.loss(x0, model.T, condition=rows_of(images["train"].condition(n_classes), twice))
