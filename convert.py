@@ -98,6 +98,7 @@ def unet_options(kwargs: Mapping[str, Any], size: int | Sequence[int]) -> dict[s
     _require(k["n_classes"] is None, "n_classes", k["n_classes"], "DDPMPipeline has no labels to give to its network")
     _require(k["skips"] == "concatenate", "skips", k["skips"], "UNet2DModel concatenates them")
     _require(k["norm"] == "group", "norm", k["norm"], "UNet2DModel has GroupNorm")
+    _require(k["dims"] == 2, "dims", k["dims"], "UNet2DModel is for images")
     attention = k["attention"] or [False] * len(k["ch_mult"])
     patch = k["patch_size"]
     groups = {module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)}

@@ -2,13 +2,14 @@
 
 With n_classes, label is a long tensor [B] in 0..n_classes, where n_classes itself means "no label", and None no label for all.
 
-`TimeAwareUNet` is for images [B, C, H, W], `TimeAwareMLP` for vectors [B, n_features]. Neither knows of beta, and neither mixes
+`TimeAwareUNet` is for images [B, C, H, W], signals [B, C, L] and volumes [B, C, D, H, W], `TimeAwareMLP` for vectors
+[B, n_features]. Neither knows of beta, and neither mixes
 the samples of a batch: what a sample gets does not depend on its batch mates (no BatchNorm).
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from numbers import Integral
 from typing import Literal
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MAX_CHANNELS, MAX_LAYERS = 2**16, 2**8
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of x with one dimension besides [B, C], with two, with three
+CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def _check_range(maximum: int, **values: int | None) -> None:
@@ -99,7 +102,7 @@ class _GroupNorm(nn.GroupNorm):
 
 
 class _LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel of [B, C, H, W], in the precision of its weights."""
+    """LayerNorm over the channels of each pixel of [B, C, ...], in the precision of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1).to(self.weight.dtype)).movedim(-1, 1)
@@ -118,7 +121,7 @@ def _group_norm(channels: int, num_groups: int | None) -> nn.Module:
     return _GroupNorm(num_groups, channels, eps=1e-6)
 
 
-def _zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+def _zeroed(layer: nn.Module) -> nn.Module:
     """The layer, starting at zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -128,19 +131,21 @@ def _zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
 class ResidualBlock(nn.Module):
     """x + conv(dropout(SiLU(norm(conv(SiLU(norm(x))) + linear(time))))), the second convolution starting at zero."""
 
-    def __init__(self, c_in: int, c_out: int, t_channels: int, dropout: float, norm: Callable[[int], nn.Module]):
+    def __init__(
+        self, c_in: int, c_out: int, conv: type[nn.Module], t_channels: int, dropout: float, norm: Callable[[int], nn.Module]
+    ):
         super().__init__()
         self.norm1 = norm(c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = conv(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(t_channels, c_out)
         self.norm2 = norm(c_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv2 = _zeroed(conv(c_out, c_out, 3, padding=1))
+        self.skip = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(time)[:, :, None, None]
+        h = h + self.time(time).view(h.shape[:2] + (1,) * (h.ndim - 2))
         return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
 
 
@@ -157,7 +162,7 @@ class SelfAttention(nn.Module):
         self.proj = _zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
+        pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, H * W, C]
         qkv = self.qkv(pixels)
         if x.device.type == "cpu":  # where attention in bfloat16 takes up to 7 times as long as in float32
             qkv = qkv.to(pixels.dtype)
@@ -171,12 +176,12 @@ class SelfAttention(nn.Module):
 class Downsample(nn.Module):
     """Strided 3x3 convolution, padded at the bottom and right only: [B, C, H, W] -> [B, C, H/2, W/2]."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, conv: type[nn.Module] = nn.Conv2d):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = conv(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, (0, 1) * (x.ndim - 2)))
 
 
 class Upsample(nn.Module):
@@ -186,15 +191,17 @@ class Upsample(nn.Module):
     fall on two input pixels only, so that the weights w_0, w_1, w_2 act as w_2, w_1 + w_2, w_0 + w_1, w_0 at four distances.
     """
 
-    def __init__(self, channels: int, c_out: int | None = None):
+    def __init__(self, channels: int, c_out: int | None = None, conv: type[nn.Module] = nn.Conv2d):
         super().__init__()
-        self.conv = nn.Conv2d(channels, c_out or channels, 3, padding=1)
+        self.conv = conv(channels, c_out or channels, 3, padding=1)
+        self.dims = len(self.conv.kernel_size)
         sums = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-        self.register_buffer("sums", torch.kron(sums, sums), persistent=False)  # [4 * 4, 3 * 3], of both directions
+        sums = reduce(torch.kron, [sums] * self.dims)  # [4 * 4, 3 * 3], of both directions
+        self.register_buffer("sums", sums, persistent=False)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        kernel = (self.conv.weight.flatten(2) @ self.sums.T).unflatten(2, (4, 4)).transpose(0, 1)
-        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+        kernel = (self.conv.weight.flatten(2) @ self.sums.T).unflatten(2, (4,) * self.dims).transpose(0, 1)
+        return CONV_TRANSPOSE[self.dims - 1](x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 class Stage(nn.Sequential):
@@ -240,6 +247,8 @@ def logistic_logits(location: Tensor, log_scale: Tensor, n_levels: int) -> Tenso
 class TimeAwareUNet(nn.Module):
     """The U-Net of Ho et al. 2020, appendix B: [B, n_channels, H, W], t [B], label [B] or None -> [B, n_channels, H, W].
 
+    With dims = 1 it is one of signals, [B, n_channels, L], and with dims = 3 of volumes, [B, n_channels, D, H, W].
+
     n_channels      channels of the images
     base_channels   channels of the first level (even); level i has base_channels * ch_mult[i]
     t_channels      width of the time embedding, None for 4 * base_channels
@@ -265,6 +274,7 @@ class TimeAwareUNet(nn.Module):
                     levels spread over [-1, 1], 0 where masked, and whether it is masked
     logits          "free": one output a level. "logistic", for ordered levels: a logistic distribution's logarithms at the
                     levels, of a location and a scale (Austin et al. 2021, appendix A.8), two outputs whatever n_levels is
+    dims            dimensions of x besides [B, n_channels]: 2 for images, 1 for signals, 3 for volumes (without patches)
 
     H and W must be multiples of patch_size * 2^(levels - 1), else ValueError. `activation_checkpointing = True` computes the
     inside of each block again in the backward pass instead of keeping it.
@@ -289,6 +299,7 @@ class TimeAwareUNet(nn.Module):
         logits: Literal["free", "logistic"] = "free",
         skips: Literal["concatenate", "add"] = "concatenate",
         norm: Literal["group", "layer"] = "group",
+        dims: int = 2,
     ):
         super().__init__()
         if not isinstance(ch_mult, Sequence):
@@ -305,6 +316,9 @@ class TimeAwareUNet(nn.Module):
         _check_choice("skips", skips, "concatenate", "add")
         _check_choice("norm", norm, "group", "layer")
         _check_unet(base_channels, ch_mult, attention, dropout)
+        _check_range(3, dims=dims)
+        if dims != 2 and patch_size > 1:
+            raise ValueError(f"patch_size = {patch_size}: must be 1 with dims = {dims}, since only images have patches")
         self.n_channels = n_channels
         self.n_levels = n_levels
         self.logits = logits
@@ -317,14 +331,15 @@ class TimeAwareUNet(nn.Module):
         self.activation_checkpointing = False
         widths = [base_channels * multiple for multiple in ch_mult]
         norm_of = partial(_group_norm, num_groups=num_groups) if norm == "group" else partial(_LayerNorm, eps=1e-6)
-        residual = partial(ResidualBlock, t_channels=t_channels, dropout=dropout, norm=norm_of)
+        self.dims, conv = dims, CONV[dims - 1]
+        residual = partial(ResidualBlock, conv=conv, t_channels=t_channels, dropout=dropout, norm=norm_of)
         self_attention = partial(SelfAttention, num_heads=num_heads, norm=norm_of)
 
         self.time_embedding = TimeEmbedding(base_channels, t_channels, n_classes)
-        self.conv_in = nn.Conv2d(c_in * patch_size**2, base_channels, 3, padding=1)
+        self.conv_in = conv(c_in * patch_size**2, base_channels, 3, padding=1)
         self._build_levels(base_channels, widths, num_res_blocks, attention, residual, self_attention)
         self.norm_out = norm_of(widths[0])
-        self.conv_out = _zeroed(nn.Conv2d(widths[0], c_out * patch_size**2, 3, padding=1))
+        self.conv_out = _zeroed(conv(widths[0], c_out * patch_size**2, 3, padding=1))
 
     def _build_levels(
         self,
@@ -350,7 +365,7 @@ class TimeAwareUNet(nn.Module):
                 self.down.append(block(channels[-1], level))
                 channels.append(widths[level])
             if level < len(widths) - 1:
-                self.down.append(Stage(Downsample(channels[-1])))
+                self.down.append(Stage(Downsample(channels[-1], CONV[self.dims - 1])))
                 channels.append(channels[-1])
 
         c = channels[-1]
@@ -363,19 +378,19 @@ class TimeAwareUNet(nn.Module):
                 c = widths[level]
             if level > 0:
                 c = widths[level - 1] if self.adds_skips else c
-                self.up[-1].append(Upsample(widths[level], c))
+                self.up[-1].append(Upsample(widths[level], c, CONV[self.dims - 1]))
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        if xt.ndim != 4 or xt.shape[1] != self.n_channels:
-            raise ValueError(f"images of shape {list(xt.shape)}: this network takes [B, n_channels = {self.n_channels}, H, W]")
+        kind, sides = (("signals", "L"), ("images", "H, W"), ("volumes", "D, H, W"))[self.dims - 1]
+        if xt.ndim != 2 + self.dims or xt.shape[1] != self.n_channels:
+            takes = f"this network takes [B, n_channels = {self.n_channels}, {sides}]"
+            raise ValueError(f"{kind} of shape {list(xt.shape)}: {takes}")
         if any(size % self.size_multiple for size in xt.shape[2:]):
-            raise ValueError(
-                f"images of {xt.shape[2]} x {xt.shape[3]} pixels: height and width must be multiples of {self.size_multiple}, "
-                "patch_size * 2^(levels - 1)"
-            )
+            multiple = f"{self.size_multiple}, patch_size * 2^(levels - 1)"
+            raise ValueError(f"{kind} of {' x '.join(map(str, xt.shape[2:]))}: each side must be a multiple of {multiple}")
         time = F.silu(self.time_embedding(t, label))
         x = xt if self.n_levels is None else _as_values(xt, self.n_levels).to(self.conv_in.weight.dtype)
-        h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x)
         skips = [] if self.adds_skips else [h]  # what the way up gets: of "add" the states after residual blocks alone
         for stage in self.down:
             h = self._run(stage, h, time)
@@ -386,7 +401,8 @@ class TimeAwareUNet(nn.Module):
             skip = skips.pop()
             h = (h + skip) * 0.5**0.5 if self.adds_skips else torch.cat([h, skip], dim=1)
             h = self._run(stage, h, time)
-        out = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
+        out = self.conv_out(F.silu(self.norm_out(h)))
+        out = F.pixel_shuffle(out, self.patch_size) if self.patch_size > 1 else out
         if self.n_levels is None:
             return out
         if self.logits == "free":

@@ -168,6 +168,7 @@ def test_the_cifar10_network_has_the_options_of_google_ddpm_cifar10_32():
         (SMALL | {"num_groups": None}, r"num_groups = null: its layers have \[8, 16, 32\]"),
         (SMALL | {"num_heads": 2, "attention": [True, False]}, r"num_heads = 2: .*\[32, 64\]"),
         (SMALL | {"n_classes": 3}, r"n_classes = 3: DDPMPipeline has no labels"),
+        (SMALL | {"dims": 3}, r"dims = 3: UNet2DModel is for images"),
     ],
 )
 def test_a_network_that_diffusers_lacks_is_refused_by_name(kwargs, message):

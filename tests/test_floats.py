@@ -15,6 +15,7 @@ import convert
 import dataset
 import test as sampling
 import train
+from beta_schedule import CosineSchedule
 from config import load_config
 
 SCALE = 2.0  # standard deviation of the Gaussian rows
@@ -113,6 +114,31 @@ def test_rows_of_a_gaussian_have_its_spread_and_their_bound_is_their_density(own
     assert found["total"] == pytest.approx(nats / np.log(2), abs=3 * found["standard_error"])
     assert found["standard_error"] < 0.1  # where the bound of 8-bit levels would be 7 more
     assert "300 valid rows, of their density" in capsys.readouterr().out
+
+
+def test_a_unet_of_signals_learns_how_their_values_belong_together(own):
+    """Of a smooth Gaussian process the least loss is known: that of Wiener's filter, in the eigenvectors of its covariance."""
+    at = np.arange(16)
+    covariance = np.exp(-0.5 * ((at[:, None] - at) / 3) ** 2)
+    np.save("x.npy", np.random.default_rng(0).multivariate_normal(np.zeros(16), covariance, 4000)[:, None])
+    unet = {"n_channels": 1, "base_channels": 16, "ch_mult": [1, 2], "num_res_blocks": 1, "dims": 1}
+    how = ("epochs=9", "max_steps=300", "batch_size=64", "lr=2e-3", "lr_schedule=linear", "warmup_steps=20", "ema_decay=0.98")
+    assert train.main(arguments("TimeAwareUNet", "x.npy", *(f"train_cfg.{each}" for each in how), **unet)) == 0
+    alpha_bar, variances = CosineSchedule(100).alpha_bar.numpy()[:, None], np.linalg.eigvalsh(covariance)
+    best = (variances * (1 - alpha_bar) / (alpha_bar * variances + 1 - alpha_bar)).mean()
+    assert metrics(own / "run")[-1]["valid_loss"] == pytest.approx(best, rel=0.06)
+    assert best < 0.7 * (1 - alpha_bar).mean()  # the least loss of a network that knows nothing of the neighbours
+
+
+def test_a_unet_of_volumes_is_trained_and_sampled(own):
+    np.save("x.npy", np.random.default_rng(0).standard_normal((60, 1, 4, 6, 2)))
+    unet = {"n_channels": 1, "base_channels": 4, "ch_mult": [1, 1], "num_res_blocks": 1, "dims": 3}
+    assert train.main(arguments("TimeAwareUNet", "x.npy", **unet)) == 0
+    assert sampling.main(["run", "-n", "3", "--timesteps", "2", "--device", "cpu"]) == 0
+    with np.load("run/last_gen/samples.npz") as arrays:
+        assert arrays["samples"].shape == (3, 1, 4, 6, 2)
+    np.save("x.npy", np.zeros((60, 1, 4, 5, 2)))
+    assert train.main([*arguments("TimeAwareUNet", "x.npy", **unet), "--overwrite"]) == 2
 
 
 def test_what_is_no_image_has_no_picture_and_goes_on_as_if_never_stopped(own, monkeypatch):

@@ -7,7 +7,7 @@ from beta_schedule import LinearSchedule
 from convert import unet_options
 from gaussian_diffusion import GaussianDiffusion
 from mistakes import Mistake
-from time_aware_module import ResidualBlock, SelfAttention, TimeAwareMLP, TimeAwareUNet, TimeEmbedding, Upsample
+from time_aware_module import CONV, ResidualBlock, SelfAttention, TimeAwareMLP, TimeAwareUNet, TimeEmbedding, Upsample
 
 
 def small_unet(**kwargs):
@@ -65,12 +65,47 @@ def test_null_groups_of_a_network_with_two_channels_are_not_of_one_channel_each(
     assert {channels: groups for groups, channels in groups_of(net)} == {2: 1, 4: 1, 6: 1, 8: 2}
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 7)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 7), (1,), (6,), (1, 1, 1), (3, 4, 2)])
 def test_upsampling_and_convolution_in_one_are_the_two_one_after_the_other(size):
-    upsample = Upsample(6).double()
+    upsample = Upsample(6, conv=CONV[len(size) - 1]).double()
     x = torch.randn(3, 6, *size, dtype=torch.float64)
     expected = upsample.conv(nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
     torch.testing.assert_close(upsample(x, torch.zeros(3)), expected)
+
+
+def lifted(weight):
+    """The weight of a network of one dimension more: its convolutions have one tap along the new, last one, in the middle."""
+    if weight.ndim < 3:
+        return weight
+    if weight.shape[-1] == 1:
+        return weight[..., None]
+    return torch.stack([torch.zeros_like(weight), weight, torch.zeros_like(weight)], dim=-1)
+
+
+@pytest.mark.parametrize("skips", ["concatenate", "add"])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_network_of_one_dimension_more_does_the_same_on_what_is_constant_along_it(dims, skips):
+    settings = {"ch_mult": (1, 2), "attention": (False, True), "num_heads": 2, "skips": skips, "n_classes": 3}
+    net, larger = (small_unet(**settings, dims=d).double().eval() for d in (dims, dims + 1))
+    larger.load_state_dict({name: lifted(weight) for name, weight in net.state_dict().items()})
+    x, t, label = torch.randn(2, 3, *[8, 6][:dims], dtype=torch.float64), torch.tensor([1, 700]), torch.tensor([2, 3])
+    repeated = x[..., None].expand(*x.shape, 4)
+    out = net(x, t, label)
+    assert out.std() > 0.1
+    torch.testing.assert_close(larger(repeated, t, label), out[..., None].expand(*x.shape, 4))
+    for wrong in (x[0], repeated, x[:, :2]):
+        with pytest.raises(
+            ValueError, match=r"(signals|images) of shape .*: this network takes \[B, n_channels = 3, (L|H, W)\]"
+        ):
+            net(wrong, t, label)
+
+
+def test_signals_and_volumes_have_no_patches():
+    for dims in (1, 3):
+        with pytest.raises(ValueError, match=f"patch_size = 2: must be 1 with dims = {dims}"):
+            small_unet(dims=dims, patch_size=2)
+    with pytest.raises(ValueError, match=r"dims = 4: must lie in 1\.\.3"):
+        small_unet(dims=4)
 
 
 def test_patches_are_pixels_as_channels():
@@ -84,7 +119,7 @@ def test_patches_are_pixels_as_channels():
     found = net(x, t)
     for k, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         torch.testing.assert_close(found[:, :, i::2, j::2], expected[:, :, k])
-    with pytest.raises(ValueError, match=r"6 x 8 pixels.*multiples of 4"):
+    with pytest.raises(ValueError, match=r"images of 6 x 8: each side must be a multiple of 4"):
         net(torch.randn(1, 3, 6, 8), torch.tensor([1]))
 
 
@@ -171,7 +206,7 @@ def test_any_channels_and_any_size_of_the_multiple(channels, height, width):
 @pytest.mark.parametrize(("height", "width"), [(6, 8), (8, 6), (2, 2)])
 def test_another_size_is_refused_with_the_multiple(height, width):
     net = TimeAwareUNet(1, 4, ch_mult=(1, 1, 1), attention=(False,) * 3)
-    with pytest.raises(ValueError, match=f"{height} x {width}.*multiples of 4"):
+    with pytest.raises(ValueError, match=f"{height} x {width}: each side must be a multiple of 4"):
         net(torch.zeros(1, 1, height, width), torch.ones(1, dtype=torch.long))
 
 
