@@ -305,7 +305,9 @@ def to_diffusers(source: str | Path, folder: str | Path, ema: bool = True) -> di
     config, net = state["config"], diffusion.time_aware_net
     allowed = "only TimeAwareUNet has a counterpart in diffusers"
     _require(type(net) is TimeAwareUNet, "time_aware_net.name", config["time_aware_net"]["name"], allowed)
-    options = scheduler_options(config) | {"clip_sample": not state.get("is_float")}  # as test.py does
+    is_float = bool(state.get("is_float"))
+    _require(not (is_float and diffusion.bounded), "diffusion.bounded", True, "of floats, it has no place in DDPMPipeline")
+    options = scheduler_options(config) | {"clip_sample": not is_float}  # as test.py does
     _check_not_fitted(diffusion, config)
     unet = diffusers.UNet2DModel(**unet_options(config["time_aware_net"]["kwargs"], _size(*state["shape"][1:])))
     unet.load_state_dict(weights_to_diffusers(net))

@@ -118,6 +118,7 @@ def inpaint(
     The samples approach the conditional distribution as resamplings grows; with few they are biased (benchmarks/editing.py).
     """
     _check(diffusion)
+    check_floats("x0", x0)
     check_whole("resamplings", resamplings, 1)
     check_whole("jump", jump, 1)
     known = _mask(mask, x0)
@@ -186,8 +187,8 @@ def posterior_sample(
     """x_0 of the given shape, given y = operator(x_0) + noise z: moment matching, Rozet et al. 2024, algorithms 2 and 3.
 
     p(x_0 | x_t) is taken as a Gaussian. Its mean is x_0_hat, its covariance V = (1 - alpha_bar) / sqrt(alpha_bar) times the
-    derivative of x_0_hat by x_t, which is exact. Given y as well, its mean is then x_0_hat + V A' u, where
-    (A V A' + noise^2) u = y - A x_0_hat. Conjugate gradients solve for u, each product with V a derivative of the network
+    derivative of x_0_hat by x_t, which is exact. Given y as well, its mean is then x_0_hat + V A' zeta, where
+    (A V A' + noise^2) zeta = y - A x_0_hat. Conjugate gradients solve for zeta, each product with V a derivative of the network
     backwards. Every sampler takes that mean in the place of x_0_hat. For Gaussian data all of it is exact.
 
     "ddpm" adds noise for the error e_t of x_0_hat without y, so that with few steps its samples spread otherwise than they
@@ -225,10 +226,10 @@ def posterior_sample(
 
         def given_y(x: Tensor, t: int) -> Tensor:
             x0, covariance = _x0_and_covariance(predict_x0, x, t, alpha_bar[t])
-            u = _conjugate_gradients(
+            zeta = _conjugate_gradients(
                 lambda v: operator(covariance(adjoint(v))) + noise * noise * v, y - operator(x0), iterations
             )
-            x0 = x0 + covariance(adjoint(u))
+            x0 = x0 + covariance(adjoint(zeta))
             return x0.clamp_(-1, 1) if clip_x0 or diffusion.bounded else x0
 
         return SAMPLERS[sampler](given_y, x, levels, normal)

@@ -44,6 +44,7 @@ from samplers import SAMPLERS, Level, Sampler, ddim_upwards, even_in_time
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
 IMPORTANCE_SHARE = 0.5  # of equation 15c; the rest is even, so that no weight is more than 2
+TOLD = 1e-4  # the least share of sigma_t^2 that float32 keeps two digits of
 
 
 def _process(alpha_bar: Tensor) -> SimpleNamespace:
@@ -139,7 +140,9 @@ class GaussianDiffusion(DiffusionProcess):
         if density.shape != (self.T,) or not (density >= 0).all() or abs(density.sum().item() - 1) > 1e-4:
             raise ValueError(f"_time_density: must be [T = {self.T}], at least 0, and add up to 1")
         self._times_are_even = bool((density == density[0]).all())
-        self.register_buffer("time_cdf", density.cumsum(0).float(), persistent=False)
+        time_cdf = density.cumsum(0).float()
+        time_cdf[density.nonzero()[-1] :] = math.inf  # beyond the last t that has a chance, no draw goes
+        self.register_buffer("time_cdf", time_cdf, persistent=False)
         self.register_buffer("time_weight", (1 / (self.T * density)).float(), persistent=False)
         self._register_variance()
 
@@ -345,7 +348,7 @@ class GaussianDiffusion(DiffusionProcess):
         """[B] times of _time_density on 1..T, spread evenly over the batch."""
         if self._times_are_even:
             return super()._random_times(x0)
-        return torch.searchsorted(self.time_cdf, self._even_draws(x0), right=True).clamp(max=self.T - 1) + 1
+        return torch.searchsorted(self.time_cdf, self._even_draws(x0), right=True) + 1
 
     def _drawn_loss(self, mode: LossMode, x0: Tensor, condition: Condition) -> Tensor:
         """[B]: the loss at random times, weighted to be that of uniform ones in expectation (equation 15c)."""
@@ -591,11 +594,15 @@ class GaussianDiffusion(DiffusionProcess):
     def _levels(self, steps: list[int], clip_x0: bool) -> list[Level]:
         """What a sampler may know of the times it visits, and of t = 0 after them, as Python floats."""
         x0_error = self._assumed_x0_error()
+        # Near T a learned sigma_t^2 says next to nothing of e_t, and a longer step magnifies what it says wrongly
+        learned = self.reverse_variance == "learnable" and len(steps) < self.T
+        if learned:  # where float32 loses c_t^2 e_t beside sigma_bar_t^2, it is that of the last t before
+            q = _process(self._alpha_bar)
+            last = (q.mu_bar_from_x0**2 * (1 - self._alpha_bar) > TOLD * q.sigma_bar_square).nonzero()[-1].item()
+            x0_error[last:] = x0_error[last].clone()
         if clip_x0 or self.bounded:  # of data in [-1, 1] no good guess errs by more (Bao et al. 2022, theorem 2)
             x0_error = x0_error.clamp(max=1)
-            if self.reverse_variance == "learnable" and len(steps) < self.T:
-                # near T a learned sigma_t^2 says next to nothing of e_t, and a longer step magnifies what it says wrongly: at
-                # most what beta claims, as in Nichol & Dhariwal 2021, equation 15
+            if learned:  # at most what beta claims, as in Nichol & Dhariwal 2021, equation 15
                 x0_error = torch.minimum(x0_error, 1 - self._alpha_bar)
         table = list(zip(self._alpha_bar.tolist(), x0_error.tolist(), strict=True))
         return [*(Level(t, *table[t - 1]) for t in steps), Level(0, 1.0, 0.0)]

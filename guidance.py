@@ -28,13 +28,18 @@ ALWAYS = (0, math.inf)  # an interval that holds every time
 def null_of(net: nn.Module) -> dict[str, float | Tensor]:
     """What the network reads as "not told", by the name of the condition: the label n_classes, and its own null_condition."""
     n_classes = getattr(net, "n_classes", None)
-    return dict(getattr(net, "null_condition", {})) | ({} if n_classes is None else {"label": n_classes})
+    return dict(getattr(net, "null_condition", None) or {}) | ({} if n_classes is None else {"label": n_classes})
 
 
 def hide(condition: Mapping[str, Tensor], null: Mapping[str, float | Tensor], hidden: Tensor) -> dict[str, Tensor]:
     """The condition [B, ...] each, with the values of null, where it has any, in the rows in which hidden [B] is true."""
-    of = {name: hidden.view(-1, *[1] * (rows.ndim - 1)) for name, rows in condition.items()}
-    return {name: torch.where(of[name], null[name], rows) if name in null else rows for name, rows in condition.items()}
+    condition = dict(condition)
+    for name in null.keys() & condition.keys():
+        rows, value = condition[name], null[name]
+        if isinstance(value, Tensor):  # which, kept in a dictionary, does not go where its network goes
+            value = value.to(rows.device, rows.dtype if rows.is_floating_point() else value.dtype)
+        condition[name] = torch.where(hidden.view(-1, *[1] * (rows.ndim - 1)), value, rows)
+    return condition
 
 
 class Guidance(nn.Module):
@@ -42,7 +47,8 @@ class Guidance(nn.Module):
 
     def __init__(self, net: nn.Module, weight: float, interval: tuple[float, float]):
         super().__init__()
-        if not isinstance(weight, Real | Tensor) or not math.isfinite(weight):
+        one = isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.numel() == 1)
+        if not one or not math.isfinite(weight):
             raise ValueError(f"weight = {weight!r}: must be a finite number")
         numbers = isinstance(interval, Collection) and all(isinstance(time, Real | Tensor) for time in interval)
         if not numbers or len(interval) != 2 or not interval[0] <= interval[1]:  # nor is nan
@@ -54,8 +60,8 @@ class Guidance(nn.Module):
         return getattr(self.net, "n_classes", None)
 
     @property
-    def null_condition(self) -> Mapping[str, float | Tensor]:
-        return getattr(self.net, "null_condition", {})
+    def null_condition(self) -> Mapping[str, float | Tensor] | None:
+        return getattr(self.net, "null_condition", None)
 
     def _rows(self, t: Tensor) -> Tensor | slice:
         """The rows in which the guidance acts: a slice for all, else their indices.
@@ -105,11 +111,12 @@ class ClassifierFreeGuidance(Guidance):
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, **condition) -> Tensor:
         condition = condition if label is None else {"label": label} | condition
         each, null, rows, size = _each(condition, len(xt)), null_of(self.net), self._rows(t), len(xt)
-        if "label" in condition and ("label" not in each or label.dtype != torch.long or label.shape != t.shape):
-            found = f"{label.dtype} of shape {list(label.shape)}" if isinstance(label, Tensor) else repr(label)
-            raise ValueError(f"label: {found}: must be a long tensor [{size}], one a sample")  # the network checks the range
         if not null.keys() & condition.keys():
             return self.net(xt, t, **condition)
+        labelled = "label" in null and label is not None
+        if labelled and not (isinstance(label, Tensor) and label.dtype == torch.long and label.shape == t.shape):
+            found = f"{label.dtype} of shape {list(label.shape)}" if isinstance(label, Tensor) else repr(label)
+            raise ValueError(f"label: {found}: must be a long tensor [{size}], one a sample")  # the network checks the range
         if shared := null.keys() & (condition.keys() - each.keys()):
             raise ValueError(f"{min(shared)}: must be a tensor with a row for each of the {size} samples, as it can be hidden")
         some = {name: value[rows] for name, value in each.items()}

@@ -42,7 +42,7 @@ from evaluation.pictures import grid, plain, save_gif, save_png
 from evaluation.report import Report, Sampled
 from evaluation.sampling import Drawn, condition_by_row, condition_of, draw, evenly, labels_in_shares
 from files import as_json, whole_file
-from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance
+from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance, null_of
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
 from samplers import SAMPLERS
 from training import speed
@@ -212,6 +212,8 @@ def guide(diffusion: nn.Module, state: dict, weight: float, interval: list[int] 
         weaker_net = other.time_aware_net.to(next(diffusion.buffers()).device)
     with as_mistake("--guidance: "):
         guided = AutoGuidance(net, weaker_net, weight, interval) if weaker else ClassifierFreeGuidance(net, weight, interval)
+    if not weaker and not null_of(net).keys() & {"label", *(state.get("conditions") or [])}:
+        raise Mistake(f"--guidance: the network was told none of {', '.join(null_of(net))}, its null_condition")
     if not weaker and not config["train_cfg"]["label_dropout"]:
         raise Mistake("--guidance: the network was trained with train_cfg.label_dropout = 0, and knows nothing without a label")
     diffusion.time_aware_net = guided

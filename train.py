@@ -32,11 +32,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from config import build_dataset, build_diffusion, build_train_config, load_config
 from dataset import NO_CONDITION, rows_of
 from evaluation.while_training import Quality, first_picture, save_samples, valid_loss
-from guidance import null_of
+from guidance import hide, null_of
 from mistakes import OneLineParser, run_script
 from training import speed
 from training.averages import Averages
-from training.batches import Batches, drop_condition, parts_of
+from training.batches import Batches, draw_hidden, parts_of
 from training.checks import bad_numbers, check_fit, check_ranks, check_resume, check_settings
 from training.graph import launcher
 from training.loggers import Loggers
@@ -150,13 +150,14 @@ class Trainer:
     def _work(self, pixels: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
         """What a step does on the device, but for the averages; CUDA may replay it (training/graph.py). x_0 and the norm."""
         x0, condition = self.model.x0_of(self.train_data.images.to_float(pixels)), dict(zip(self.condition, rows, strict=True))
-        condition = drop_condition(condition, null_of(self.model.time_aware_net), self.cfg.label_dropout)
+        null = null_of(self.model.time_aware_net)
+        hidden = draw_hidden(condition, null, self.cfg.label_dropout)
         loss, terms = torch.zeros((), device=self.device), []
         for part in parts_of(len(x0), self.cfg.grad_accum):
+            told = hide(rows_of(condition, part), null, hidden[part])
             exchange = part.stop == len(x0) or self.ranks.world == 1  # of gradients between ranks: once a step
             with nullcontext() if exchange else self.parallel.no_sync(), speed.autocast(self.device, self.cfg.precision):
-                part_loss = self.parallel(x0[part], self.cfg.chunk_size, condition=rows_of(condition, part))
-                part_loss = part_loss * (len(x0[part]) / len(x0))
+                part_loss = self.parallel(x0[part], self.cfg.chunk_size, condition=told) * (len(x0[part]) / len(x0))
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
             terms.append(self.model.last_terms)

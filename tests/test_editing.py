@@ -414,6 +414,7 @@ def test_clip_x0_clips_the_mean_given_y_and_not_the_one_before_it():
         (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, iterations=2.5), "iterations = 2.5: must be a whole"),
         (lambda d, x: posterior_sample(d, x, lambda x: x, math.inf, x.shape), "noise = inf"),
         (lambda d, x: posterior_sample(d, x, lambda x: x, 0.1, x.shape, ["dpm"]), r"sampler = \['dpm'\]: must be one of"),
+        (lambda d, x: inpaint(d, x.long(), MASK), "x0 of type torch.int64: must be floats"),
         (lambda d, x: inpaint(d, x, MASK, jump=0), "jump = 0"),
         (lambda d, x: inpaint(d, x, MASK, jump=1.5), "jump = 1.5: must be a whole number"),
         (lambda d, x: inpaint(d, x, MASK, resamplings=2.5), "resamplings = 2.5: must be a whole number"),

@@ -17,6 +17,7 @@ import test as sampling
 import train
 from beta_schedule import CosineSchedule
 from config import load_config
+from mistakes import Mistake
 
 SCALE = 2.0  # standard deviation of the Gaussian rows
 NETS = f"""
@@ -179,6 +180,17 @@ def test_floats_are_floats_in_diffusers_and_back(own):
     assert diffusers.DDPMPipeline.from_pretrained("theirs").scheduler.config.clip_sample is False
     convert.from_diffusers("theirs", "back.pth")
     assert checkpoint.load("back.pth")["is_float"] is True
+
+
+def test_floats_within_bounds_are_not_for_diffusers(own, tmp_path):
+    """Which would clip x_0_hat of images alone."""
+    pytest.importorskip("diffusers")
+    np.save("x.npy", np.random.default_rng(0).uniform(-1, 1, (40, 2, 8, 8)))
+    unet = {"n_channels": 2, "base_channels": 8, "ch_mult": [1, 1], "num_res_blocks": 1}
+    how = ("train_cfg.sample_period=0", "diffusion.bounded=true")
+    assert train.main(arguments("TimeAwareUNet", "x.npy", *how, **unet)) == 0
+    with pytest.raises(Mistake, match=r"^diffusion\.bounded = true: of floats"):
+        convert.to_diffusers("run/last.pth", "theirs")
 
 
 def test_images_as_an_array_are_images(own):

@@ -997,6 +997,19 @@ def test_times_are_drawn_by_the_density_of_ones_own(time_sampling):
     assert torch.allclose(share * diffusion.time_weight, torch.full((10,), 0.1), atol=2e-3)
 
 
+def test_a_time_without_a_chance_is_never_drawn():
+    """Nor where the chances add up to a little less than 1: its weight would be infinite."""
+
+    class Early(GaussianDiffusion):
+        def _time_density(self):
+            return torch.tensor([0.5, 0.49995, 0, 0], dtype=torch.float64)
+
+    diffusion = Early(CosineSchedule(4), TimeAwareMLP(1, 4, 1, 4))
+    for _ in range(20):
+        assert diffusion(torch.zeros(9000, 1)).isfinite()
+        assert diffusion.last_terms[0].unique().tolist() == [1, 2]
+
+
 def test_a_word_is_not_taken_for_true():
     with pytest.raises(ValueError, match=r"^bounded = 'False': must be True or False$"):
         GaussianDiffusion(CosineSchedule(10), nn.Identity(), bounded="False")

@@ -276,6 +276,7 @@ def test_guidance_can_be_guided_again(mlp):
         (lambda: AutoGuidance(labelled(), labelled(), 2, (1, 2, 3)), "interval"),
         (lambda: ClassifierFreeGuidance(nn.Identity(), 2), "net: .*with classes, n_classes, or with null_condition"),
         (lambda: ClassifierFreeGuidance(labelled(), None), "weight = None: must be a finite number"),
+        (lambda: ClassifierFreeGuidance(labelled(), torch.ones(2)), "weight = tensor.*must be a finite number"),
         (lambda: ClassifierFreeGuidance(labelled(), "2"), "weight = '2': must be"),
         (lambda: AutoGuidance(labelled(), labelled(), 2, None), "interval = None: must be two times"),
         (lambda: AutoGuidance(labelled(), labelled(), 2, 5), "interval = 5"),

@@ -26,10 +26,11 @@ from beta_schedule import LinearSchedule
 from config import TrainConfig, load_config
 from dataset import ArrayDataset, ImageDataset, ImageFolder, check_dataset
 from gaussian_diffusion import GaussianDiffusion
+from guidance import hide
 from mistakes import Mistake
 from time_aware_module import TimeAwareMLP, TimeAwareUNet
 from training import speed
-from training.batches import Batches, drop_condition
+from training.batches import Batches, draw_hidden
 from training.checks import _check_labels, bad_numbers, check_fit
 from training.optimizers import build_optimizer
 from training.ranks import Ranks
@@ -168,6 +169,11 @@ def test_only_the_rows_of_the_labels_given_get_a_gradient(kind, label):
     net(X[kind], T, label).square().sum().backward()
     moved = [bool(row.any()) for row in table(net).grad]
     assert moved == ([True, False, True, True] if label is not None else [False, False, False, True])
+
+
+def drop_condition(condition, null, p):
+    """As a step of training does."""
+    return hide(condition, null, draw_hidden(condition, null, p))
 
 
 def drop(labels, n_classes, p):

@@ -296,6 +296,21 @@ def test_a_learnt_variance_a_little_above_betas_makes_the_steps_of_beta(timestep
     assert learnt._levels(learnt.steps(None), True)[-2].x0_error > most._levels(most.steps(None), True)[-2].x0_error
 
 
+@pytest.mark.parametrize("timesteps", [2, 3, [1995, 1], [1990, 900, 1]])
+@pytest.mark.parametrize("end", [0.02, 0.003])
+def test_a_learnt_variance_makes_few_steps_exact_though_float32_cannot_hold_it_near_T(timesteps, end):
+    """Near T of 2000 steps, c_t^2 e_t is some 1e-10 of sigma_bar_t^2, and what float32 leaves of e_t is 0 or thousands."""
+    schedule = LinearSchedule(2000, 1e-4, end)
+    book, diffusion = Textbook(schedule.beta), optimal("denoising", GAUSSIAN, schedule, "learnable")
+    variance = book.posterior_variance + book.mu_from_x0**2 * GAUSSIAN.x0_error(book.alpha_bar)  # equation 9
+    diffusion.log_sigma_square.data = variance[1:].log().float()
+    times = diffusion.steps(timesteps)
+    x_T = diffusion.q_sample(GAUSSIAN.sample(40_000).float(), times[0])
+    x0 = diffusion.sample(x_T.shape, timesteps=times, x_T=x_T).double()
+    expected = 0.3 - GAUSSIAN.x0_error(schedule.alpha_bar[0]).item()  # the mean of the last step, without its noise
+    assert x0.var(0).mean().item() == pytest.approx(expected, rel=0.05)
+
+
 def test_a_fitted_variance_of_wide_data_is_exact_in_few_steps():
     """Of x_0 ~ N(0, 16 I), whose best x_0_hat is 16 sqrt(alpha_bar_t) x_t / (16 alpha_bar_t + 1 - alpha_bar_t)."""
 

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from dataset import ImageDataset, rows_of
-from guidance import hide
 from mistakes import Mistake
 from training.ranks import Ranks
 from training.seeds import ORDER, TRANSFORMS, mixed_seed
@@ -28,13 +27,13 @@ WORKERS_PAY_FROM = 2.0  # seconds of decoding all: to start worker processes tak
 GRACE = 30  # seconds that a worker lives on after SIGTERM
 
 
-def drop_condition(condition: dict[str, Tensor], null: Mapping[str, float | Tensor], p: float) -> dict[str, Tensor]:
-    """The condition, where by one coin a sample, with probability p, what null names has its values: the sample is not told.
+def draw_hidden(condition: Mapping[str, Tensor], null: Mapping[str, float | Tensor], p: float) -> Tensor:
+    """[B] booleans, by one coin a sample, true with probability p: what null names is not told. Empty if it names nothing.
 
     So one network learns both with and without (Ho & Salimans 2022, algorithm 1). Drawn from the device's global generator.
     """
     named = [rows for name, rows in condition.items() if name in null]
-    return hide(condition, null, torch.rand(len(named[0]), device=named[0].device) < p) if named else condition
+    return torch.rand(len(named[0]), device=named[0].device) < p if named else torch.empty(0, dtype=torch.bool)
 
 
 def parts_of(rows: int, count: int) -> list[slice]:

@@ -89,9 +89,9 @@ def _check_conditions(net: nn.Module, images: dict[str, ImageDataset]) -> None:
     xt_and_t, others = list(takes)[:2], list(takes)[2:]
     if unknown := [name for name in told["train"] if name in xt_and_t or not (any_name or name in others)]:
         raise Mistake(f"time_aware_net: its forward takes no {', '.join(unknown)}, a condition of dataset.train")
-    for name in getattr(net, "null_condition", {}):
+    for name in null_of(net).keys() - {"label"}:
         if name not in told["train"]:
-            log.warning(f"time_aware_net: its null_condition names {name}, and dataset.train gives no such condition")
+            raise Mistake(f"time_aware_net: its null_condition names {name}, and dataset.train gives no such condition")
 
 
 def _check_call(model: GaussianDiffusion, x: Tensor, condition: Condition) -> None:
@@ -103,9 +103,19 @@ def _check_call(model: GaussianDiffusion, x: Tensor, condition: Condition) -> No
     model.predict(x, t, condition)
 
 
-def _check_untold(run, x: Tensor, condition: dict[str, Tensor]) -> None:
-    """Call the network as it is called where a sample's label, and what its null_condition names, are hidden."""
-    null = null_of(run.model.time_aware_net)
+def _check_no_label(run, x: Tensor, condition: dict[str, Tensor]) -> None:
+    try:
+        _check_call(run.model, x, condition | {"label": torch.tensor([run.n_classes])})
+    except IndexError as error:
+        raise Mistake(
+            f"it fails at label = {run.n_classes}, n_classes, which stands for no label ({error}): make room for one more, or "
+            "set train_cfg.label_dropout to 0"
+        ) from error
+
+
+def _check_null_condition(run, x: Tensor, condition: dict[str, Tensor]) -> None:
+    """Call the network as it is called where what its null_condition names is hidden."""
+    null = {name: value for name, value in null_of(run.model.time_aware_net).items() if name != "label"}
     try:
         untold = hide(condition, null, torch.tensor([True]))
     except (RuntimeError, TypeError) as error:  # shapes that do not fit, what is no number
@@ -115,15 +125,7 @@ def _check_untold(run, x: Tensor, condition: dict[str, Tensor]) -> None:
         if rows.shape != given.shape or rows.dtype != given.dtype:
             found, must = (f"{each.dtype} {list(each.shape)}" for each in (rows, given))
             raise Mistake(f"its null_condition makes {found} of {must}, one row of {name!r}: must keep it")
-    try:
-        _check_call(run.model, x, untold)
-    except IndexError as error:
-        if run.n_classes is None:
-            raise
-        raise Mistake(
-            f"it fails at label = {run.n_classes}, n_classes, which stands for no label ({error}): make room for one more, or "
-            "set train_cfg.label_dropout to 0"
-        ) from error
+    _check_call(run.model, x, untold)
 
 
 def check_fit(run, images: dict[str, ImageDataset]) -> None:
@@ -165,8 +167,9 @@ def _check_network(run, images: dict[str, ImageDataset]) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), says:
             x = model.eval().q_sample(model.x0_of(torch.zeros(1, *data.shape)), model.T)  # also beyond [-1, 1]
             _check_call(model, x, condition)
-            if run.cfg.label_dropout:
-                _check_untold(run, x, condition)
+            if n_classes is not None and run.cfg.label_dropout:
+                _check_no_label(run, x, condition)
+            _check_null_condition(run, x, condition)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_kept(model), as_mistake("diffusion: "):
         x0, twice = model.x0_of(torch.zeros(2, *images["train"].shape)), torch.zeros(2, dtype=torch.long)
         loss = model.loss(x0, model.T, condition=rows_of(images["train"].condition(n_classes), twice))
