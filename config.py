@@ -174,6 +174,8 @@ def _describe(kind: Any) -> str:
         return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
     if origin is tuple and args[-1] is not Ellipsis:
         return f"a list of {', '.join(map(_describe, args))}"
+    if origin is dict:
+        return f"an object, each value {_describe(args[1])}"
     if origin and issubclass(origin, Sequence):
         return f"a list, each {_describe(args[0])}" if args else "a list"
     words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "an object"}

@@ -388,6 +388,21 @@ def rows_of(condition: Mapping[str, Tensor], rows: Tensor | slice, device: str |
     return {name: values[rows].to(device) for name, values in condition.items()}
 
 
+def evenly_with_repeats(count: int, among: int) -> Tensor:
+    """`count` ascending indices [count] spread evenly over 0..among - 1, several times the same where there are fewer."""
+    return torch.arange(count) * among // count
+
+
+def evenly(count: int, among: int) -> list[int]:
+    """At most `count` indices spread evenly over 0..among - 1, both ends included."""
+    return torch.linspace(0, among - 1, min(count, among), dtype=torch.float64).round().int().tolist()
+
+
+def are_among(names: Sequence[str] | None, of: Sequence[str] | None) -> bool:
+    """Are the class names of a split those of another, in their order, but for the last ones, of which it may have no image?"""
+    return names == of if names is None or of is None else list(names) == list(of)[: len(names)]
+
+
 def find_clusters(images: ImageDataset, count: int) -> None:
     """Make `count` clusters of alike images their classes, by scikit-learn's MiniBatchKMeans.
 
@@ -443,6 +458,8 @@ def check_dataset(images: ImageDataset, where: str) -> None:
             found = list(rows.shape) if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
             allowed = f"must be a tensor of {count} rows without gradient, and no label"
             raise Mistake(f"{where}: conditions[{name!r}] is {found}: {allowed}")
+        if len(bad := (~rows.isfinite()).nonzero()):
+            raise Mistake(f"{where}: conditions[{name!r}] is not finite in row {bad[0, 0]}")
     names = images.class_names
     if names is not None and (type(names) not in (list, tuple) or any(type(name) is not str for name in names)):  # nor numpy's
         raise Mistake(f"{where}: class_names must be a list of plain str, or None")

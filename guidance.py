@@ -106,7 +106,9 @@ class ClassifierFreeGuidance(Guidance):
         if isinstance(net, ClassifierFreeGuidance):
             raise ValueError("net: is guided already, and guidance of guidance would be stronger than either weight says")
         if not null_of(net):
-            raise ValueError("net: classifier-free guidance needs a network with classes, n_classes, or with null_condition")
+            raise ValueError(
+                "net: classifier-free guidance needs a network with classes, and this one has no n_classes, nor null_condition"
+            )
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, **condition) -> Tensor:
         condition = condition if label is None else {"label": label} | condition

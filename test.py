@@ -13,8 +13,8 @@
 
 Writes to the folder NAME_gen beside NAME.pth: 0.png, 1.png, ..., a strip of states from x_T to x_0 for each sample; strips.png,
 the first eight of them; grid.png, the samples; trajectory.gif, the grid as it comes out of the noise; metrics.json, what was
-measured; report.html and samples.npz, if asked for. What is no image has no picture, and always samples.npz. The same seed,
-batch size and -n give the same samples.
+measured; report.html and samples.npz, if asked for. Floats [C, H, W] have pictures of what lies in [-1, 1]; other shapes have
+none, and always samples.npz. The same seed, batch size and -n give the same samples.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from checkpoint import MAX_VALUES, about_model, diffusion_of, load_diffusion, save
 from classify import Weighting
 from config import check_shape, find, with_data
-from dataset import NO_CONDITION, ImageDataset, rows_of
+from dataset import NO_CONDITION, ImageDataset, evenly, rows_of
 from evaluation.edits import Edit
 from evaluation.metrics import METRICS, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, plain, save_gif, save_png
 from evaluation.report import Report, Sampled
-from evaluation.sampling import Drawn, condition_by_row, condition_of, draw, evenly, labels_in_shares
+from evaluation.sampling import Drawn, condition_by_row, condition_of, draw, labels_in_shares
 from files import as_json, whole_file
 from guidance import ALWAYS, AutoGuidance, ClassifierFreeGuidance, null_of
 from mistakes import Mistake, OneLineParser, as_mistake, run_script
@@ -66,7 +66,7 @@ class Job(NamedTuple):
     diffusion: nn.Module  # on the device, guided if that is asked for
     state: dict  # of its checkpoint
     path: Path  # of the checkpoint
-    shape: list[int]  # of a sample, [C, H, W]
+    shape: list[int]  # of a sample, [C, H, W] of an image
     options: dict  # of diffusion.trajectory
     condition: Mapping[str, Tensor]  # n rows each
     columns: int | None  # of the grid, with a row a class
@@ -148,7 +148,8 @@ def fit_variance(evaluation: Evaluation, state: dict, count: int, target: Path) 
     generator = torch.Generator(ranks.device).manual_seed(seed)
     evaluation.diffusion.fit_reverse_variance(images, generator=generator)
     if ranks.rank == 0:
-        save(target, about_model(state) | {"ema": evaluation.diffusion.state_dict(), "fitted": count})
+        fitted = sum(len(x0) for x0, _ in images)
+        save(target, about_model(state) | {"ema": evaluation.diffusion.state_dict(), "fitted": fitted})
 
 
 def set_speed(

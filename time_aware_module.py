@@ -21,6 +21,11 @@ from torch.utils.checkpoint import checkpoint
 MAX_CHANNELS, MAX_LAYERS = 2**16, 2**8
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of x with one dimension besides [B, C], with two, with three
 CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+KINDS = (  # what such an x is called, its sides, and what these must be
+    ("signals", "L", "values: length must be a multiple"),
+    ("images", "H, W", "pixels: height and width must be multiples"),
+    ("volumes", "D, H, W", "voxels: depth, height and width must be multiples"),
+)
 
 
 def _check_range(maximum: int, **values: int | None) -> None:
@@ -381,13 +386,7 @@ class TimeAwareUNet(nn.Module):
                 self.up[-1].append(Upsample(widths[level], c, CONV[self.dims - 1]))
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        kind, sides = (("signals", "L"), ("images", "H, W"), ("volumes", "D, H, W"))[self.dims - 1]
-        if xt.ndim != 2 + self.dims or xt.shape[1] != self.n_channels:
-            takes = f"this network takes [B, n_channels = {self.n_channels}, {sides}]"
-            raise ValueError(f"{kind} of shape {list(xt.shape)}: {takes}")
-        if any(size % self.size_multiple for size in xt.shape[2:]):
-            multiple = f"{self.size_multiple}, patch_size * 2^(levels - 1)"
-            raise ValueError(f"{kind} of {' x '.join(map(str, xt.shape[2:]))}: each side must be a multiple of {multiple}")
+        self._check_shape(xt)
         time = F.silu(self.time_embedding(t, label))
         x = xt if self.n_levels is None else _as_values(xt, self.n_levels).to(self.conv_in.weight.dtype)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x)
@@ -409,6 +408,15 @@ class TimeAwareUNet(nn.Module):
             return out.unflatten(1, (self.n_channels, self.n_levels)).movedim(2, -1)
         location, log_scale = out.float().chunk(2, dim=1)
         return logistic_logits(torch.tanh(location + x[:, : self.n_channels]), log_scale, self.n_levels)
+
+    def _check_shape(self, xt: Tensor) -> None:
+        kind, sides, must = KINDS[self.dims - 1]
+        if xt.ndim != 2 + self.dims or xt.shape[1] != self.n_channels:
+            takes = f"this network takes [B, n_channels = {self.n_channels}, {sides}]"
+            raise ValueError(f"{kind} of shape {list(xt.shape)}: {takes}")
+        if any(size % self.size_multiple for size in xt.shape[2:]):
+            size = " x ".join(map(str, xt.shape[2:]))
+            raise ValueError(f"{kind} of {size} {must} of {self.size_multiple}, patch_size * 2^(levels - 1)")
 
     def _run(self, stage: Stage, h: Tensor, time: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

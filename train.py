@@ -187,30 +187,30 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step. A signal ends it early: everything is saved, and Stopped raised."""
-        folder = self.folder
         self.writer, self.begun = Writer(), (time.monotonic(), self.step)
         try:
-            self.records = folder.open(self.records if self.resumed else None, self.step)
-            self.loggers.open(folder.path)
+            self.records = self.folder.open(self.records if self.resumed else None, self.step)
+            self.loggers.open(self.folder.path)
             bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=self.ranks.rank > 0, smoothing=0.05)
             with self.stopper, bar, logging_redirect_tqdm([log]):
-                if not folder.in_place():
+                if not self.folder.in_place():
                     self.save_last(take_state(self))  # so that --resume always finds one
                     self.writer.wait()
                 self._run(bar)
                 self.writer.wait()
-            log.info(f"finished: {self.step} steps, in epoch {self.epoch}; the checkpoints are in {folder.path}")
+            log.info(f"finished: {self.step} steps, in epoch {self.epoch}; the checkpoints are in {self.folder.path}")
         except Stopped as stopped:
             self.save_last(take_state(self))
             self.writer.wait()
             log.info(f"stopped at step {self.step} by {signal.Signals(stopped.number).name}; to go on, add --resume")
             raise
         finally:
-            if not self.writer.error:
-                self._write_best()
-            for each in (self.writer, self.loggers, self.train_data, self.valid_data):
-                each.close()
-            folder.close()
+            try:
+                if not self.writer.error:
+                    self._write_best()
+            finally:
+                for each in (self.writer, self.loggers, self.train_data, self.valid_data, self.folder):
+                    each.close()
 
     def _run(self, bar: tqdm) -> None:
         if self._at_end() and self.step != self.closed:  # stopped just there
@@ -244,13 +244,13 @@ class Trainer:
         epoch, last, cfg = self.epoch, self.step == self.total_steps, self.cfg
         seconds = self.meter.elapsed()  # of training alone
         with speed.autocast(self.device, cfg.precision):  # once, so that the frozen weights are cast once
-            valid_loss = self.validate()
+            loss = self.validate()
             if self.sample_period and (epoch % self.sample_period == 0 or last):
                 self.save_picture(self.folder.path / f"epoch_{epoch}.png")
-        self.record(bar, valid_loss, seconds, self.quality.measure(epoch, last))
+        self.record(bar, loss, seconds, self.quality.measure(epoch, last))
         self.closed = self.step
-        better, due = valid_loss < self.best_loss, cfg.save_period and epoch % cfg.save_period == 0
-        self.best_loss = valid_loss if better else self.best_loss  # min() may keep a nan
+        better, due = loss < self.best_loss, cfg.save_period and epoch % cfg.save_period == 0
+        self.best_loss = loss if better else self.best_loss  # min() may keep a nan
         save_last = last or not cfg.save_minutes
         names = ["best.pth"] * (better and cfg.save_best) + ["best_fd.pth"] * self.quality.better
         state = take_state(self) if names or due or save_last else None

@@ -22,9 +22,9 @@ from common import ROOT, write
 from torch import Tensor
 
 from config import build_dataset, load_config
+from dataset import evenly
 from discrete_diffusion import to_symbols, to_values
 from evaluation.pictures import grid, save_png
-from evaluation.sampling import evenly
 from train import Trainer
 
 LEVELS = 17

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from beta_schedule import alpha_bar_before
 from config import SCHEDULES, build_schedule, load_config
-from dataset import ImageDataset
+from dataset import ImageDataset, evenly
 from diffusion_process import DiffusionProcess
 from evaluation.pictures import grid, labelled, new_figure, stacked, text_width
-from evaluation.sampling import evenly
 from files import whole_file
 
 FRAMES = 11  # times at which an image is shown, and images in a row

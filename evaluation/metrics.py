@@ -24,18 +24,15 @@ from tqdm import tqdm
 
 from classify import ROUNDS, TRIALS, Weighting
 from config import build_dataset, check_shape, find
-from dataset import ImageDataset, rows_of
+from dataset import ImageDataset, are_among, evenly, from_uint8, rows_of, to_uint8
 from diffusion_process import Bound
 from evaluation.features import (
     InceptionFeatures,
     SmallClassifier,
     cached_classifier,
-    from_uint8,
     full_precision,
     inception_features,
-    to_uint8,
 )
-from evaluation.sampling import evenly
 from gaussian_diffusion import GaussianDiffusion
 from guidance import Guidance
 from mistakes import Mistake, as_mistake
@@ -246,8 +243,8 @@ class Evaluation:
     weighting: Weighting = "bound"  # by which classes are told apart
     features: str = "classifier"  # or "inception"
     classifier: str | None = None  # its file; None for one in models/, of this data set
-    shape: Sequence[int] | None = None  # of a sample, [C, H, W]; None for that of the valid images
-    samples: Tensor | None = None  # [n, C, H, W] in [-1, 1], once they are drawn
+    shape: Sequence[int] | None = None  # of a sample; None for that of the valid images
+    samples: Tensor | None = None  # [n, *shape], once they are drawn
     condition: Mapping[str, Tensor] = field(default_factory=dict)  # that the samples were drawn by, n rows each
     check: Callable[[], object] = lambda: None  # called before each batch of images
     class_names: list[str] | None = None  # of the checkpoint, if it says them
@@ -275,7 +272,9 @@ class Evaluation:
         if split in self.datasets:
             return self.datasets[split]
         images = build_dataset(self.config, split, self.centres)
-        if self.n_classes is not None and self.class_names not in (None, images.class_names):
+        if self.n_classes is not None and images.labels is None:
+            raise Mistake(f"dataset.{split}: has no labels, and the network learned {self.n_classes} classes")
+        if self.n_classes is not None and self.class_names and not are_among(images.class_names, self.class_names):
             raise Mistake(f"dataset.{split}: has the classes {images.class_names}, and the network learned {self.class_names}")
         if self.conditions not in (None, told := list(images.conditions)):
             raise Mistake(f"dataset.{split}: has the conditions {told}, and the network was told {self.conditions}")

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import ImageDataset, from_uint8, to_uint8
+from dataset import ImageDataset, evenly, from_uint8, to_uint8
 from evaluation.charts import Series, line_chart
 from evaluation.features import full_precision
 from evaluation.page import columns_of_two, figure, p, picture, shrunk
-from evaluation.sampling import evenly
 
 MOST_SIDE = 64  # pixels: a larger image is compared, and shown, by the averages of its squares
 SHOWN = 16  # samples with a picture

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from config import network_without_memory
-from dataset import ImageDataset, from_uint8, shared_images
+from dataset import ImageDataset, evenly, evenly_with_repeats, from_uint8, shared_images
 from evaluation import page
 from evaluation.charts import Series, line_chart
 from evaluation.metrics import METRICS, Evaluation, build_extractor, frechet
 from evaluation.nearest import Copies, nearest_training_images
-from evaluation.sampling import Drawn, evenly, evenly_with_repeats
+from evaluation.sampling import Drawn
 from mistakes import Mistake, as_mistake
 from training.meter import BINS
 from training.speed import device_name
@@ -277,11 +277,9 @@ class Report:
         if not numbers:
             return "Of these classes there is no training image to compare with."
 
-        def batches(images: ImageDataset, numbers: Sequence[int]):
-            return (_images(images, part.tolist()) for part in torch.tensor(numbers).split(size))
-
+        real = (_images(train, part.tolist()) for part in torch.tensor(numbers).split(size))
         try:
-            floor = frechet(batches(train, numbers), batches(valid, range(len(valid))), self.extractor)
+            floor = frechet(real, self.metrics["fd"].real, self.extractor)
         except ValueError as error:
             return f"Of training images it cannot be taken for comparison: {error}."
         return f"For comparison: {len(numbers)} real training images{of} are {floor['distance']:.4f} from the same images."

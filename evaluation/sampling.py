@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import NO_CONDITION, ImageDataset, rows_of
+from dataset import NO_CONDITION, ImageDataset, evenly, evenly_with_repeats, rows_of
 from gaussian_diffusion import GaussianDiffusion
 from samplers import Sampler
 from training.ranks import Ranks
@@ -77,7 +77,7 @@ def draw(
 
 
 def condition_of(images: ImageDataset, n_classes: int | None, n: int) -> dict[str, Tensor]:
-    """The condition of n images spread evenly over a data set, several times that of one where n is more."""
+    """The condition of n images spread evenly over a data set; where n is more than it has, each several times."""
     return rows_of(images.condition(n_classes), evenly_with_repeats(n, len(images)))
 
 
@@ -102,13 +102,3 @@ def labels_in_shares(counts: Sequence[int], n: int, offset: float = 0.5) -> Tens
     """
     ends = torch.tensor(counts, dtype=torch.float64).cumsum(0)
     return torch.searchsorted(ends, (torch.arange(n) + offset) * (ends[-1] / n), right=True).clamp(max=len(counts) - 1)
-
-
-def evenly_with_repeats(count: int, among: int) -> Tensor:
-    """`count` ascending indices [count] spread evenly over 0..among - 1, several times the same where there are fewer."""
-    return torch.arange(count) * among // count
-
-
-def evenly(count: int, among: int) -> list[int]:
-    """At most `count` indices spread evenly over 0..among - 1, both ends included."""
-    return torch.linspace(0, among - 1, min(count, among), dtype=torch.float64).round().int().tolist()

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from config import find
-from dataset import rows_of
+from dataset import evenly, rows_of
 from evaluation.metrics import METRICS, Evaluation, build_metric, measure_each
 from evaluation.pictures import grid, save_png
-from evaluation.sampling import condition_by_row, condition_of, draw, evenly
+from evaluation.sampling import condition_by_row, condition_of, draw
 from mistakes import Mistake, as_mistake
 from samplers import SAMPLERS
 from training import speed
@@ -83,7 +83,7 @@ def save_samples(run, path: Path) -> None:
         condition, columns = condition_of(run.valid_data.images, run.n_classes, share * run.ranks.world), None
     condition = rows_of(condition, slice(run.ranks.rank * share, (run.ranks.rank + 1) * share), run.device)
     generator = torch.Generator(run.device).manual_seed(mixed_seed(PICTURE, run.cfg.seed, run.ranks.rank))
-    how = how_to_sample(run) | {"generator": generator, "condition": condition}
+    how = run.quality.how | {"generator": generator, "condition": condition}
     states = []
     for _, x in run.ema.trajectory((share, *run.shape), **how):
         run.stopper.check()

@@ -312,7 +312,7 @@ def test_data_that_the_network_does_not_take_are_refused_before_sampling(run, tm
     state["config"]["dataset"] |= {"name": "ImageFolder", "train": data, "valid": data}
     checkpoint.save(tmp_path / "last.pth", state)
     assert draw(tmp_path, "-n", "1", "--metrics", "bpd") == 2
-    assert "dataset.valid: images of 9 x 9: each side must be a multiple of" in capsys.readouterr().err
+    assert "dataset.valid: images of 9 x 9 pixels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -365,6 +366,23 @@ def test_a_file_that_cannot_be_written_is_named(error, work):
         raise error
     assert raised.value.errno == (errno.ENOSPC if error else errno.ENOENT)
     assert list(work.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(work, monkeypatch):
+    """As on some network file systems; the file itself has been."""
+    sync, synced = os.fsync, []
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        synced.append(handle)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with whole_file(work / "a") as file:
+        file.write(b"all")
+    assert (work / "a").read_bytes() == b"all"
+    assert len(synced) == 1
 
 
 @pytest.mark.slow

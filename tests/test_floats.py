@@ -235,9 +235,48 @@ def test_conditions_and_labels_of_files_reach_the_samples(own):
         assert means.round().tolist() == [0, 10, 20, 30, 40, 50]
 
 
+def test_labels_and_conditions_may_move_while_a_run_is_stopped_but_not_change(own, capsys):
+    np.save("told.npy", np.arange(60.0))
+    np.save("y.npy", np.arange(60) % 3)
+    more = [f'dataset.{split}.conditions={{"told": "told.npy"}}' for split in ("train", "valid")]
+    more += [f"dataset.{split}.labels=y.npy" for split in ("train", "valid")]
+    assert train.main(arguments("Free", "signals.npy", *more)) == 0
+    (own / "there").mkdir()
+    for name in ("told.npy", "y.npy", "signals.npy"):
+        (own / name).rename(own / "there" / name)
+    moved = [each.replace("y.npy", "there/y.npy").replace("told.npy", "there/told.npy") for each in more]
+    longer = ["train_cfg.max_steps=3", "train_cfg.epochs=2"]
+    assert train.main([*arguments("Free", "there/signals.npy", *moved, *longer), "--resume"]) == 0
+    renamed = [each.replace('"told"', '"hue"') for each in moved]
+    assert train.main([*arguments("Free", "there/signals.npy", *renamed, *longer), "--resume"]) == 2
+    assert "its forward takes no hue" in capsys.readouterr().err
+
+
+def test_a_file_to_validate_on_may_lack_the_last_class(own, capsys):
+    rows, label = np.load("x.npy"), np.arange(3000) % 3
+    for name, of in (("train", slice(0, 2000)), ("valid", label < 2)):
+        np.save(f"{name}.npy", rows[of])
+        np.save(f"{name}_labels.npy", label[of])
+    where = [f"dataset.{split}.{key}" for split in ("train", "valid") for key in ("file", "labels", "train")]
+    given = ["train.npy", "train_labels.npy", "null", "valid.npy", "valid_labels.npy", "null"]
+    net = {"n_features": 3, "hidden": 8, "n_classes": 3}
+    more = [f"{key}={value}" for key, value in zip(where, given, strict=True)]
+    assert train.main(arguments("TimeAwareMLP", "x.npy", *more, **net)) == 0
+    flags = ["run", "-n", "3", "--timesteps", "2", "--device", "cpu", "--metrics", "bpd", "--bpd-images", "20"]
+    assert sampling.main([*flags, "--bpd-timesteps", "4"]) == 0
+    capsys.readouterr()
+    assert sampling.main([*flags, "--set", "dataset.valid.labels=null"]) == 2
+    assert "dataset.valid: has no labels, and the network learned 3 classes" in capsys.readouterr().err
+    np.save("train_labels.npy", np.minimum(label[:2000], 1))
+    assert train.main([*arguments("TimeAwareMLP", "x.npy", *more, **net), "--overwrite"]) == 2
+    assert "n_classes = 3: dataset.train has 2 classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
+        ('dataset.train.conditions={"told": "gap.npy"}', "dataset.train: conditions['told'] is not finite in row 8"),
+        ("dataset.train.conditions=3", "dataset.train.conditions = 3: must be an object, each value a string or null"),
         ("diffusion.bounded=true", "diffusion.bounded = true: x_0 must lie in [-1, 1], and dataset.train holds -"),
         ('diffusion={"name": "DiscreteDiffusion", "n_levels": 4}', "is of floats, and symbols are made of images"),
         ("dataset.train.file=none.npy", "dataset.train.file = 'none.npy': No such file or directory"),
@@ -264,6 +303,7 @@ def test_what_floats_cannot_be_is_one_line_before_anything_is_written(setting, w
     draws = np.random.default_rng(0)
     np.save("flat.npy", draws.standard_normal(60))
     np.save("whole.npy", np.zeros((60, 2), int))
+    np.save("gap.npy", np.where(np.arange(60) == 9, np.nan, 1.0))
     np.save("bytes.npy", np.zeros((60, 8, 8), np.uint8))
     np.save("nan.npy", np.full((60, 2, 7), np.nan))
     np.savez("two.npz", a=np.zeros(2), b=np.zeros(2))

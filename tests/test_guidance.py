@@ -267,14 +267,14 @@ def test_guidance_can_be_guided_again(mlp):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ClassifierFreeGuidance(TimeAwareMLP(3), 2), "net: .*with classes, n_classes, or with null_condition"),
+        (lambda: ClassifierFreeGuidance(TimeAwareMLP(3), 2), "net: .*no n_classes"),
         (lambda: ClassifierFreeGuidance(labelled(), math.nan), "weight = nan"),
         (lambda: ClassifierFreeGuidance(labelled(), math.inf), "weight = inf"),
         (lambda: AutoGuidance(labelled(), labelled(), -math.inf), "weight = -inf"),
         (lambda: ClassifierFreeGuidance(labelled(), 2, (30, 10)), r"interval = \(30, 10\)"),
         (lambda: AutoGuidance(labelled(), labelled(), 2, (math.nan, 10)), "interval"),
         (lambda: AutoGuidance(labelled(), labelled(), 2, (1, 2, 3)), "interval"),
-        (lambda: ClassifierFreeGuidance(nn.Identity(), 2), "net: .*with classes, n_classes, or with null_condition"),
+        (lambda: ClassifierFreeGuidance(nn.Identity(), 2), "net: .*no n_classes"),
         (lambda: ClassifierFreeGuidance(labelled(), None), "weight = None: must be a finite number"),
         (lambda: ClassifierFreeGuidance(labelled(), torch.ones(2)), "weight = tensor.*must be a finite number"),
         (lambda: ClassifierFreeGuidance(labelled(), "2"), "weight = '2': must be"),

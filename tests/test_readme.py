@@ -241,3 +241,22 @@ def test_the_python_that_is_promised_is_the_linters():
     least = re.search(r'requires-python = ">=([\d.]+)"', settings)[1]
     assert f"Python {least} or newer" in README
     assert f'target-version = "py{least.replace(".", "")}"' in settings
+
+
+def test_each_file_imports_only_files_above_it_in_the_list_of_the_house():
+    listed = re.findall(r"^\| (`[^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text().split("## To add one")[0], re.MULTILINE)
+    place = {name: i for i, row in enumerate(listed) for name in re.findall(r"`(\w+)(?:\.py|/)`", row)}
+    files = [path for folder in (".", "training", "evaluation") for path in (ROOT / folder).glob("*.py")]
+    seen = set()
+    for path in files:
+        name = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if name not in place:  # a reader's own file
+            continue
+        for node in ast.parse(path.read_text()).body:  # not what main imports
+            for module in (
+                [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in getattr(node, "names", [])]
+            ):
+                top = module.split(".")[0]
+                assert top == name or place.get(top, -1) < place[name], f"{path} imports {module}"
+                seen |= {top} & place.keys()
+    assert {"samplers", "files", "evaluation", "training"} <= seen

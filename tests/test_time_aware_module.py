@@ -119,7 +119,7 @@ def test_patches_are_pixels_as_channels():
     found = net(x, t)
     for k, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         torch.testing.assert_close(found[:, :, i::2, j::2], expected[:, :, k])
-    with pytest.raises(ValueError, match=r"images of 6 x 8: each side must be a multiple of 4"):
+    with pytest.raises(ValueError, match=r"6 x 8 pixels.*multiples of 4"):
         net(torch.randn(1, 3, 6, 8), torch.tensor([1]))
 
 
@@ -206,7 +206,7 @@ def test_any_channels_and_any_size_of_the_multiple(channels, height, width):
 @pytest.mark.parametrize(("height", "width"), [(6, 8), (8, 6), (2, 2)])
 def test_another_size_is_refused_with_the_multiple(height, width):
     net = TimeAwareUNet(1, 4, ch_mult=(1, 1, 1), attention=(False,) * 3)
-    with pytest.raises(ValueError, match=f"{height} x {width}: each side must be a multiple of 4"):
+    with pytest.raises(ValueError, match=f"{height} x {width}.*multiples of 4"):
         net(torch.zeros(1, 1, height, width), torch.ones(1, dtype=torch.long))
 
 

@@ -1,5 +1,6 @@
 """The trainer and the sampler as a user runs them: files, resuming, mistakes, signals, ranks."""
 
+import copy
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from runs import CROP, ROOT, TINY, assert_same_state, losses, metrics, stop_at, 
 import checkpoint
 import test as sampling
 import train
+from config import load_config
 from dataset import Digits
 from evaluation.metrics import METRICS, Evaluation
 from files import whole_file
@@ -34,6 +36,7 @@ from training.ranks import Ranks
 from training.run_folder import RunFolder
 from training.seeds import WEIGHTS, mixed_seed
 from training.signals import SIGNALS, Stopped, Stopper
+from training.state import read_state
 
 
 @pytest.fixture(scope="module")
@@ -417,6 +420,24 @@ def test_a_run_goes_on_without_a_compiler(tmp_path):
     assert checkpoint.load(tmp_path / "a" / "last.pth")["step"] == 8
 
 
+def test_only_what_the_library_chose_is_kept_where_a_resume_says_auto():
+    """Another "auto" is a value as any other: of a network of one's own, or cuda_graph, which each machine decides anew."""
+    config = load_config("configs/Digits_den.json")
+    run = copy.deepcopy(config)
+    run["train_cfg"] |= {"precision": "bf16", "compile": True, "cuda_graph": False}
+    run["time_aware_net"]["kwargs"]["num_groups"] = None
+    state = {"config": run, "step": 1, "closed": 0, "records": 0, "world": 1, "best_loss": 1.0}
+    state |= {"loss_sums": [0, 0], "bad_steps": [0, 0]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load", lambda path: copy.deepcopy(state))
+        read_state(Path("last.pth"), config)
+        assert config["time_aware_net"]["kwargs"]["num_groups"] is None
+        assert [config["train_cfg"][key] for key in ("precision", "compile", "cuda_graph")] == ["bf16", True, "auto"]
+        run["time_aware_net"]["kwargs"]["act"], config["time_aware_net"]["kwargs"]["act"] = "fast", "auto"
+        with pytest.raises(Mistake, match=r'time_aware_net\.kwargs\.act \("fast" then, "auto" now\)'):
+            read_state(Path("last.pth"), config)
+
+
 def test_a_run_that_goes_on_in_another_folder_takes_its_best_along(tmp_path, monkeypatch):
     """But not one of later than the step from which it goes on."""
     found = iter([0.5, 0.4, 0.6, 0.6])
@@ -462,6 +483,10 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_has_no_best_of_later(best
         assert (folder / "best.pth").read_bytes() == before
     elif best == "later":
         assert not (folder / "best.pth").exists()
+    kept = {path.name for path in folder.glob("*_step_*")}  # of what was done after that, nothing is lost
+    in_place = place == "the same folder"
+    assert kept == {"last_step_8.pth", *(["best_step_8.pth"] if best == "later" else [])} if in_place else not kept
+    assert not in_place or checkpoint.load(folder / "last_step_8.pth")["step"] == 8
 
 
 def test_max_steps_ends_inside_an_epoch_and_more_of_them_go_on_as_if_there_had_been_no_end(tmp_path, run):

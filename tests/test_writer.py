@@ -1,5 +1,6 @@
 """Checkpoints written by a thread: in order, whole, and of the moment at which they were taken."""
 
+import logging
 import threading
 import time
 
@@ -51,6 +52,19 @@ def test_an_error_of_the_thread_is_raised_by_the_run_and_nothing_newer_is_writte
         writer.save(tmp_path / "last.pth", {})
     writer.close()
     assert calls == ["best.pth"]
+
+
+def test_an_error_that_nobody_has_met_is_told_when_the_thread_ends(tmp_path, monkeypatch, caplog):
+    logging.getLogger("train").propagate = True
+
+    def full(path, state):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    writer = Writer()
+    writer.save(tmp_path / "best.pth", {})
+    writer.close()
+    assert f"not all of the run is on the disk: [Errno 28] No space left on device: '{tmp_path / 'best.pth'}'" in caplog.text
 
 
 def test_a_state_is_of_the_moment_at_which_it_was_taken(tmp_path):

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from config import TrainConfig
-from dataset import DATASETS, ImageDataset, ImageFolder, rows_of, shared_images
+from dataset import DATASETS, ImageDataset, ImageFolder, are_among, evenly, rows_of, shared_images
 from diffusion_process import Condition, DiffusionProcess, check_losses
-from evaluation.sampling import evenly
 from gaussian_diffusion import GaussianDiffusion
 from guidance import hide, null_of
 from mistakes import Mistake, as_mistake
@@ -72,11 +71,11 @@ def _check_labels(n_classes: int | None, images: dict[str, ImageDataset]) -> Non
             raise Mistake(
                 f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has labels from {least} to {largest}"
             )
-        if data.class_names is not None and len(data.class_names) != n_classes:
-            raise Mistake(f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.{split} has {len(data.class_names)} classes")
-    names = {split: data.class_names for split, data in images.items()}
-    if names["train"] != names["valid"]:
-        raise Mistake(f"dataset.valid: has the classes {names['valid']}, and dataset.train {names['train']}")
+    names, valid_names = images["train"].class_names, images["valid"].class_names
+    if names is not None and len(names) != n_classes:
+        raise Mistake(f"time_aware_net.kwargs.n_classes = {n_classes}: dataset.train has {len(names)} classes")
+    if not are_among(valid_names, names):
+        raise Mistake(f"dataset.valid: has the classes {valid_names}, and dataset.train {names}")
 
 
 def _check_conditions(net: nn.Module, images: dict[str, ImageDataset]) -> None:

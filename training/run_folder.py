@@ -16,7 +16,7 @@ from training.averages import snapshots
 
 log = logging.getLogger("train")
 PATTERNS = ("last.pth", "best.pth", "best_fd.pth", "epoch_*.pth", "power_*.pth", "epoch_*.png", "metrics.jsonl", "train.log")
-PATTERNS += ("first.png", "first_strip.png", ".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
+PATTERNS += ("*_step_[0-9]*.pth", "first.png", "first_strip.png", ".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
 BEST = ("best.pth", "best_fd.pth")
 RESULTS = ("*_fitted.pth", "*_ema[0-9]*.pth")  # of test.py, which --overwrite deletes with the run
 RESULTS += tuple(f"*_gen/{name}" for name in ("*.png", "trajectory.gif", "samples.npz", "metrics.json", "report.html"))
@@ -141,17 +141,21 @@ class RunFolder:
         return kept
 
     def _go_on(self, records: int, step: int) -> int:
-        """Have what the run had that is gone on with, and nothing of what it did after that; the number of its records."""
+        """Have what the run had that is gone on with; what it did after that is no part of it. The number of its records."""
         lines = []
         if (metrics := self.resume_from.with_name("metrics.jsonl")).exists():
             lines = _whole_records(metrics, records, step)
             with whole_file(self.path / "metrics.jsonl") as file:
                 file.writelines(lines)
         old = self.resume_from.parent
-        best = [] if self.in_place() else [self.path / name for name in BEST]
-        for path, taken in (snapshots(self.path) | _taken(best)).items():
+        for path, taken in snapshots(self.path).items():
             if taken > step:
                 path.unlink()
+        later = [] if self.in_place() else [self.path / name for name in (*BEST, "last.pth")]
+        for path, taken in _taken(later).items():
+            if taken > step:
+                kept = path.rename(path.with_stem(f"{path.stem}_step_{taken}"))
+                log.warning(f"{path}: is of step {taken}, and the run goes on from step {step}; kept as {kept.name}")
         missing = [old / name for name in BEST if not (self.path / name).exists()]
         for path, taken in (snapshots(old) | _taken(missing)).items():
             if taken <= step and not (self.path / path.name).exists():

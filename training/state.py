@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-from config import MAY_CHANGE, as_json_line
+from config import MAY_CHANGE, SPLITS, as_json_line
 from mistakes import Mistake, as_mistake, one_line
 from training.meter import BINS
 from training.optimizers import restore_moments
@@ -22,6 +22,11 @@ from training.run_folder import BEST
 
 log = logging.getLogger("train")
 SAME_CLUSTERS = 0.01  # share of images that may change their cluster when it is found again: of other images nearly all do
+AUTO = (
+    ("train_cfg", "precision"),
+    ("train_cfg", "compile"),
+    ("time_aware_net", "num_groups"),
+)  # a resume keeps what was chosen
 OF_DISTANCE = ("metric_features", "metric_samples", "sampler", "sample_timesteps")  # where they agree, distances compare
 
 
@@ -191,11 +196,13 @@ def read_state(path: Path, config: dict) -> dict:
         raise Mistake(f"{error}; {_newest_good(path)}") from None
     with as_mistake(f"{path}: "):
         _check_counters(state)
-    for section, values in config.items():
-        _settle(values, state["config"][section])
+    for section, key in AUTO:
+        values, of_run = (each[section].get("kwargs", each[section]) for each in (config, state["config"]))
+        if values.get(key) == "auto" and key in of_run:
+            values[key] = of_run[key]
     old, new = _flat(state["config"]), _flat(config)
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    refused = [key for key in changed if key.removeprefix("train_cfg.") not in MAY_CHANGE]
+    refused = [key for key in changed if not (key.removeprefix("train_cfg.") in MAY_CHANGE or _is_place(key, config))]
     if refused:
         differences = ", ".join(
             f"{key} ({as_json_line(old.get(key))} then, {as_json_line(new.get(key))} now)" for key in refused
@@ -205,14 +212,10 @@ def read_state(path: Path, config: dict) -> dict:
     return state
 
 
-def _settle(config: object, run: object) -> None:
-    """Put the run's value in the place of every "auto"."""
-    if not isinstance(config, dict) or not isinstance(run, dict):
-        return
-    for key, value in config.items():
-        if value == "auto" and key in run:
-            config[key] = run[key]
-        _settle(value, run.get(key))
+def _is_place(key: str, config: dict) -> bool:
+    """Does the key say where a file of NumpyArray's is? What is in it is held to the run's data elsewhere."""
+    section, _, name = key.removeprefix("dataset.").partition(".")
+    return config["dataset"]["name"] == "NumpyArray" and section in SPLITS and name.split(".")[0] in ("labels", "conditions")
 
 
 def _flat(value: object, path: str = "") -> dict[str, object]:

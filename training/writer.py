@@ -1,5 +1,6 @@
 """Checkpoints written by a thread: whole or not at all, in the order in which they were handed over."""
 
+import logging
 import queue
 import threading
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ import torch
 
 import checkpoint
 
+log = logging.getLogger("train")
+
 
 class Writer:
     """A thread that saves checkpoints while training goes on. What goes wrong there is raised at the next call here."""
@@ -16,6 +19,7 @@ class Writer:
     def __init__(self):
         self.jobs: queue.Queue = queue.Queue(maxsize=1)  # one waits at the most, so that memory holds few copies
         self.error: BaseException | None = None
+        self.raised = False
         self.thread = threading.Thread(target=self._work, name="checkpoint writer", daemon=True)
         self.thread.start()
 
@@ -41,6 +45,7 @@ class Writer:
     def check(self) -> None:
         """Raise what went wrong since the last call."""
         if self.error is not None:
+            self.raised = True
             raise self.error
 
     def wait(self) -> None:
@@ -52,3 +57,5 @@ class Writer:
         """End the thread, after what it has to do, and see it gone: the interpreter must not end while it runs."""
         self.jobs.put(None)
         self.thread.join()
+        if self.error is not None and not self.raised:
+            log.error(f"not all of the run is on the disk: {self.error}")
