@@ -16,7 +16,7 @@ import gzip
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -164,6 +164,12 @@ class ImageDataset(Dataset):
             coin = torch.rand(len(x), 1, 1, 1, device=x.device) < p
             x = torch.where(coin, x.flip(dim), x)
         return x
+
+    def fixed_images(self, numbers: Iterable[int]) -> Tensor:
+        """x_0 [k, ...] of these images, without the flips of training and with the same other draws every time."""
+        still = copy.copy(self)
+        still.flips = []
+        return still.to_float(torch.stack([still.fixed_pixels(i) for i in numbers]))
 
     def __getitem__(self, i: int) -> Tensor:
         if not -len(self) <= i < len(self):

@@ -75,7 +75,7 @@ def nearest_training_images(
     searches = {name: Nearest(torch.cat([vectors(x) for x in queries])) for name, vectors in spaces.items()}
     for first in tqdm(range(0, len(train), batch_size), desc="nearest training images", unit="batch"):
         numbers = range(first, min(first + batch_size, len(train)))
-        batch = from_uint8(torch.stack([train.fixed_pixels(i) for i in numbers]))
+        batch = train.fixed_images(numbers)
         for view, x in enumerate(views(batch, train.flips)):
             for name, search in searches.items():
                 search.show(spaces[name](x), first, view)
@@ -91,7 +91,7 @@ def _exact(search: Nearest, vectors: Callable[[Tensor], Tensor], train: ImageDat
 
 def training_image(train: ImageDataset, number: int, view: int) -> Tensor:
     """[C, H, W] in [-1, 1]: image `number` as it looks in that view."""
-    return views(from_uint8(train.fixed_pixels(number))[None], train.flips)[view][0]
+    return views(train.fixed_images([number]), train.flips)[view][0]
 
 
 def nearer_than(distance: Tensor, held_out: Tensor) -> Tensor:

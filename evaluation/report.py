@@ -12,7 +12,6 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from config import network_without_memory
-from dataset import ImageDataset, evenly, evenly_with_repeats, from_uint8, shared_images
+from dataset import ImageDataset, evenly, evenly_with_repeats, shared_images
 from evaluation import page
 from evaluation.charts import Series, line_chart
 from evaluation.metrics import METRICS, Evaluation, build_extractor, frechet
@@ -174,7 +173,7 @@ class Report:
         if columns and valid.labels is not None:
             of_class = [(valid.labels == label).nonzero().flatten().tolist() for label in range(count // columns)]
             numbers = [each[i % len(each)] for each in of_class if each for i in range(columns)]
-        return _images(valid, numbers)
+        return valid.fixed_images(numbers)
 
     def _trajectory(self) -> str:
         frames, times, columns = self.sampled.drawn.animation, self.sampled.times, self.sampled.columns
@@ -277,7 +276,7 @@ class Report:
         if not numbers:
             return "Of these classes there is no training image to compare with."
 
-        real = (_images(train, part.tolist()) for part in torch.tensor(numbers).split(size))
+        real = (train.fixed_images(part.tolist()) for part in torch.tensor(numbers).split(size))
         try:
             floor = frechet(real, self.metrics["fd"].real, self.extractor)
         except ValueError as error:
@@ -322,7 +321,7 @@ class Report:
             return page.section(title, page.p("Unknown: samples, training images and validation images are not of one size."))
         numbers = evenly(COMPARED, len(samples))
         samples = samples[numbers]
-        held_out = _images(valid, evenly(COMPARED, len(valid)))
+        held_out = valid.fixed_images(evenly(COMPARED, len(valid)))
         size = self.evaluation.batch_size
         found = nearest_training_images(torch.cat([samples, held_out]), train, self.extractor, size)
         text = f"For each of {len(samples)} samples, the nearest of all {len(train):,} training images was searched, and for"
@@ -361,11 +360,6 @@ class Report:
 def _size(config: dict) -> int:
     """The parameters of a config's network, without what a guided one is wrapped in."""
     return sum(parameter.numel() for parameter in network_without_memory(config).parameters())
-
-
-def _images(images: ImageDataset, numbers: Sequence[int]) -> Tensor:
-    """[k, C, H, W] in [-1, 1], without the flips of training."""
-    return from_uint8(torch.stack([images.fixed_pixels(i) for i in numbers]))
 
 
 def _few(images: Tensor, most: int, columns: int | None) -> tuple[Tensor, int | None]:

@@ -26,7 +26,7 @@ import train
 from beta_schedule import LinearSchedule
 from checkpoint import load, load_diffusion, save
 from config import build_dataset, load_config
-from dataset import from_uint8, to_uint8
+from dataset import Digits, from_uint8, to_uint8
 from discrete_diffusion import DiscreteDiffusion
 from evaluation.charts import Axis, Series, line_chart
 from evaluation.features import cached_classifier
@@ -480,6 +480,19 @@ class Flat(torch.nn.Module):
 def digits(*flips: dict) -> object:
     settings = ["dataset.train.pipeline=" + json.dumps(list(flips))]
     return build_dataset(load_config(str(ROOT / "configs/Digits_den.json"), settings), "train")
+
+
+def test_the_nearest_image_is_one_as_the_network_sees_it():
+    """By a to_float of one's own."""
+
+    class Dim(Digits):
+        def to_float(self, pixels):
+            return super().to_float(pixels) / 2
+
+    train = Dim()
+    found = nearest_training_images(train.fixed_images([5, 70]), train, None)["pixels"]
+    assert found.number.tolist() == [5, 70]
+    assert found.distance.tolist() == [0, 0]
 
 
 def test_the_nearest_image_is_that_of_brute_force():
