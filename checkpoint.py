@@ -1,11 +1,14 @@
 """Checkpoints: saved whole or not at all, read without running what they hold, enough by themselves to rebuild a model.
 
 A checkpoint is one dictionary of tensors and plain values, which training/state.py makes. `FORMAT` marks it as ours.
+
+    python checkpoint.py models/*/last.pth                        # a table: where their configs differ, and what came out
 """
 
 import math
 import pickletools
 import re
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -130,3 +133,18 @@ def diffusion_of(state: Mapping, path: str | Path, ema: bool = True) -> Gaussian
     except (RuntimeError, TypeError, AttributeError) as error:
         raise Mistake(f"{path}: {one_line(error)}") from error
     return diffusion.eval()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a table of checkpoints."""
+    from evaluation.compare import compare
+    from mistakes import OneLineParser, run_script
+
+    parser = OneLineParser(description="Compare runs: where their configs differ, and what came out of each.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a checkpoint, or a run's folder for its last.pth")
+    args = parser.parse_args(argv)
+    return run_script("checkpoint.py", lambda: print(compare(args.runs)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

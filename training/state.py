@@ -200,7 +200,7 @@ def read_state(path: Path, config: dict) -> dict:
         values, of_run = (each[section].get("kwargs", each[section]) for each in (config, state["config"]))
         if values.get(key) == "auto" and key in of_run:
             values[key] = of_run[key]
-    old, new = _flat(state["config"]), _flat(config)
+    old, new = flat(state["config"]), flat(config)
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     refused = [key for key in changed if not (key.removeprefix("train_cfg.") in MAY_CHANGE or _is_place(key, config))]
     if refused:
@@ -218,10 +218,10 @@ def _is_place(key: str, config: dict) -> bool:
     return config["dataset"]["name"] == "NumpyArray" and section in SPLITS and name.split(".")[0] in ("labels", "conditions")
 
 
-def _flat(value: object, path: str = "") -> dict[str, object]:
+def flat(value: object, path: str = "") -> dict[str, object]:
     """A nested config as {path: value}."""
     if isinstance(value, dict) and value:
-        return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{path}.{name}".lstrip(".")).items()}
+        return {key: leaf for name, inner in value.items() for key, leaf in flat(inner, f"{path}.{name}".lstrip(".")).items()}
     return {path: value}
 
 
