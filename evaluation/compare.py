@@ -10,6 +10,7 @@ from tqdm import tqdm
 import checkpoint
 from config import as_json_line
 from evaluation.metrics import METRICS
+from training.run_folder import read_records
 from training.state import flat
 
 
@@ -50,9 +51,9 @@ def _found(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = flat(state["config"])
     settings.pop("train_cfg.model_save_dirpath")
     result, records = {"step": state.get("step")}, path.with_name("metrics.jsonl")
-    for record in map(json.loads, records.read_text().splitlines() if records.exists() else []):
+    for record in read_records(records) if records.exists() else []:
         if record["step"] <= (state.get("step") or 0):
-            result |= {"valid loss": record["valid_loss"]} if record["valid_loss"] is not None else {}
+            result |= {"valid loss": record["valid_loss"]} if record.get("valid_loss") is not None else {}
             result |= {name: _figure(name, metric) for name, metric in (record.get("metrics") or {}).items()}
     measured = path.with_name(f"{path.stem}_gen") / "metrics.json"
     of_test = json.loads(measured.read_text()) if measured.exists() else {}

@@ -4,7 +4,6 @@
 What cannot be known, without the data or without metrics.jsonl, is left out, and the page says why.
 """
 
-import contextlib
 import json
 import math
 import platform
@@ -29,6 +28,7 @@ from evaluation.nearest import Copies, nearest_training_images
 from evaluation.sampling import Drawn
 from mistakes import Mistake, as_mistake
 from training.meter import BINS
+from training.run_folder import read_records
 from training.speed import device_name
 
 VALUES = {"samples": 400_000, "strips": 400_000, "trajectory": 1_400_000}  # in a picture at most, of about a byte each
@@ -109,14 +109,10 @@ class Report:
         print(f"{path}: open it in a browser")
 
     def _records(self) -> list[dict]:
-        """The lines of metrics.jsonl beside the checkpoint; a line that a crash cut short is left out."""
+        """The records of metrics.jsonl beside the checkpoint."""
         records = []
         try:
-            with open(self.checkpoint.with_name("metrics.jsonl"), encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    with contextlib.suppress(ValueError):
-                        record = json.loads(line)
-                        records += [record] if isinstance(record, dict) and "step" in record else []
+            records = read_records(self.checkpoint.with_name("metrics.jsonl"))
         except OSError as error:
             self.missing["records"] = f"{error.filename}: {error.strerror}"
         if not records:

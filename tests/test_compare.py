@@ -1,6 +1,7 @@
 """Runs side by side: `python checkpoint.py RUN...`."""
 
 import json
+import shutil
 
 import pytest
 from runs import tiny
@@ -72,6 +73,14 @@ def test_an_earlier_checkpoint_has_the_loss_of_its_own_step(folder, capsys):
         "valid loss": tuple(losses),
         "bpd": ("-", f"{records[-1]['metrics']['bpd']['total']:.4g}"),
     }
+
+
+def test_a_record_that_a_crash_cut_short_is_left_out(folder, tmp_path, capsys):
+    run = shutil.copytree(folder / "a", tmp_path / "cut")
+    before = table(capsys, run, folder / "b")["valid loss"]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "valid_loss": 0.')
+    assert table(capsys, run, folder / "b")["valid loss"] == before
 
 
 def test_losses_that_do_not_compare_are_said_and_what_is_no_checkpoint_is_named(folder, capsys):

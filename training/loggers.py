@@ -26,6 +26,7 @@ from PIL import Image
 from config import find
 from files import whole_file
 from mistakes import Mistake
+from training.run_folder import read_records
 
 log = logging.getLogger("train")
 PATIENCE = 30.0  # seconds, of the end of a run for a dashboard that has not taken everything yet
@@ -152,8 +153,8 @@ class Loggers:
         for name, cls in self.classes.items():
             self.threads.append(_Thread(name, lambda cls=cls: cls(folder, self.config)))
         if self.threads and (folder / "metrics.jsonl").exists():
-            for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                self.add(json.loads(line))
+            for record in read_records(folder / "metrics.jsonl"):
+                self.add(record)
 
     def add(self, record: dict) -> None:
         """Hand a record over; its pictures are there already."""

@@ -142,11 +142,11 @@ class RunFolder:
 
     def _go_on(self, records: int, step: int) -> int:
         """Have what the run had that is gone on with; what it did after that is no part of it. The number of its records."""
-        lines = []
+        kept = []
         if (metrics := self.resume_from.with_name("metrics.jsonl")).exists():
-            lines = _whole_records(metrics, records, step)
+            kept = [each for each in read_records(metrics) if each["step"] <= step and "valid_loss" in each][:records]
             with whole_file(self.path / "metrics.jsonl") as file:
-                file.writelines(lines)
+                file.writelines(f"{as_json(record)}\n".encode() for record in kept)
         old = self.resume_from.parent
         for path, taken in snapshots(self.path).items():
             if taken > step:
@@ -161,7 +161,7 @@ class RunFolder:
             if taken <= step and not (self.path / path.name).exists():
                 with whole_file(self.path / path.name) as file, open(path, "rb") as source:
                     shutil.copyfileobj(source, file)
-        return len(lines)
+        return len(kept)
 
     def in_place(self) -> bool:
         """Is last.pth gone on with? Then best.pth is of a later step only by a kill between the two."""
@@ -193,15 +193,15 @@ class RunFolder:
         self.handle = None
 
 
-def _whole_records(path: Path, count: int, step: int) -> list[bytes]:
-    """The first `count` lines that are whole records of no later step: some may be missing, one cut short, others foreign."""
-    lines = []
+def read_records(path: Path) -> list[dict]:
+    """The records in a metrics.jsonl, without the lines that are none: a crash may have cut one short, others are foreign."""
+    records = []
     for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError):
             record = json.loads(line)
-            if record["step"] <= step and "valid_loss" in record:
-                lines.append(line + b"\n")
-    return lines[:count]
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
+    return records
 
 
 def _taken(checkpoints: Iterable[Path]) -> dict[Path, int]:
