@@ -166,7 +166,7 @@ class ImageDataset(Dataset):
         return x
 
     def fixed_images(self, numbers: Iterable[int]) -> Tensor:
-        """x_0 [k, ...] of these images, without the flips of training and with the same other draws every time."""
+        """x_0 [k, ...] of these images, without the flips of training; what else the pipeline draws is the same every time."""
         still = copy.copy(self)
         still.flips = []
         return still.to_float(torch.stack([still.fixed_pixels(i) for i in numbers]))

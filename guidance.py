@@ -107,7 +107,7 @@ class ClassifierFreeGuidance(Guidance):
             raise ValueError("net: is guided already, and guidance of guidance would be stronger than either weight says")
         if not null_of(net):
             raise ValueError(
-                "net: classifier-free guidance needs a network with classes, and this one has no n_classes, nor null_condition"
+                "net: classifier-free guidance needs a network with classes or a null_condition, and this one has no n_classes"
             )
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, **condition) -> Tensor:

@@ -432,9 +432,9 @@ def main(argv: list[str] | None = None) -> int:
         "--guidance",
         type=numbers,
         metavar="WEIGHT",
-        help="1 is the network alone, more exaggerates the class; 1,1.5,2 for samples with each",
+        help="1 is the network alone, more exaggerates what it is told; 1,1.5,2 for samples with each",
     )
-    add("--guide", metavar="WEAKER.pth", help="guide away from this checkpoint instead of from no label")
+    add("--guide", metavar="WEAKER.pth", help="guide away from this checkpoint instead of from what it says untold")
     add("--interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="times in which the guidance acts")
     add("--inpaint", metavar="IMAGE", help="draw anew what --mask leaves black")
     add("--mask", metavar="IMAGE", help="of --inpaint: white where the image is known")

@@ -3,8 +3,8 @@
 With n_classes, label is a long tensor [B] in 0..n_classes, where n_classes itself means "no label", and None no label for all.
 
 `TimeAwareUNet` is for images [B, C, H, W], signals [B, C, L] and volumes [B, C, D, H, W], `TimeAwareMLP` for vectors
-[B, n_features]. Neither knows of beta, and neither mixes
-the samples of a batch: what a sample gets does not depend on its batch mates (no BatchNorm).
+[B, n_features]. Neither knows of beta, and neither mixes the samples of a batch: what a sample gets does not depend on its
+batch mates (no BatchNorm).
 """
 
 import math
@@ -281,8 +281,8 @@ class TimeAwareUNet(nn.Module):
                     levels, of a location and a scale (Austin et al. 2021, appendix A.8), two outputs whatever n_levels is
     dims            dimensions of x besides [B, n_channels]: 2 for images, 1 for signals, 3 for volumes (without patches)
 
-    H and W must be multiples of patch_size * 2^(levels - 1), else ValueError. `activation_checkpointing = True` computes the
-    inside of each block again in the backward pass instead of keeping it.
+    H and W (L; D, H and W) must be multiples of patch_size * 2^(levels - 1), else ValueError. `activation_checkpointing = True`
+    computes the inside of each block again in the backward pass instead of keeping it.
     """
 
     hidden_layers = ("down", "middle", "up")  # whose weights neither take in nor give out x, nor take in t

@@ -150,11 +150,11 @@ class Trainer:
     def _work(self, pixels: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
         """What a step does on the device, but for the averages; CUDA may replay it (training/graph.py). x_0 and the norm."""
         x0, condition = self.model.x0_of(self.train_data.images.to_float(pixels)), dict(zip(self.condition, rows, strict=True))
-        null = null_of(self.model.time_aware_net)
-        hidden = draw_hidden(condition, null, self.cfg.label_dropout)
+        net = self.model.time_aware_net
+        hidden = draw_hidden(condition, null_of(net), self.cfg.label_dropout)
         loss, terms = torch.zeros((), device=self.device), []
         for part in parts_of(len(x0), self.cfg.grad_accum):
-            told = hide(rows_of(condition, part), null, hidden[part])
+            told = hide(rows_of(condition, part), null_of(net), hidden[part])
             exchange = part.stop == len(x0) or self.ranks.world == 1  # of gradients between ranks: once a step
             with nullcontext() if exchange else self.parallel.no_sync(), speed.autocast(self.device, self.cfg.precision):
                 part_loss = self.parallel(x0[part], self.cfg.chunk_size, condition=told) * (len(x0[part]) / len(x0))

@@ -83,6 +83,26 @@ def test_a_record_that_a_crash_cut_short_is_left_out(folder, tmp_path, capsys):
     assert table(capsys, run, folder / "b")["valid loss"] == before
 
 
+def test_what_test_py_measured_of_an_earlier_step_is_not_of_this_one(folder, tmp_path, capsys):
+    run = shutil.copytree(folder / "b", tmp_path / "b")
+    file = run / "last_gen" / "metrics.json"
+    for step, seen in ((4, True), (3, False)):
+        file.write_text(json.dumps({"fd": {"distance": 12.5}, "settings": {"step": step}}))
+        assert ("test.py fd" in table(capsys, folder / "a", run)) == seen
+    file.write_text('{"fd": ')
+    assert checkpoint.main([str(run)]) == 2
+    assert f"{file}: not JSON" in capsys.readouterr().err
+
+
+def test_settings_that_differ_in_their_last_digit_differ(folder, tmp_path, capsys):
+    state = checkpoint.load(folder / "b")
+    for name, decay in (("c", 0.99991), ("d", 0.99992)):
+        (tmp_path / name).mkdir()
+        state["config"]["train_cfg"]["ema_decay"] = decay
+        checkpoint.save(tmp_path / name / "last.pth", state)
+    assert table(capsys, tmp_path / "c", tmp_path / "d")["ema_decay"] == ("0.99991", "0.99992")
+
+
 def test_losses_that_do_not_compare_are_said_and_what_is_no_checkpoint_is_named(folder, capsys):
     assert checkpoint.main([str(folder / "a"), str(folder / "b")]) == 0
     assert (

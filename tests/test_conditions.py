@@ -73,6 +73,12 @@ class Untold(nn.Module):
         return (tone @ self.weight)[:, None, None, None].expand(xt.shape)
 
 
+class Bad(Untold):
+    def __init__(self):
+        super().__init__()
+        self.null_condition = 0.5
+
+
 class Net(nn.Module):
     # x_0 is the scalar product of what it is told with two weights, and the weight of the class
 
@@ -233,6 +239,8 @@ def test_what_a_network_reads_as_untold_must_fit_its_condition(own, capsys):
         argv = arguments(own, "wrong", *net, f"time_aware_net.kwargs.null={json.dumps(null)}")
         assert train.main(argv) == 2
         assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    assert train.main(arguments(own, "wrong", 'time_aware_net={"name": "my_tones.Bad", "kwargs": {}}')) == 2
+    assert "its null_condition is a float: must be a dictionary by name" in capsys.readouterr().err
     assert train.main(arguments(own, "wrong", *net, "time_aware_net.kwargs.name=hue")) == 2
     assert "its null_condition names hue, and dataset.train gives no such condition" in capsys.readouterr().err
 

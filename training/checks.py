@@ -5,6 +5,7 @@ import inspect
 import logging
 import math
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -88,7 +89,10 @@ def _check_conditions(net: nn.Module, images: dict[str, ImageDataset]) -> None:
     xt_and_t, others = list(takes)[:2], list(takes)[2:]
     if unknown := [name for name in told["train"] if name in xt_and_t or not (any_name or name in others)]:
         raise Mistake(f"time_aware_net: its forward takes no {', '.join(unknown)}, a condition of dataset.train")
-    for name in null_of(net).keys() - {"label"}:
+    null = getattr(net, "null_condition", None)
+    if not (null is None or isinstance(null, Mapping)):
+        raise Mistake(f"time_aware_net: its null_condition is a {type(null).__name__}: must be a dictionary by name")
+    for name in null or {}:
         if name not in told["train"]:
             raise Mistake(f"time_aware_net: its null_condition names {name}, and dataset.train gives no such condition")
 

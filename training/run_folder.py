@@ -16,7 +16,8 @@ from training.averages import snapshots
 
 log = logging.getLogger("train")
 PATTERNS = ("last.pth", "best.pth", "best_fd.pth", "epoch_*.pth", "power_*.pth", "epoch_*.png", "metrics.jsonl", "train.log")
-PATTERNS += ("*_step_[0-9]*.pth", "first.png", "first_strip.png", ".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
+PATTERNS += tuple(f"{name}_step_[0-9]*.pth" for name in ("last", "best", "best_fd"))
+PATTERNS += ("first.png", "first_strip.png", ".*.part", "tensorboard/events.out.tfevents.*", "wandb_id")
 BEST = ("best.pth", "best_fd.pth")
 RESULTS = ("*_fitted.pth", "*_ema[0-9]*.pth")  # of test.py, which --overwrite deletes with the run
 RESULTS += tuple(f"*_gen/{name}" for name in ("*.png", "trajectory.gif", "samples.npz", "metrics.json", "report.html"))
@@ -154,8 +155,8 @@ class RunFolder:
         later = [] if self.in_place() else [self.path / name for name in (*BEST, "last.pth")]
         for path, taken in _taken(later).items():
             if taken > step:
-                kept = path.rename(path.with_stem(f"{path.stem}_step_{taken}"))
-                log.warning(f"{path}: is of step {taken}, and the run goes on from step {step}; kept as {kept.name}")
+                aside = path.rename(path.with_stem(f"{path.stem}_step_{taken}"))
+                log.warning(f"{path}: is of step {taken}, and the run goes on from step {step}; kept as {aside.name}")
         missing = [old / name for name in BEST if not (self.path / name).exists()]
         for path, taken in (snapshots(old) | _taken(missing)).items():
             if taken <= step and not (self.path / path.name).exists():

@@ -23,6 +23,7 @@ from config import build_train_config
 from dataset import ImageDataset
 from diffusion_process import CHUNK_ROWS
 from gaussian_diffusion import GaussianDiffusion
+from guidance import hide, null_of
 from mistakes import Mistake, one_line
 from time_aware_module import TimeAwareMLP, TimeAwareUNet
 from training.optimizers import OPTIMIZERS
@@ -113,9 +114,10 @@ def prepare(run, deterministic: bool) -> bool:
 
 def loss_of_two(run, model: nn.Module) -> Tensor:
     """The loss of two grey images by the model of a Trainer, or by what is wrapped around it."""
-    x0 = torch.zeros(2, *run.shape, device=run.device)
+    x0, condition = torch.zeros(2, *run.shape, device=run.device), run.train_data.example(2)
+    condition = hide(condition, null_of(run.model.time_aware_net), torch.tensor([True, False], device=run.device))
     with autocast(run.device, run.cfg.precision):
-        return model(run.model.x0_of(x0), run.cfg.chunk_size, condition=run.train_data.example(2))
+        return model(run.model.x0_of(x0), run.cfg.chunk_size, condition=condition)
 
 
 def _network_calls(run) -> tuple[int, int]:

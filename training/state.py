@@ -213,7 +213,7 @@ def read_state(path: Path, config: dict) -> dict:
 
 
 def _is_place(key: str, config: dict) -> bool:
-    """Does the key say where a file of NumpyArray's is? What is in it is held to the run's data elsewhere."""
+    """Does the key say where a file of NumpyArray's is? Classes and the names of conditions are held to the run's elsewhere."""
     section, _, name = key.removeprefix("dataset.").partition(".")
     return config["dataset"]["name"] == "NumpyArray" and section in SPLITS and name.split(".")[0] in ("labels", "conditions")
 
