@@ -38,7 +38,7 @@ of bf16 and fp32.
 With --classes, ours has n_classes and ddp is the module classifier_free_guidance of its package, with the same settings but for
 the schedule, which is cosine; both hide a tenth of the labels. Samples are of the classes in the training images' shares, and
 guided, with two calls a step. Which weight suits a network depends on how far it has come, so each run has its own: --guidance,
-or of 1.25, 1.5, 2, 3, 4, 6, 8 and 12, as far as it pays, the one whose first 250 samples are nearest to training images that
+or of 1.25, 1.5, 2, 3, 4, 6, 8 and 12, as far as it pays, the one whose first 500 samples are nearest to training images that
 the classifier was not trained on. The validation images have no part in it. diffusers' script and pipeline know no labels.
 With --interval, ours is guided at those times alone, which the peers' packages do not offer.
 Without --classes, no racer sees the labels; the classes of ours and of ddp-tuned are --clusters of alike images
@@ -81,7 +81,7 @@ from training.speed import autocast, has_bfloat16
 PEER_BATCH, DDP_DIM = 16, 16
 OF_OUR_CONFIG = -1  # clusters: as many as our config for the data has
 WAIT_STEPS = 50  # on CUDA, steps between two looks at the clock
-GUIDANCE, CHOSEN_BY = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0), 250  # its weights, and the samples that choose one
+GUIDANCE, CHOSEN_BY = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0), 500  # its weights, and the samples that choose one
 
 
 @dataclass
