@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
