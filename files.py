@@ -1,9 +1,10 @@
 """Files that are there whole or not at all, and JSON that any reader takes."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,9 +32,12 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # which some file systems refuse for a folder; the file itself is on the disk
+    try:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the renaming, too
         finally:
             os.close(folder)
+    except OSError as error:  # some file systems refuse it for a folder; the file itself is on the disk
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP):
+            raise

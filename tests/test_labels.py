@@ -34,6 +34,7 @@ from training.batches import Batches, draw_hidden
 from training.checks import _check_labels, bad_numbers, check_fit
 from training.optimizers import build_optimizer
 from training.ranks import Ranks
+from training.speed import loss_of_two
 
 UNET = {"n_channels": 3, "base_channels": 16, "ch_mult": (1, 2), "num_res_blocks": 1}
 X = {"unet": torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))}
@@ -521,6 +522,32 @@ def test_an_embedding_without_a_row_for_no_label_is_refused_where_labels_are_dro
         check_fit(trained(small, label_dropout=0.1), images)
     check_fit(trained(small, label_dropout=0), images)
     check_fit(trained(large, label_dropout=0.1), images)
+
+
+def test_the_loss_by_which_ranks_try_a_model_hides_what_a_step_hides():
+    """So that a learned null row takes part, and a network without room for no label, where none is hidden, is not asked."""
+
+    class Untold(Shifting):
+        def __init__(self, rows):
+            super().__init__(rows)
+            self.null = nn.Parameter(torch.zeros(1))
+            self.null_condition = {"text": self.null}
+
+        def forward(self, xt, t, label=None, text=None):
+            return super().forward(xt, t, label) + text[:, :, None, None]
+
+    model = GaussianDiffusion(LinearSchedule(10), Untold(7))
+    example = {"label": torch.zeros(2, dtype=torch.long), "text": torch.ones(2, 1)}
+    run = SimpleNamespace(shape=(1, 4, 4), device=torch.device("cpu"), model=model, train_data=SimpleNamespace())
+    run.train_data.example, run.cfg = lambda count: example, SimpleNamespace(label_dropout=0, precision="fp32", chunk_size=None)
+    loss_of_two(run, model).backward()
+    assert model.time_aware_net.null.grad.item() == 0
+    run.cfg.label_dropout = 0.1
+    with pytest.raises(IndexError):
+        loss_of_two(run, model)
+    run.model = model = GaussianDiffusion(LinearSchedule(10), Untold(8))
+    loss_of_two(run, model).backward()
+    assert model.time_aware_net.null.grad.item() != 0
 
 
 class WritesX(nn.Module):

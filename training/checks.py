@@ -172,7 +172,8 @@ def _check_network(run, images: dict[str, ImageDataset]) -> None:
             _check_call(model, x, condition)
             if n_classes is not None and run.cfg.label_dropout:
                 _check_no_label(run, x, condition)
-            _check_null_condition(run, x, condition)
+            if getattr(net, "null_condition", None):
+                _check_null_condition(run, x, condition)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_kept(model), as_mistake("diffusion: "):
         x0, twice = model.x0_of(torch.zeros(2, *images["train"].shape)), torch.zeros(2, dtype=torch.long)
         loss = model.loss(x0, model.T, condition=rows_of(images["train"].condition(n_classes), twice))

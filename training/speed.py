@@ -115,7 +115,8 @@ def prepare(run, deterministic: bool) -> bool:
 def loss_of_two(run, model: nn.Module) -> Tensor:
     """The loss of two grey images by the model of a Trainer, or by what is wrapped around it."""
     x0, condition = torch.zeros(2, *run.shape, device=run.device), run.train_data.example(2)
-    condition = hide(condition, null_of(run.model.time_aware_net), torch.tensor([True, False], device=run.device))
+    hidden = torch.tensor([run.cfg.label_dropout > 0, False], device=run.device)  # as in a step: all parameters take part
+    condition = hide(condition, null_of(run.model.time_aware_net), hidden)
     with autocast(run.device, run.cfg.precision):
         return model(run.model.x0_of(x0), run.cfg.chunk_size, condition=condition)
 
