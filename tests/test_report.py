@@ -490,6 +490,7 @@ def test_the_nearest_image_is_one_as_the_network_sees_it():
             return super().to_float(pixels) / 2
 
     train = Dim()
+    assert torch.equal(train.fixed_images([5, 70]), torch.stack([Digits()[5], Digits()[70]]) / 2)
     found = nearest_training_images(train.fixed_images([5, 70]), train, None)["pixels"]
     assert found.number.tolist() == [5, 70]
     assert found.distance.tolist() == [0, 0]
