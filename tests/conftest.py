@@ -1,6 +1,7 @@
 import functools
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
@@ -14,6 +15,7 @@ from runs import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoint
+from mistakes import LIBRARY, OWN
 
 torch.set_num_threads(1)  # the tensors of the tests are small: more threads only wait for each other on a shared machine
 
@@ -21,6 +23,17 @@ torch.set_num_threads(1)  # the tensors of the tests are small: more threads onl
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_files_forgotten() -> Iterator[None]:
+    """A process may take up a file of tests once more, with another folder: what it imported from the first is gone then."""
+    path, before = [*sys.path], set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in OWN - LIBRARY:
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
